@@ -1,0 +1,228 @@
+"""The runtime's interface: what the gateway, the status pages and the tests may know of the supervisor.
+
+Nothing here decides. A request acquires a ``Lease`` on a runner's endpoint and gives it back exactly once; everything
+else is read from one immutable ``Snapshot``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from planner.types import Machine, Role, Shortfall
+
+
+class Fault(StrEnum):
+    """Whose fault an error is; ``gateway.errors`` maps it to a status."""
+
+    CALLER = "caller"
+    US = "us"
+    RUNNER = "runner"
+    HARDWARE = "hardware"
+
+
+class AcquireError(Exception):
+    """No lease was granted. The text is one line that says what is wrong, where, and what to do.
+
+    ``retry_after_s`` is None where trying again cannot help.
+    """
+
+    fault = Fault.US
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnknownModel(AcquireError):
+    """The name is not in the folder; ``closest`` are names that are, best first."""
+
+    fault = Fault.CALLER
+
+    def __init__(self, message: str, *, closest: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.closest = closest
+
+
+class WrongRole(AcquireError):
+    """The model is served for another role than the request needs."""
+
+    fault = Fault.CALLER
+
+
+class BadModel(AcquireError):
+    """The model file is in the folder but cannot be read or is refused by llama.cpp."""
+
+    fault = Fault.CALLER
+
+
+class CannotFit(AcquireError):
+    """The model does not fit. ``never`` says that it would not fit on an empty machine either."""
+
+    fault = Fault.HARDWARE
+
+    def __init__(
+        self, message: str, *, causes: tuple[Shortfall, ...], never: bool, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.causes = causes
+        self.never = never
+
+
+class QueueFull(AcquireError):
+    """As many requests wait already as MAX_QUEUE allows."""
+
+
+class LoadTimeout(AcquireError):
+    """The runner was not ready within LOAD_TIMEOUT."""
+
+    fault = Fault.RUNNER
+
+
+class LoadFailed(AcquireError):
+    """The runner died while loading; the text ends with its last error line."""
+
+    fault = Fault.RUNNER
+
+
+class ShuttingDown(AcquireError):
+    """The service is draining and takes no new work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a runner answers, and the key that it asks for."""
+
+    base_url: str
+    api_key: str = field(repr=False)
+
+
+class Lease(Protocol):
+    """A grant to send one request to a runner. Leaving the context gives it back, exactly once."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where to send the request."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Return the public id of the model."""
+        ...
+
+    async def wait_lost(self) -> str:
+        """Return one line of the story as soon as the runner behind this lease has died; else wait for ever."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FailureView:
+    """How a runner last failed. ``at`` is seconds since the epoch, ``exit`` e.g. ``killed by SIGKILL``."""
+
+    at: float
+    reason: str
+    exit: str | None
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUse:
+    """Planned and measured bytes of one runner on one device; None where not known (yet)."""
+
+    device: str
+    planned_bytes: int | None
+    measured_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerView:
+    """One runner as it is at this moment. ``state`` is a value of ``supervisor.core.runner.RunnerState``.
+
+    ``plan`` is what ``planner explain --json`` prints. Times are seconds since the epoch.
+    """
+
+    id: str
+    model: str
+    role: Role
+    state: str
+    pid: int | None
+    url: str | None
+    since: float
+    in_flight: int
+    waiting: int
+    restarts: int
+    n_ctx_per_slot: int | None
+    n_parallel: int | None
+    expires_at: float | None
+    retry_at: float | None
+    load_seconds: float | None
+    plan: Mapping[str, Any] | None
+    uses: tuple[DeviceUse, ...]
+    last_failure: FailureView | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model of the folder. ``problem`` is the line that says why it cannot be served, where it cannot."""
+
+    id: str
+    path: str
+    role: Role
+    architecture: str | None
+    file_bytes: int
+    modified_at: float
+    n_ctx_train: int | None
+    n_ctx_per_slot: int | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCounters:
+    """What happened to one model since the service started."""
+
+    launches: int = 0
+    crashes: int = 0
+    load_failures: int = 0
+    requests_granted: int = 0
+    requests_refused: int = 0
+    unloads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that the status endpoints tell, at one moment. Building it never wakes or loads anything."""
+
+    version: str
+    started_at: float
+    now: float
+    draining: bool
+    not_ready: tuple[str, ...]  # reasons why /readyz is 503; empty: ready
+    llama_server: str | None
+    llama_version: str | None
+    machine: Machine | None
+    runners: tuple[RunnerView, ...]
+    models: tuple[ModelView, ...]
+    queue_length: int
+    queue_limit: int
+    counters: Mapping[str, ModelCounters] = field(default_factory=lambda: MappingProxyType({}))
+    warnings: tuple[str, ...] = ()
+
+
+class Runtime(Protocol):
+    """What the gateway may ask of the supervisor."""
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of everything, at once."""
+        ...
+
+    def acquire(self, model: str, role: Role) -> AbstractAsyncContextManager[Lease]:
+        """Return a context manager that waits for a lease on a runner of this model, loading it where need be.
+
+        Entering raises an ``AcquireError`` where none can be granted. Cancelling while it waits takes the request out
+        of the queue; a load that it caused goes on.
+        """
+        ...
