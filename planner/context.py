@@ -9,7 +9,7 @@ from planner.types import FlashAttention, LoadMode, SplitMode
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
-    """The effective parameters of one llama_context (src/llama-context.cpp, constructor; tools/server/server-context.cpp).
+    """The effective parameters of one llama_context (src/llama-context.cpp; tools/server/server-context.cpp).
 
     ``n_ctx`` is padded and is the sum over streams, ``n_ctx_seq`` what one sequence has, ``n_stream`` the number of
     separate caches (1 when unified). ``n_outputs_max`` is llama-server's, not llama-fit-params'.

@@ -188,8 +188,8 @@ class PlanRequest:
     """Every knob that moves memory. ``None`` means: not pinned, the planner decides and says why.
 
     Field names are llama.cpp's (common/common.h, ``common_params``); ``planner.flags`` maps them to flags.
-    ``n_ctx`` is llama-server's ``-c``, the sum over slots; ``n_ctx_per_slot`` is what one conversation gets. At most one
-    of the two is set. ``n_ctx == 0`` is the trained length; ``"auto"`` the largest that fits.
+    ``n_ctx`` is llama-server's ``-c``, the sum over slots; ``n_ctx_per_slot`` is what one conversation gets. At most
+    one of the two is set. ``n_ctx == 0`` is the trained length; ``"auto"`` the largest that fits.
     ``passthrough`` are llama-server flags that move no memory, to be handed on as they were written.
     """
 
@@ -362,7 +362,8 @@ class DecodeEstimate:
 class LaunchSpec:
     """A llama-server command line without port, alias and key, and the environment that belongs to it.
 
-    ``argv[0]`` is the binary, or plain ``llama-server`` where none was found. ``env`` is added to a scrubbed environment.
+    ``argv[0]`` is the binary, or plain ``llama-server`` where none was found. ``env`` is added to a scrubbed
+    environment.
     """
 
     argv: tuple[str, ...]
