@@ -1,0 +1,37 @@
+"""Sizes as people write and read them. Every multiple is binary: llama.cpp, drivers and GGUF all count so."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+_MULTIPLE: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
+_SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
+_NAMES: Final = (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB))
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of ``24GiB``, ``8G``, ``11500MiB``, ``1.5g`` or a plain number of bytes, rounded down.
+
+    ``GB`` means ``GiB``. Raises ValueError, whose text says what is allowed.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB")
+    number, unit = match.groups()
+    whole, _, fraction = number.partition(".")
+    multiple = _MULTIPLE[unit.lower()]
+    return int(whole) * multiple + int(fraction or 0) * multiple // 10 ** len(fraction)
+
+
+def format_size(size_bytes: int) -> str:
+    """Return the size as people read it: ``3.8 GiB``, ``512.0 MiB``, ``96 B``; the sign is kept."""
+    for name, multiple in _NAMES:
+        if abs(size_bytes) >= multiple:
+            return f"{size_bytes / multiple:.1f} {name}"
+    return f"{size_bytes} B"
