@@ -272,7 +272,7 @@ class _Reading:
 
 
 def parse(words: Sequence[str]) -> CommandLine:
-    """Return what these words ask for. Raises InvalidRequest with one line that says what is wrong and what is allowed."""
+    """Return what these words ask for. Raises InvalidRequest: what is wrong, and what is allowed."""
     reading = _Reading()
     rest = iter(words)
     for word in rest:
