@@ -1,0 +1,296 @@
+"""Compute buffers by closed forms: what the graph needs at its widest point, with room for what the forms leave out.
+
+A closed form never says less than llama.cpp reserves for the architectures named here; where a family's graph is not
+bounded by its tensors' shapes (scans over chunks, hyper-connections, indexers) there is none, and ``None`` is returned.
+The terms follow the widest moments of the graphs of src/models/*.cpp under the allocator of ggml/src/ggml-alloc.c.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from planner.context import ContextParams
+from planner.ggml import BY_NAME, pad
+from planner.model import HParams, ModelFacts, Tensor
+from planner.types import DeviceKind, Machine, Placement
+
+F16_BYTES: Final = 2
+F32_BYTES: Final = 4
+CACHE_PAD: Final = 256  # cells; src/llama-kv-cache-iswa.cpp pads the window's cache for speed
+PIPELINE_COPIES: Final = 4  # GGML_SCHED_MAX_COPIES, ggml/src/ggml-backend.cpp
+OFFLOAD_MIN_ROWS: Final = 32  # GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu
+SMALL_TENSORS_BYTES: Final = 384 * 1024  # index inputs, router outputs, rotations: many, each a few KiB
+
+# Kinds whose backend takes big products of weights that lie in host memory (offload_op), and whose flash attention
+# makes f16 copies of a cache of another type.
+OFFLOADING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
+F16_ATTENTION_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
+
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.(.+)")
+
+# Architectures whose graphs these forms were held against: every figure at or above llama.cpp's own.
+_CHECKED: Final = frozenset(
+    """
+    afmoe arcee arctic baichuan bailingmoe bailingmoe2 bloom chatglm codeshell cohere2 command-r dbrx deci
+    deepseek deepseek2 dots1 ernie4_5-moe ernie4_5 exaone exaone-moe exaone4 falcon gemma gemma2 gemma3 glm4
+    glm4moe gpt-oss gptneox granite granite_swa granitemoe grovemoe hunyuan-dense hunyuan-moe hunyuan_vl internlm2
+    jais jais2 laguna llama llama4 maincoder maple mellum mimo2 minicpm minimax-m2 mistral3 mistral4 muse-glimmer
+    nanbeige nemotron olmo olmo2 olmoe openelm orion paddleocr pangu-embedded phi3 phimoe plamo plamo3 pockettts
+    qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3tts qwen3vl qwen3vlmoe refact seed_oss smallthinker smollm3
+    spark2_5 stablelm starcoder2 xverse
+    """.split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """The widest rows of one block's activations, in elements per token."""
+
+    ffn: int  # one of gate and up
+    expert: int  # one of gate and up, all used experts together
+    shared_expert: int
+    q: int
+    kv: int
+    mla: int  # all of a latent attention's query, key and value forms together
+    biased_experts: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BufferBytes:
+    """Estimated bytes of the devices of a placement, in its order, and of the host."""
+
+    devices: tuple[int, ...]
+    host: int
+
+
+def pipeline_copies(params: ContextParams, placement: Placement, n_layer_all: int) -> int:
+    """Return how many copies of its inputs the scheduler keeps (src/llama-context.cpp, ``pipeline_parallel``)."""
+    pipelined = (
+        len(placement.devices) > 1
+        and placement.n_gpu_layers > n_layer_all
+        and params.split_mode == "layer"
+        and params.kv_offload
+        and not params.overrides
+    )
+    return PIPELINE_COPIES if pipelined else 1
+
+
+def reserved_tokens(params: ContextParams) -> int:
+    """Return the tokens of the prompt graph, a multiple of the sequences (src/llama-context.cpp, ``graph_reserve``)."""
+    return pad(min(params.n_ctx, params.n_ubatch), params.n_seq_max)
+
+
+def window_cells(hparams: HParams, params: ContextParams) -> int:
+    """Return the cells per stream of a sliding window's cache (src/llama-kv-cache-iswa.cpp)."""
+    if params.swa_full:
+        return params.n_ctx_seq
+    sequences = params.n_seq_max if params.kv_unified else 1
+    return pad(min(params.n_ctx_seq, hparams.n_swa * sequences + params.n_ubatch), CACHE_PAD)
+
+
+def estimate_buffers(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
+) -> BufferBytes | None:
+    """Return compute buffers that err upwards, or None where the model's graph has no closed form here."""
+    if model.hparams.architecture not in _CHECKED or not model.hparams.causal:
+        return None
+    form = _Form.of(model, params, placement)
+    return BufferBytes(
+        devices=tuple(form.device_bytes(index, machine) for index in range(len(placement.devices))),
+        host=form.host_bytes(machine),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Which halves of one block ("attn", "ffn") have matrices on its device, and which in host memory."""
+
+    on_device: frozenset[str]
+    on_host: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """One question's terms, each in bytes."""
+
+    hparams: HParams
+    params: ContextParams
+    placement: Placement
+    widths: tuple[Width, ...]
+    parts: tuple[_Parts, ...]
+    largest_host_weight: int
+    n_tokens: int
+    copies: int
+    n_vocab_rows: int
+
+    @classmethod
+    def of(cls, model: ModelFacts, params: ContextParams, placement: Placement) -> _Form:
+        """Return the terms of a question."""
+        output = model.tensor("output.weight") or model.tensor("token_embd.weight")
+        host_weights = _host_weights(model, params, placement)
+        return cls(
+            hparams=model.hparams,
+            params=params,
+            placement=placement,
+            widths=tuple(_widths(model)),
+            parts=_parts(model, frozenset(tensor.name for tensor in host_weights)),
+            largest_host_weight=max((tensor.nbytes for tensor in host_weights), default=0),
+            n_tokens=reserved_tokens(params),
+            copies=pipeline_copies(params, placement, model.hparams.n_layer_all),
+            n_vocab_rows=output.shape[1] if output and len(output.shape) > 1 else model.hparams.n_vocab,
+        )
+
+    def device_bytes(self, index: int, machine: Machine) -> int:
+        """Return the buffer of one device: inputs and their copies beside the widest moment of its blocks."""
+        kind = machine.device(self.placement.devices[index]).kind
+        offloaded = self._offloaded_weights(kind) if index == 0 else 0
+        blocks = {
+            il: self.parts[il].on_device | (self.parts[il].on_host if offloaded else frozenset())
+            for il, device in enumerate(self.placement.layer_devices)
+            if device == index or offloaded
+        }
+        output = self._output() if self.placement.output_device == index else 0
+        if not blocks:
+            return 4 * self.copies * self._row(self._n_outputs()) + output + SMALL_TENSORS_BYTES if output else 0
+        widest = max(self._block(il, kind, parts) for il, parts in blocks.items())
+        crossings = 1 if self.copies > 1 else 2 * any(parts.on_host for parts in self.parts)
+        boundary = crossings * self._row(self.n_tokens)
+        return self.copies * (self._inputs() + boundary) + max(widest, output) + offloaded + SMALL_TENSORS_BYTES
+
+    def host_bytes(self, machine: Machine) -> int:
+        """Return the host's buffer: every input, and what its blocks compute."""
+        row = self._row(self.n_tokens)
+        inputs = self.copies * (self._inputs() + row + self._row(self._n_outputs())) + row
+        blocks = {il: parts.on_host for il, parts in enumerate(self.parts) if parts.on_host}
+        widest = max((self._block(il, machine.host.kind, parts) for il, parts in blocks.items()), default=0)
+        output = self._output() if self.placement.output_device < 0 else 0
+        return inputs - (row if blocks else 0) + max(widest, output) + SMALL_TENSORS_BYTES
+
+    def _row(self, n_tokens: int) -> int:
+        return F32_BYTES * self.hparams.n_embd * n_tokens
+
+    def _n_outputs(self) -> int:
+        return min(self.n_tokens, self.params.n_outputs_max)
+
+    def _output(self) -> int:
+        return F32_BYTES * self.n_vocab_rows * self._n_outputs() + 4 * self._row(self._n_outputs())
+
+    def _inputs(self) -> int:
+        """Masks, and cache indices: with flash attention off one index per element of V (``build_input_v_idxs``)."""
+        hparams, params = self.hparams, self.params
+        mask = F16_BYTES if params.flash_attn != "off" else F32_BYTES
+        caches = [params.n_ctx_seq] if not all(hparams.swa_layers) else []
+        if any(hparams.swa_layers):
+            caches = [params.n_ctx_seq, window_cells(hparams, params)]
+        v_rows = max(width.kv for width in self.widths) if params.flash_attn == "off" else 1
+        return sum(self.n_tokens * (mask * cells + 8 * v_rows + 24) for cells in caches)
+
+    def _block(self, il: int, kind: DeviceKind, parts: frozenset[str]) -> int:
+        attention = self._attention(il, self.widths[il], kind) if "attn" in parts else 0
+        return max(attention, self._ffn(self.widths[il]) if "ffn" in parts else 0)
+
+    def _ffn(self, width: Width) -> int:
+        row, per_element = self._row(self.n_tokens), F32_BYTES * self.n_tokens
+        dense = 3 * row + 3 * width.ffn * per_element
+        if not width.expert:
+            return dense
+        gate, down = width.expert * per_element, self.hparams.n_expert_used * row
+        extra = max(down if down > 2 * gate else 0, 3 * width.shared_expert * per_element)
+        return max(dense, (6 if width.biased_experts else 5) * row + 3 * gate + extra)
+
+    def _attention(self, il: int, width: Width, kind: DeviceKind) -> int:
+        row, per_element = self._row(self.n_tokens), F32_BYTES * self.n_tokens
+        cells = self.params.n_ctx_seq
+        if self.hparams.swa_layers[il]:
+            cells = window_cells(self.hparams, self.params)
+        scores = per_element * cells * self.hparams.n_head[il] if self.params.flash_attn == "off" else 0
+        if width.mla:
+            return 5 * row + width.mla * per_element + scores + self._f16_cache(il, cells, kind)
+        rows = 4 * row if width.q > self.hparams.n_embd else 3 * row
+        if scores:
+            return rows + scores + (2 * width.q + 2 * width.kv) * per_element
+        rotated = 2 * width.q + width.kv if BY_NAME[self.params.cache_type_k].quantized else 0
+        return rows + (3 * width.q + rotated + 2 * width.kv) * per_element + self._f16_cache(il, cells, kind)
+
+    def _f16_cache(self, il: int, cells: int, kind: DeviceKind) -> int:
+        """Copies that flash attention makes of a cache that is not f16 (ggml-cuda/fattn.cu, fattn-common.cuh)."""
+        if kind not in F16_ATTENTION_KINDS or self.params.flash_attn == "off":
+            return 0
+        heads = self.hparams.n_head_kv[il]
+        k = self.hparams.head_k * heads if self.params.cache_type_k != "f16" else 0
+        v = self.hparams.head_v * heads if self.params.cache_type_v != "f16" and not self.hparams.is_mla else 0
+        return F16_BYTES * cells * self.params.n_stream * (k + v)
+
+    def _offloaded_weights(self, kind: DeviceKind) -> int:
+        """Copies of host weights whose products the first device computes: two where several devices fragment it."""
+        if kind not in OFFLOADING_KINDS or not self.params.op_offload or self.n_tokens < OFFLOAD_MIN_ROWS:
+            return 0
+        return self.largest_host_weight * (2 if len(self.placement.devices) > 1 else 1)
+
+
+def _host_weights(model: ModelFacts, params: ContextParams, placement: Placement) -> list[Tensor]:
+    """Return the matrices of blocks that lie in host memory: by layer, or by a tensor override."""
+    overrides = [(re.compile(pattern), buffer_type) for pattern, buffer_type in params.overrides]
+    weights = []
+    for tensor in model.tensors:
+        found = _BLOCK.match(tensor.name)
+        if not found or len(tensor.shape) < 2:  # noqa: PLR2004  # vectors are too small to matter
+            continue
+        target = next((buffer_type for regex, buffer_type in overrides if regex.search(tensor.name)), None)
+        if target == "CPU" or (target is None and placement.layer_devices[int(found[1])] < 0):
+            weights.append(tensor)
+    return weights
+
+
+def _parts(model: ModelFacts, host_names: frozenset[str]) -> tuple[_Parts, ...]:
+    sides: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in range(model.hparams.n_layer_all)]
+    for tensor in model.tensors:
+        found = _BLOCK.match(tensor.name)
+        if found and len(tensor.shape) > 1 and not found[2].startswith("ffn_gate_inp"):
+            part = "ffn" if found[2].startswith("ffn") else "attn"
+            sides[int(found[1])][tensor.name in host_names].add(part)
+    return tuple(_Parts(frozenset(on_device), frozenset(on_host)) for on_device, on_host in sides)
+
+
+def _widths(model: ModelFacts) -> Iterator[Width]:
+    blocks: list[dict[str, Tensor]] = [{} for _ in range(model.hparams.n_layer_all)]
+    for tensor in model.tensors:
+        found = _BLOCK.match(tensor.name)
+        if found and int(found[1]) < len(blocks):
+            blocks[int(found[1])][found[2]] = tensor
+    for il, block in enumerate(blocks):
+        yield _width(model.hparams, il, block)
+
+
+def _rows(block: dict[str, Tensor], *names: str) -> int:
+    shapes = (block[name].shape for name in names if name in block)
+    return max((shape[1] for shape in shapes if len(shape) > 1), default=0)
+
+
+def _width(hparams: HParams, il: int, block: dict[str, Tensor]) -> Width:
+    q = max(hparams.n_head[il] * max(hparams.head_k, hparams.head_v), _rows(block, "attn_q.weight"))
+    kv = max(hparams.n_head_kv[il] * max(hparams.head_k, hparams.head_v), _rows(block, "attn_k.weight"))
+    if "attn_qkv.weight" in block:
+        q = max(q, _rows(block, "attn_qkv.weight") - 2 * kv)
+        kv = max(kv, (_rows(block, "attn_qkv.weight") - q + 1) // 2)
+    expert = _rows(block, "ffn_up_exps.weight", "ffn_gate_exps.weight", "ffn_gate_up_exps.weight")
+    return Width(
+        ffn=_rows(block, "ffn_up.weight", "ffn_gate.weight"),
+        expert=expert * hparams.n_expert_used,
+        shared_expert=_rows(block, "ffn_up_shexp.weight", "ffn_gate_shexp.weight"),
+        q=q,
+        kv=kv,
+        mla=_latent_width(hparams, il, block) if hparams.is_mla else 0,
+        biased_experts="ffn_up_exps.bias" in block,
+    )
+
+
+def _latent_width(hparams: HParams, il: int, block: dict[str, Tensor]) -> int:
+    """Return the elements per token of latent attention (src/models/deepseek2.cpp): nope, rope and latent forms."""
+    latent = block["attn_kv_a_norm.weight"].shape[0] if "attn_kv_a_norm.weight" in block else hparams.head_v
+    rope = hparams.head_k - latent
+    nope = block["attn_k_b.weight"].shape[0] if "attn_k_b.weight" in block else latent
+    return hparams.n_head[il] * (nope + 3 * rope + 2 * latent)
