@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
-from planner.types import FlashAttention, LoadMode, SplitMode
+from planner import ggml
+from planner.architectures import ARCHITECTURES
+from planner.errors import InvalidRequest
+from planner.types import DeviceKind, FlashAttention, LoadMode, Role, SplitMode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from planner.model import ModelFacts
+    from planner.types import PlanRequest
+
+N_BATCH: Final = 2048  # common/common.h, common_params
+N_UBATCH: Final = 512
+CACHE_RAM_MIB: Final = 8192
+CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
+MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
+MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
+MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
+
+# common/common.h, llm_ffn_exps_block_regex and its neighbours
+_EXPERTS: Final = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+_FFN: Final = r"\.ffn_(up|down|gate)\."
+_HOST_BUFFER: Final = "CPU"
+
+# Flags whose bytes have no rule here, and what they touch.
+_WITHOUT_RULE: Final = (
+    ("model_draft", "a draft model (--model-draft)"),
+    ("spec_type", "speculative decoding (--spec-type)"),
+    ("mmproj", "a projector (--mmproj)"),
+    ("lora", "LoRA adapters (--lora)"),
+    ("override_kv", "overridden metadata (--override-kv)"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
-    """The effective parameters of one llama_context (src/llama-context.cpp; tools/server/server-context.cpp).
+    """The effective parameters of one llama_context (src/llama-context.cpp, constructor; tools/server/*.cpp).
 
     ``n_ctx`` is padded and is the sum over streams, ``n_ctx_seq`` what one sequence has, ``n_stream`` the number of
-    separate caches (1 when unified). ``n_outputs_max`` is llama-server's, not llama-fit-params'.
+    separate caches (1 when unified). ``n_outputs_max`` is llama-server's, not llama-fit-params'. ``n_ctx_unpadded`` is
+    what ``-c`` has to say for these figures: the batch is bounded by it. ``not_built`` names the flags that are set and
+    whose bytes no rule here covers.
     """
 
     n_ctx: int
@@ -36,8 +71,170 @@ class ContextParams:
     repack: bool
     embeddings: bool
     overrides: tuple[tuple[str, str], ...]  # (regex, buffer type) in llama.cpp's order: -ot, -cmoe, -ncmoe, -ncffn
+    n_ctx_unpadded: int = 0
+    cache_ram_mib: int = CACHE_RAM_MIB
+    not_built: tuple[str, ...] = ()
 
     @property
     def v_trans(self) -> bool:
         """Say whether V is stored transposed: only with flash attention off ("auto" is laid out as on)."""
         return self.flash_attn == "off"
+
+
+def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
+    """Return the parameters that llama-server would use for this request; what is not pinned takes its default.
+
+    A context of ``None``, 0 or ``"auto"`` is the trained length for every slot. Raises InvalidRequest for a number out
+    of range or a pattern that is no regular expression.
+    """
+    n_parallel = _bounded("--parallel", request.n_parallel, 1, 1, MAX_PARALLEL)
+    kv_unified = bool(request.kv_unified)
+    n_ctx_unpadded = _n_ctx(model, request, 1 if kv_unified else n_parallel, n_parallel)
+    embeddings = _embeds(request)
+    n_batch = _bounded("--batch-size", request.n_batch, N_BATCH, 1, MAX_CONTEXT)
+    n_ubatch = _bounded("--ubatch-size", request.n_ubatch, N_UBATCH, 1, MAX_CONTEXT)
+    if embeddings:  # all tokens of an input in one micro-batch (tools/server/server.cpp)
+        n_batch = min(n_batch, n_ubatch)
+    n_outputs_max = n_batch if embeddings else max(1, min(n_batch, n_parallel))
+    if model.hparams.causal:
+        n_batch = min(n_ctx_unpadded, n_batch)
+    n_ctx = ggml.pad(n_ctx_unpadded, CONTEXT_ALIGNMENT)
+    n_ctx_seq = n_ctx if kv_unified else ggml.pad(n_ctx // n_parallel, CONTEXT_ALIGNMENT)
+    return ContextParams(
+        n_ctx=n_ctx if kv_unified else n_ctx_seq * n_parallel,
+        n_ctx_seq=n_ctx_seq,
+        n_seq_max=n_parallel,
+        n_stream=1 if kv_unified else n_parallel,
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, n_ubatch),
+        n_outputs_max=min(n_outputs_max, n_batch),
+        kv_unified=kv_unified,
+        flash_attn=_flash_attn(model, request),
+        cache_type_k=request.cache_type_k or "f16",
+        cache_type_v=request.cache_type_v or "f16",
+        kv_offload=request.kv_offload is not False,
+        op_offload=request.op_offload is not False,
+        swa_full=bool(request.swa_full),
+        split_mode=request.split_mode or "layer",
+        load_mode=request.load_mode or "auto",
+        lazy_mode=request.lazy_mode or "auto",
+        use_host_buffer=request.use_host_buffer is not False,
+        repack=request.repack is not False,
+        embeddings=embeddings,
+        overrides=_overrides(request),
+        n_ctx_unpadded=n_ctx_unpadded,
+        cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
+        not_built=tuple(text for name, text in _WITHOUT_RULE if getattr(request, name)),
+    )
+
+
+def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind] = ()) -> str | None:
+    """Return why llama.cpp would reject this model or these flags, or None.
+
+    ``kinds`` are those of the devices to be used. (src/llama-context.cpp, ``llama_init_from_model``;
+    src/llama-model.cpp, ``make_gpu_buft_list``; common/arg.cpp.)
+    """
+    return _model_refusal(model) or _cache_refusal(model, request) or _split_refusal(model, request, kinds)
+
+
+def _model_refusal(model: ModelFacts) -> str | None:
+    architecture = model.hparams.architecture
+    rules = ARCHITECTURES.get(architecture)
+    if architecture == "clip":
+        return "this file is a projector, not a language model: give the model, and this file with --mmproj"
+    if not model.tensors:
+        return "this file holds a vocabulary but no weights"
+    if rules is not None and not rules.loadable:
+        return f"llama.cpp knows the architecture {architecture} by name but cannot load it"
+    if model.byte_order != "little":
+        return "this file is big-endian: convert it with gguf-py's gguf_convert_endian.py"
+    return None
+
+
+def _cache_refusal(model: ModelFacts, request: PlanRequest) -> str | None:
+    """Return what is wrong with the cache types (``llama_init_from_model``)."""
+    facts = model.hparams
+    names = (request.cache_type_k or "f16", request.cache_type_v or "f16")
+    for name in names:
+        if name not in ggml.KV_TYPE_NAMES:
+            return f"{name!r} is not a cache type; llama-server takes {', '.join(ggml.KV_TYPE_NAMES)}"
+    type_k, type_v = (ggml.BY_NAME[name] for name in names)
+    if (facts.is_mla or facts.architecture == "deepseek4") and type_k != type_v:
+        return f"this model caches keys and values as one: --cache-type-k {names[0]} and -v {names[1]} must be the same"
+    off = _flash_attn(model, request) == "off"
+    if type_v.quantized and off:
+        why = "" if request.flash_attn == "off" else f", which {facts.architecture} does not support"
+        return f"a quantized V cache ({names[1]}) needs flash attention{why}"
+    for letter, type_, head_of in (("K", type_k, facts.head_k_of), ("V", type_v, facts.head_v_of)):
+        sizes = {head_of(layer) for layer in range(facts.n_layer)} if type_.quantized and not off else set()
+        for size in sorted(sizes):
+            if size % type_.block:
+                return (
+                    f"the {letter} cache type {type_.name} works in blocks of {type_.block}, "
+                    f"which do not divide this model's head size of {size}"
+                )
+    return None
+
+
+def _split_refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind]) -> str | None:
+    shares = request.tensor_split or ()
+    if len(shares) >= MAX_DEVICES:
+        return f"--tensor-split has {len(shares)} entries; llama.cpp takes fewer than {MAX_DEVICES}"
+    if request.split_mode == "row" and (without := [kind for kind in kinds if kind is not DeviceKind.SYCL]):
+        return f"--split-mode row needs buffers that {without[0]} devices do not have: use layer or tensor"
+    rules = ARCHITECTURES.get(model.hparams.architecture)
+    if request.split_mode == "tensor":
+        if rules is not None and not rules.splits_tensors:
+            return f"--split-mode tensor does not work with {model.hparams.architecture}: use layer"
+        if request.flash_attn == "off":
+            return "--split-mode tensor needs flash attention"
+    return None
+
+
+def _n_ctx(model: ModelFacts, request: PlanRequest, n_stream: int, n_parallel: int) -> int:
+    """Return ``-c`` before padding: what is asked for, or the trained length for each stream (common/fit.cpp)."""
+    if request.n_ctx_per_slot:
+        tokens = request.n_ctx_per_slot * n_parallel
+    elif request.n_ctx and request.n_ctx != "auto":
+        tokens = request.n_ctx
+    else:
+        tokens = (model.hparams.n_ctx_train or 0) * n_stream
+    return _bounded("--ctx-size", tokens, tokens, 1, MAX_CONTEXT - CONTEXT_ALIGNMENT * MAX_PARALLEL)
+
+
+def _embeds(request: PlanRequest) -> bool:
+    """Say whether llama-server is started to embed or to rank (``server_output_limits``)."""
+    pools = request.pooling is not None and request.pooling != "none"
+    return bool(request.embeddings or request.reranking or pools) or request.role is not Role.CHAT
+
+
+def _flash_attn(model: ModelFacts, request: PlanRequest) -> FlashAttention:
+    """Return the effective setting: "off" where the architecture cannot (``llama_init_from_model``)."""
+    rules = ARCHITECTURES.get(model.hparams.architecture)
+    if rules is not None and not rules.flash_attention:
+        return "off"
+    return request.flash_attn or "auto"
+
+
+def _overrides(request: PlanRequest) -> tuple[tuple[str, str], ...]:
+    """Return all pairs of pattern and buffer type, the user's own first."""
+    pairs = list(request.override_tensor or ())
+    if request.cpu_moe:
+        pairs.append((_EXPERTS, _HOST_BUFFER))
+    pairs += [(rf"blk\.{layer}{_EXPERTS}", _HOST_BUFFER) for layer in range(request.n_cpu_moe or 0)]
+    pairs += [(rf"blk\.{layer}{_FFN}", _HOST_BUFFER) for layer in range(request.n_cpu_ffn or 0)]
+    for pattern, _ in pairs:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidRequest(f"--override-tensor: {pattern!r} is not a regular expression ({error})") from error
+    return tuple(pairs)
+
+
+def _bounded(flag: str, value: int | None, default: int, low: int, high: int) -> int:
+    """Return the value or its default. Raises InvalidRequest where it is out of range."""
+    if value is None:
+        return default
+    if not low <= value <= high:
+        raise InvalidRequest(f"{flag}: {value} is not between {low} and {high}")
+    return value

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and tensor table (ggml/docs/gguf.md; ggml/src/gguf.cpp, ``gguf_init_from_reader``).
+"""The header of a GGUF file: metadata and tensor table (ggml/docs/gguf.md; ggml/src/gguf.cpp, ``gguf_init_*``).
 
 Takes an open file, reads only the header, keeps only what a planner needs. Every count, length and offset is checked
 against the file and a named bound, so any sequence of bytes ends in a header or in one ``ModelFileError``.
@@ -23,7 +23,7 @@ MetadataValue = MetadataScalar | tuple[MetadataScalar, ...]
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 DEFAULT_ALIGNMENT: Final = 32
-# Longer arrays are vocabularies: their length is all a planner asks for. Per-layer arrays end at 512 (LLAMA_MAX_LAYERS).
+# Longer arrays are vocabularies: their length is all a planner asks for. LLAMA_MAX_LAYERS ends per-layer arrays at 512.
 MAX_KEPT_ARRAY: Final = 1024
 # The largest published header, a vocabulary of 260,000 with merges and scores, takes 16 MB.
 MAX_HEADER_BYTES: Final = 128 << 20
@@ -74,14 +74,14 @@ def read_header(file: BinaryIO, path: str) -> Header:
     Raises ModelFileError with what is wrong, be it a stray byte or a download that broke off.
     """
     try:
-        return _read_header(file, path)
+        return _read_header(file)
     except _BadHeader as error:
         raise ModelFileError(path, str(error), error.remedy) from error
     except OSError as error:
         raise ModelFileError(path, f"cannot be read ({error.strerror or error})") from error
 
 
-def _read_header(file: BinaryIO, path: str) -> Header:
+def _read_header(file: BinaryIO) -> Header:
     file_bytes = os.fstat(file.fileno()).st_size
     cursor = _Cursor(file, file_bytes)
     version = _read_preamble(cursor)
