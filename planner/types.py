@@ -165,15 +165,20 @@ class PerDevice:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator allows, beside the flags: margins, caps and what is already promised.
+    """What the operator allows, beside the flags: margins, caps, what is already promised, and what holds unless pinned.
 
     ``held`` is what our own runners hold on each device (it counts against MAX_VRAM); ``promised`` what was granted to
-    loads that the driver does not show yet (it is taken off what is free).
+    loads that the driver does not show yet (it is taken off what is free). ``n_ctx_per_slot`` None: the planner decides.
     """
 
     gpu_overhead: PerDevice = PerDevice(default=0)
     max_vram: PerDevice = PerDevice()
     spread: bool = False
+    n_parallel: int = 1
+    n_ctx_per_slot: int | None = None
+    cache_type: str = "f16"
+    flash_attn: FlashAttention = "auto"
+    cache_ram_mib: int = 1024
     held: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     promised: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
