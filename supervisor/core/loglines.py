@@ -1,0 +1,128 @@
+"""What one line of a llama-server started with ``-lv 4`` says: a fact, or nothing that matters here.
+
+The texts are those of llama.cpp 0.5.0-dev: common/log.cpp (the prefix), src/llama-model.cpp (model buffers),
+src/llama-kv-cache.cpp, src/llama-memory-recurrent.cpp (context), src/llama-context.cpp ``sched_reserve`` (compute),
+tools/server/server.cpp (the address), ggml/src/ggml-backend*.cpp and ggml-cuda.cu (allocation failures, aborts).
+Sizes are printed in MiB with two decimals, so a figure read here is exact to 0.005 MiB.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from planner.types import HOST
+
+
+class BufferKind(StrEnum):
+    """llama.cpp's three accounts; its output buffer belongs to none of them."""
+
+    MODEL = "model"
+    CONTEXT = "context"
+    COMPUTE = "compute"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferSize:
+    """A buffer was reserved. ``buffer`` is llama.cpp's name of the buffer type, not of the device."""
+
+    buffer: str
+    kind: BufferKind
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsingDevice:
+    """llama.cpp uses this device; ``description`` of an RPC device is the worker's address."""
+
+    name: str
+    description: str
+    free_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """The server has loaded, and answers at this address."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorLine:
+    """A complaint. ``specific`` is False for those that only pass an earlier one on."""
+
+    text: str
+    specific: bool
+    out_of_memory: bool
+
+
+Fact = BufferSize | UsingDevice | Listening | ErrorLine
+
+MIB: Final = 1024 * 1024
+
+_PREFIX = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} (?P<level>[IWED]) (?:(?:srv|cmn|slot|que|mtmd) +)?")
+_BUFFER = re.compile(
+    r"^\w+: +(?P<buffer>\S+) +(?P<kind>model|KV|RS|compute|output) buffer size = +(?P<mib>\d+\.\d+) MiB$"
+)
+_DEVICE = re.compile(r"^\w+: using device (?P<name>\S+) \((?P<description>.*)\) \(.*\) - (?P<free>\d+) MiB free$")
+_LISTENING = re.compile(r"^llama_server: listening on (?P<url>\S+)$")
+_UNPREFIXED_ERROR = re.compile(
+    r"^error\b|^cannot start |^terminate called|\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: |^(?:CUDA|ROCm) error|^ggml_vulkan: "
+)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|OutOfDeviceMemory|insufficient memory|failed to allocate|unable to allocate"
+    r"|allocation of size \d+ failed"
+)
+_ABORT_PLACE = re.compile(r"^\S*/(?P<file>[\w.-]+\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: )")
+_PASSED_ON = re.compile(
+    r"exiting due to|failed to load model|failed to create.context with model|cleaning up before exit"
+    r"|failed to initialize the context"
+)
+_KINDS: Final = {
+    "model": BufferKind.MODEL,
+    "KV": BufferKind.CONTEXT,
+    "RS": BufferKind.CONTEXT,
+    "compute": BufferKind.COMPUTE,
+    "output": BufferKind.OUTPUT,
+}
+
+
+def read(line: str) -> Fact | None:
+    """Return the fact that this line states, or None."""
+    prefix = _PREFIX.match(line)
+    text = line[prefix.end() :] if prefix else line
+    if found := _BUFFER.match(text):
+        size_bytes = round(float(found["mib"]) * MIB)
+        return BufferSize(found["buffer"], _KINDS[found["kind"]], size_bytes)
+    if found := _DEVICE.match(text):
+        return UsingDevice(found["name"], found["description"], int(found["free"]))
+    if found := _LISTENING.match(text):
+        return Listening(found["url"])
+    if (prefix["level"] == "E") if prefix else bool(_UNPREFIXED_ERROR.search(text)):
+        text = _ABORT_PLACE.sub(r"\g<file>", text.strip())
+        return ErrorLine(text, specific=not _PASSED_ON.search(text), out_of_memory=bool(_OUT_OF_MEMORY.search(text)))
+    return None
+
+
+def device_of(buffer: str, buffer_devices: Mapping[str, str]) -> str:
+    """Return the device that a buffer type belongs to. Host memory that a GPU driver pinned is the host's.
+
+    ``buffer_devices`` names the devices of RPC buffers, whose own index counts within one worker.
+    """
+    if buffer in buffer_devices:
+        return buffer_devices[buffer]
+    is_host = buffer.startswith(("CPU", "BLAS")) or buffer.endswith("_Host")
+    return HOST if is_host else buffer
+
+
+def last_words(errors: Iterable[ErrorLine]) -> str | None:
+    """Return the line that says most about why the server died: the last one that is not only passed on."""
+    told = list(errors)
+    for candidates in ([one for one in told if one.specific], told):
+        if candidates:
+            return candidates[-1].text
+    return None
