@@ -1,0 +1,75 @@
+"""What a child says: split into lines, kept within bounds, read for facts, passed on to our own log."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Final
+
+import structlog
+
+from supervisor.core import loglines
+from supervisor.core.loglines import BufferKind, BufferSize, ErrorLine, Fact
+
+MAX_LINE_BYTES: Final = 4096  # longer lines are metadata dumps (chat templates); their beginning tells all
+KEPT_LINES: Final = 200  # a load prints about 170 lines, so the ring holds the story of a failed one
+KEPT_ERRORS: Final = 50
+TAIL_LINES: Final = 20  # as many as a reader of /status wants to see
+
+
+class ChildLog:
+    """The log of one child, fed with raw output.
+
+    ``measured_bytes`` sums the reported buffers by device: model, context and compute, as llama.cpp's own memory
+    breakdown does. It follows the load; what is printed at exit is not counted twice.
+    """
+
+    def __init__(self, buffer_devices: Mapping[str, str], logger: structlog.typing.FilteringBoundLogger) -> None:
+        self._buffer_devices = buffer_devices
+        self._log = logger
+        self._rest = b""
+        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
+        self._measured: Counter[str] = Counter()
+
+    def feed(self, data: bytes) -> list[Fact]:
+        """Take what was read from the pipe; return the facts in the lines that it completed."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE_BYTES:
+            self._rest = self._rest[:MAX_LINE_BYTES]
+        return [fact for line in lines if (fact := self._take(line)) is not None]
+
+    def close(self) -> None:
+        """Take the last line, which a dying child may have left unfinished."""
+        if self._rest:
+            self._take(self._rest)
+        self._rest = b""
+
+    @property
+    def measured_bytes(self) -> dict[str, int]:
+        """Return the sums so far, by device name."""
+        return dict(self._measured)
+
+    @property
+    def last_error(self) -> str | None:
+        """Return the line that says most about what went wrong, None where the child never complained."""
+        return loglines.last_words(self._errors)
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Return the last lines."""
+        return tuple(self._lines)[-TAIL_LINES:]
+
+    def _take(self, raw: bytes) -> Fact | None:
+        line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
+        if not line.strip():
+            return None
+        self._lines.append(line)
+        self._log.debug("child.says", line=line)
+        fact = loglines.read(line)
+        match fact:
+            case ErrorLine():
+                self._errors.append(fact)
+            case BufferSize(kind=kind) if kind is not BufferKind.OUTPUT:
+                self._measured[loglines.device_of(fact.buffer, self._buffer_devices)] += fact.size_bytes
+        return fact

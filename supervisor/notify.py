@@ -1,0 +1,57 @@
+"""What systemd wants to hear from a ``Type=notify`` service (sd_notify(3)), over its datagram socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Final
+
+MICROSECONDS: Final = 1_000_000
+
+
+class Notifier:
+    """Sends states to the socket that the environment names; does nothing where there is none.
+
+    ``watchdog_interval_s`` is half of what systemd allows between two signs of life, None where it wants none.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        # a leading @ stands for the zero byte of an abstract socket
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.watchdog_interval_s = _watchdog_interval_s(environ)
+
+    def ready(self, status: str) -> None:
+        """Say that the service is up."""
+        self._send(f"READY=1\nSTATUS={status}")
+
+    def status(self, status: str) -> None:
+        """Say in one line what it does."""
+        self._send(f"STATUS={status}")
+
+    def alive(self) -> None:
+        """Say that the event loop turns."""
+        self._send("WATCHDOG=1")
+
+    def stopping(self) -> None:
+        """Say that the service winds down."""
+        self._send("STOPPING=1\nSTATUS=Waiting for requests to finish")
+
+    def _send(self, text: str) -> None:
+        if not self._address:
+            return
+        # Nobody listening is systemd's trouble, not a reason to fail a request.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender, suppress(OSError):
+            sender.setblocking(False)
+            sender.sendto(text.encode(), self._address)
+
+
+def _watchdog_interval_s(environ: Mapping[str, str]) -> float | None:
+    microseconds, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+    if not microseconds.isdigit() or int(microseconds) == 0:
+        return None
+    if pid and pid != str(os.getpid()):
+        return None  # meant for another process
+    return int(microseconds) / MICROSECONDS / 2

@@ -1,0 +1,120 @@
+"""One child process: started in a session of its own, its death tied to ours, its exit noticed at once, always reaped.
+
+The exit is awaited on a pidfd, which becomes readable the moment the process ends: nothing is polled, and the process
+id cannot be somebody else's by then, since the child is reaped only afterwards and only here. Whatever is left in its
+process group is killed before that, while its id still names the group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+READ_BYTES: Final = 65536  # a full pipe
+SHIM: Final = Path(__file__).with_name("exec_child.py")
+
+# What must not reach a child: llama-server's own settings, ours (keys among them), what systemd says to us, and
+# whatever hides, renumbers or oversubscribes devices that the plan counts on.
+SCRUBBED_PREFIXES: Final = ("LLAMA_", "PLANNER_", "OLLAMA_", "AIP_", "LISTEN_", "WATCHDOG_")
+SCRUBBED_SUFFIXES: Final = ("_VISIBLE_DEVICES",)
+SCRUBBED_NAMES: Final = frozenset({"NOTIFY_SOCKET", "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "MTMD_BACKEND_DEVICE"})
+KEPT_NAMES: Final = frozenset({"LLAMA_CACHE"})
+
+
+def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without what would change a runner behind the plan's back."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in KEPT_NAMES
+        or not (name.startswith(SCRUBBED_PREFIXES) or name.endswith(SCRUBBED_SUFFIXES) or name in SCRUBBED_NAMES)
+    }
+
+
+class Child:
+    """A running process and the read end of its stdout and stderr together.
+
+    Construction starts it and raises OSError where that is impossible. ``wait`` has to run to its end: it reaps.
+    """
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        command = [sys.executable, "-I", "-S", str(SHIM), str(os.getpid()), *argv]
+        self._process = subprocess.Popen(  # noqa: S603 - the argv is a plan's
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None  # noqa: S101 - PIPE was asked for
+        self._output = self._process.stdout
+        os.set_blocking(self._output.fileno(), False)
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._exited = anyio.Event()
+
+    @property
+    def pid(self) -> int:
+        """Return the process id, which is also the id of its process group and session."""
+        return self._process.pid
+
+    async def output(self) -> AsyncIterator[bytes]:
+        """Yield what the child writes, as it comes, until nobody holds the other end."""
+        while True:
+            await anyio.wait_readable(self._output)
+            try:
+                data = os.read(self._output.fileno(), READ_BYTES)
+            except BlockingIOError:
+                continue
+            if not data:
+                return
+            yield data
+
+    async def wait_exit(self) -> None:
+        """Return as soon as the process has ended, before it is reaped."""
+        await anyio.wait_readable(self._pidfd)
+        self._exited.set()
+
+    def reap(self) -> str:
+        """Kill what is left of the group, reap the ended process, return ``exit status N`` or ``killed by SIGNAME``."""
+        self._signal(signal.SIGKILL)
+        returncode = self._process.wait()
+        os.close(self._pidfd)
+        return describe_exit(returncode)
+
+    def close(self) -> None:
+        """Give the pipe back."""
+        self._output.close()
+
+    async def stop(self, grace_s: float) -> None:
+        """End the process: TERM, TERM (llama-server waits for its clients only once), KILL; each gets its grace.
+
+        Returns when ``wait_exit`` has returned.
+        """
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if self._exited.is_set():
+                return
+            self._signal(number)
+            with anyio.move_on_after(grace_s if number != signal.SIGKILL else None):
+                await self._exited.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+def describe_exit(returncode: int) -> str:
+    """Return a subprocess returncode in words."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(-returncode).name}"
+    return f"killed by signal {-returncode}"
