@@ -135,7 +135,7 @@ def read_hparams(path: str, header: Header, tensor_names: frozenset[str]) -> HPa
         n_expert_used=max(keys.per_layer("expert_used_count", n_layer_all, 0)),
         n_ff_exp=max(keys.per_layer("expert_feed_forward_length", n_layer_all, 0)),
         causal=_causal(keys),
-        pooling_type=keys.integer("pooling_type", -1) if keys.has("pooling_type") else None,
+        pooling_type=_pooling_type(keys),
         recr_layers=recr_layers,
         n_embd_r=n_embd_r,
         n_embd_s=n_embd_s,
@@ -271,7 +271,7 @@ def _windows(
         return 0, (False,) * n_layer_all
     n_swa = rules.window_forced or n_swa
     if rules.window_period == 0:
-        return n_swa, tuple(layer < trunk and not recr_layers[layer] for layer in range(n_layer_all))
+        return n_swa, tuple(not recurrent for recurrent in recr_layers)
     pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, tuple):
         return n_swa, tuple(map(bool, keys.per_layer("attention.sliding_window_pattern", n_layer_all, 0)))
@@ -310,6 +310,12 @@ def _n_embd_out(keys: Keys, n_embd: int) -> int:
     if keys.architecture == "wavtokenizer-dec":
         return keys.integer("embedding_length")
     return keys.integer("embedding_length_out", 0) or n_embd
+
+
+def _pooling_type(keys: Keys) -> int | None:
+    """Return the file's pooling, None where it leaves it open (LLAMA_POOLING_TYPE_UNSPECIFIED, -1)."""
+    pooling = keys.integer("pooling_type", MAX_UINT32)
+    return None if pooling == MAX_UINT32 else pooling
 
 
 def _causal(keys: Keys) -> bool:

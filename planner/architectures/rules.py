@@ -14,8 +14,7 @@ class Cache(StrEnum):
     RECURRENT = "recurrent"
     HYBRID = "hybrid"  # recurrent and attention layers side by side
     HYBRID_INDEXED = "hybrid-indexed"
-    SPARSE = "sparse"  # latent attention with an indexer (llama-kv-cache-dsa.cpp)
-    SPARSE_WINDOWED = "sparse-windowed"
+    SPARSE = "sparse"  # latent attention with an indexer (llama-kv-cache-dsa.cpp, -dsa-iswa.cpp)
     SPARSE_BLOCKS = "sparse-blocks"  # llama-kv-cache-msa.cpp
     COMPRESSED = "compressed"  # llama-kv-cache-dsv4.cpp
     BORROWED = "borrowed"  # every layer reads the target model's cache
@@ -61,7 +60,8 @@ class Architecture:
     recurrent: Recurrent = Recurrent.NEVER
     full_attention_interval: int = 4
     latent: bool = False  # reads key_length_mla and value_length_mla
-    trunk_only: bool = False  # a hybrid's filters leave NextN layers out
+    indexer_types: bool = False  # reads attention.indexer.types: some layers may lack an indexer
+    trunk_only: bool = False  # the filters of a hybrid or sparse cache leave NextN layers out
     ties_output: bool = True
     duplicate_first: bool = False  # requests the tied output before token_embd, so both stay (gemma3n, gemma4)
     nextn_loaded: str | None = None

@@ -97,16 +97,24 @@ _SPECIAL: Final[Mapping[str, Architecture]] = {
         cache=Cache.HYBRID_INDEXED,
         recurrent=Recurrent.NO_KV_HEADS_ANYWHERE,
         trunk_only=True,
+        indexer_types=True,
         latent=True,
         nextn_loaded=_NOTHING,
     ),
     # Sparse attention.
-    **dict.fromkeys(
-        ("deepseek32", "glm-dsa"),
-        Architecture(cache=Cache.SPARSE, latent=True, nextn_loaded=r"exp_probs_b\.bias"),
+    "deepseek32": Architecture(cache=Cache.SPARSE, latent=True, trunk_only=True, nextn_loaded=r"exp_probs_b\.bias"),
+    "glm-dsa": Architecture(
+        cache=Cache.SPARSE, latent=True, trunk_only=True, indexer_types=True, nextn_loaded=r"exp_probs_b\.bias"
     ),
-    "hy_v4": Architecture(cache=Cache.SPARSE, latent=True),
-    "dots3note": Architecture(cache=Cache.SPARSE_WINDOWED, latent=True, window=Window.ALWAYS, nextn_loaded=_NOTHING),
+    "hy_v4": Architecture(cache=Cache.SPARSE, latent=True, indexer_types=True),
+    "dots3note": Architecture(
+        cache=Cache.SPARSE,
+        latent=True,
+        trunk_only=True,
+        indexer_types=True,
+        window=Window.ALWAYS,
+        nextn_loaded=_NOTHING,
+    ),
     "minimax-m3": Architecture(cache=Cache.SPARSE_BLOCKS),
     "deepseek4": Architecture(cache=Cache.COMPRESSED, window=Window.ALWAYS, window_period=0, nextn_loaded=_NOTHING),
     # No cache: encoders and diffusion models.
