@@ -1,0 +1,132 @@
+"""How much a plan may take on each device, what a candidate takes of it, and where that is too much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from planner.types import Device, DeviceKind, DeviceUsage, Machine, Placement, Policy, PoolId, Shortfall
+from planner.units import MIB
+
+if TYPE_CHECKING:
+    from planner.accounting import MemoryLedger
+
+# What one process takes on a device beside llama.cpp's buffers: the driver's context with its kernels, cuBLAS's
+# workspace (4 or 32 MiB), and the pool that grows with the first long prompt and is never given back. Contexts of
+# 107 to 612 MiB were seen on CUDA, growing with the number of multiprocessors; a device that was measured says so in
+# ``Device.overhead_bytes``. A remote worker's context is its own affair: it is part of what the worker reports as used.
+OVERHEAD_BYTES: Final[Mapping[DeviceKind, int]] = MappingProxyType(
+    {
+        DeviceKind.CUDA: 512 * MIB,
+        DeviceKind.ROCM: 512 * MIB,
+        DeviceKind.SYCL: 512 * MIB,
+        DeviceKind.VULKAN: 256 * MIB,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Bytes that a plan may take, per device and per pool that several devices share. None: not known, so no limit."""
+
+    by_name: Mapping[str, int | None]
+    shared_pools: Mapping[PoolId, int]
+
+    def of(self, name: str) -> int | None:
+        """Return the budget of this device: signed, since more may be promised than is free."""
+        return self.by_name[name]
+
+
+def overhead_bytes(device: Device) -> int:
+    """Return what a runner takes on this device beside what llama.cpp reports."""
+    return OVERHEAD_BYTES.get(device.kind, 0) if device.overhead_bytes is None else device.overhead_bytes
+
+
+def budgets(machine: Machine, policy: Policy) -> Budgets:
+    """Return min(free - promised - GPU_OVERHEAD, MAX_VRAM - held) per device; of the host, free - promised."""
+    by_name: dict[str, int | None] = {device.name: _gpu_budget(device, policy) for device in machine.devices}
+    host = machine.host
+    by_name[host.name] = None if host.free_bytes is None else host.free_bytes - policy.promised.get(host.name, 0)
+    return Budgets(by_name, _shared_pools(machine, policy))
+
+
+def _gpu_budget(device: Device, policy: Policy) -> int | None:
+    limits = []
+    if device.free_bytes is not None:
+        promised = policy.promised.get(device.name, 0)
+        limits.append(device.free_bytes - promised - (policy.gpu_overhead.of(device.name) or 0))
+    if (most := policy.max_vram.of(device.name)) is not None:
+        limits.append(most - policy.held.get(device.name, 0))
+    return min(limits, default=None)
+
+
+def _shared_pools(machine: Machine, policy: Policy) -> dict[PoolId, int]:
+    """Return what is free in each pool that more than one device draws from, promises taken off."""
+    everyone = (*machine.devices, machine.host)
+    shared = {}
+    for pool in machine.pools:
+        members = [device.name for device in everyone if device.pool == pool.id]
+        if len(members) > 1 and pool.free_bytes is not None:
+            shared[pool.id] = pool.free_bytes - sum(policy.promised.get(name, 0) for name in members)
+    return shared
+
+
+def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits: Budgets) -> tuple[DeviceUsage, ...]:
+    """Return what this candidate takes on every device of the machine, unused ones with zeros, and the host last."""
+    rank = {name: index for index, name in enumerate(placement.devices)}
+    rows = []
+    for device in (*machine.devices, machine.host):
+        is_host = device is machine.host
+        index = -1 if is_host else rank.get(device.name)
+        figures = ledger.host if is_host else None if index is None else ledger.devices[index]
+        row = DeviceUsage(device.name, device.kind, device.total_bytes, device.free_bytes, limits.of(device.name))
+        if figures is not None:
+            row = replace(
+                row,
+                layers=tuple(il for il, where in enumerate(placement.layer_devices) if where == index),
+                output=placement.output_device == index,
+                model=figures.model,
+                context=figures.context,
+                compute=figures.compute,
+                overhead_bytes=overhead_bytes(device),
+            )
+        rows.append(row)
+    return tuple(rows)
+
+
+def host_allocated(ledger: MemoryLedger) -> int | None:
+    """Return the bytes that the host must really have: everything but what is mapped from the file (page cache)."""
+    host, detail = ledger.host, ledger.host_detail
+    parts = (host.model.bytes, host.context.bytes, host.compute.bytes, detail.output_buffer_bytes)
+    more = (detail.mapped_bytes, detail.prompt_cache_bytes)
+    if None in parts or None in more:
+        return None
+    return sum(part or 0 for part in parts) - (detail.mapped_bytes or 0) + (detail.prompt_cache_bytes or 0)
+
+
+def shortfalls(
+    machine: Machine, rows: tuple[DeviceUsage, ...], ledger: MemoryLedger, limits: Budgets
+) -> tuple[Shortfall, ...]:
+    """Return where the candidate needs more than there is: by device, the host by allocations only, then by pool.
+
+    A figure that is not known is no shortfall here; the search asks for it elsewhere.
+    """
+    needed: dict[str, int] = {}
+    for row in rows:
+        is_host = row.kind is DeviceKind.HOST
+        planned = host_allocated(ledger) if is_host else row.planned_bytes
+        if planned is not None and (is_host or planned):
+            needed[row.name] = planned
+    short = [
+        Shortfall(name, bytes_needed, limit)
+        for name, bytes_needed in needed.items()
+        if (limit := limits.of(name)) is not None and bytes_needed > limit
+    ]
+    for pool, limit in limits.shared_pools.items():
+        members = [device.name for device in (*machine.devices, machine.host) if device.pool == pool]
+        total = sum(needed.get(name, 0) for name in members)
+        if total > limit and not any(cause.device in members for cause in short):
+            short.append(Shortfall("+".join(members), total, limit))
+    return tuple(short)

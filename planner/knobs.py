@@ -1,0 +1,142 @@
+"""Every knob gets its value: what is pinned stays, what is not is settled here and says why.
+
+The size of the context and the place of the layers are not settled here: they are what the search is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from planner import context
+from planner.types import Decision, Device, DeviceKind, FlashAttention, PlanRequest, Policy, Role
+
+if TYPE_CHECKING:
+    from planner.model import ModelFacts
+
+DEFAULT: Final = "llama-server's default"
+CTX_CHECKPOINTS: Final = 32  # common/common.h
+POOLING_LAST: Final = 3  # LLAMA_POOLING_TYPE_LAST (include/llama.h)
+# A text that is embedded has to pass in one piece, and the compute buffers grow with the piece.
+MAX_EMBEDDING_UBATCH: Final = 8192
+
+# Kinds whose flash attention takes any shape; on the others it is llama.cpp that knows, so it is left to decide.
+_ANY_SHAPE: Final = frozenset({DeviceKind.RPC, DeviceKind.HOST})
+# Head sizes that CUDA's and ROCm's kernels take, K and V alike (ggml-cuda/fattn.cu, ggml_cuda_get_best_fattn_kernel).
+_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
+
+
+class Knob(NamedTuple):
+    """A value that was settled: its field in PlanRequest, how to call it, and why it is so."""
+
+    dest: str
+    name: str
+    value: Any
+    because: str
+
+
+def settle(
+    model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]
+) -> tuple[PlanRequest, tuple[Decision, ...]]:
+    """Return the request with every knob set but context and placement, and a decision for each that was not pinned."""
+    decisions: list[Decision] = []
+    for knobs in (_by_role, _by_policy, _by_default):
+        for knob in knobs(model, request, policy, devices):
+            if getattr(request, knob.dest) is None:
+                request = replace(request, **{knob.dest: knob.value})
+                decisions.append(Decision(knob.name, _shown(knob.value), knob.because))
+    return request, tuple(decisions)
+
+
+def with_context(request: PlanRequest, n_ctx_per_slot: int) -> PlanRequest:
+    """Return the request with this context, and with the micro-batch that embedding texts of that length takes."""
+    request = replace(request, n_ctx=None, n_ctx_per_slot=n_ctx_per_slot)
+    if request.n_ubatch is None:
+        n_ubatch = min(max(context.N_UBATCH, n_ctx_per_slot), MAX_EMBEDDING_UBATCH)
+        request = replace(request, n_ubatch=n_ubatch, n_batch=request.n_batch or n_ubatch)
+    return request
+
+
+def needs_whole_text(model: ModelFacts, request: PlanRequest) -> bool:
+    """Say whether a text must fit into one micro-batch (tools/server/server-context.cpp, ``can_split``)."""
+    last = request.pooling == "last" or (request.pooling is None and model.hparams.pooling_type == POOLING_LAST)
+    return request.role is not Role.CHAT and not (last and model.hparams.causal)
+
+
+def _by_role(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterator[Knob]:
+    del policy, devices
+    if request.role is Role.EMBEDDING:
+        yield Knob("embeddings", "role", True, "this is an embedding model")
+    if request.role is Role.RERANK:
+        yield Knob("reranking", "role", True, "this is a reranking model")
+    if request.role is not Role.CHAT:
+        yield Knob("cache_ram_mib", "prompt cache", 0, "nothing is continued, so no prompt is kept")
+    if request.mmproj is not None:
+        yield Knob("mmproj_offload", "projector on the GPU", True, DEFAULT)
+    if not needs_whole_text(model, request):
+        yield Knob("n_ubatch", "micro-batch", context.N_UBATCH, DEFAULT)
+        yield Knob("n_batch", "batch", context.N_BATCH, DEFAULT)
+
+
+def _by_policy(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterator[Knob]:
+    yield Knob("n_parallel", "slots", policy.n_parallel, "NUM_PARALLEL says so")
+    yield Knob("kv_unified", "one cache for all slots", False, "each conversation keeps the context it was promised")
+    yield Knob("flash_attn", "flash attention", *_flash_attn(model, request, policy, devices))
+    cache_type = _cache_type(model, request, policy)
+    why = "KV_CACHE_TYPE says so" if cache_type == policy.cache_type else f"llama.cpp refuses {policy.cache_type} here"
+    yield Knob("cache_type_k", "K cache", cache_type, why)
+    yield Knob("cache_type_v", "V cache", cache_type, why)
+    yield Knob("cache_ram_mib", "prompt cache, MiB", policy.cache_ram_mib, "CACHE_RAM says so")
+
+
+def _by_default(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterable[Knob]:
+    del model, request, policy, devices
+    return (
+        Knob("split_mode", "split mode", "layer", DEFAULT),
+        Knob("kv_offload", "caches on the GPUs", True, DEFAULT),
+        Knob("op_offload", "operator offload", True, DEFAULT),
+        Knob("repack", "repacked CPU weights", True, DEFAULT),
+        Knob("use_host_buffer", "pinned host memory", True, DEFAULT),
+        Knob("swa_full", "full-size window cache", False, DEFAULT),
+        Knob("load_mode", "load mode", "auto", DEFAULT),
+        Knob("lazy_mode", "lazy mode", "auto", DEFAULT),
+        Knob("ctx_checkpoints", "context checkpoints", CTX_CHECKPOINTS, DEFAULT),
+    )
+
+
+def _flash_attn(
+    model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]
+) -> tuple[FlashAttention, str]:
+    if policy.flash_attn != "auto":
+        return policy.flash_attn, "FLASH_ATTENTION says so"
+    if context.context_params(model, request).flash_attn == "off":
+        return "off", f"{model.hparams.architecture} does not support it"
+    if all(_takes_flash_attention(model, device) for device in devices):
+        return "on", "every device supports it for these head sizes"
+    return "auto", "only llama.cpp knows whether every device supports it"
+
+
+def _takes_flash_attention(model: ModelFacts, device: Device) -> bool:
+    if device.kind in _ANY_SHAPE:
+        return True
+    facts = model.hparams
+    sizes = {(facts.head_k_of(layer), facts.head_v_of(layer)) for layer in range(facts.n_layer)}
+    kernels = device.kind is DeviceKind.CUDA
+    return kernels and not facts.is_mla and all(k == v and k in _CUDA_HEADS for k, v in sizes)
+
+
+def _cache_type(model: ModelFacts, request: PlanRequest, policy: Policy) -> str:
+    """Return the operator's cache type, or f16 where llama.cpp would refuse it for this model or these flags."""
+    if policy.cache_type == "f16":
+        return "f16"
+    wanted = replace(
+        request,
+        cache_type_k=request.cache_type_k or policy.cache_type,
+        cache_type_v=request.cache_type_v or policy.cache_type,
+    )
+    return policy.cache_type if context.refusal(model, wanted) is None else "f16"
+
+
+def _shown(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
