@@ -1,0 +1,238 @@
+"""A compute graph as far as memory goes: tensors with shapes, strides and sources, built by ggml's own rules.
+
+Every method of ``Graph`` mirrors the ggml function of its name (ggml/src/ggml.c): the shape and type of the result, which
+tensors it reads and in which order, and whether it owns memory or looks into another tensor's. Values are of no concern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from planner.ggml import BY_NAME, GgmlType
+
+F32: Final = BY_NAME["f32"]
+F16: Final = BY_NAME["f16"]
+I32: Final = BY_NAME["i32"]
+I64: Final = BY_NAME["i64"]
+
+Shape = tuple[int, int, int, int]
+
+UNASSIGNED: Final = -1
+
+# Operations that only look at another tensor's memory; the scheduler passes over them (ggml-backend.cpp, is_view_op).
+VIEW_OPS: Final = frozenset({"view", "reshape", "permute", "transpose"})
+
+# Operations whose result may take its operand's memory (ggml-alloc.c, ggml_op_can_inplace), of those built here.
+INPLACE_OPS: Final = frozenset(
+    {"scale", "add", "add_id", "sub", "mul", "div", "sqr", "unary", "rope", "rms_norm", "clamp", "soft_max", "fill"}
+)
+
+
+class Node:
+    """One tensor. ``op`` is "none" for weights, caches and inputs, which are a graph's leafs.
+
+    ``home`` is the backend whose buffer holds the tensor before any graph is computed, None where the graph allocator
+    has to find room for it. ``view_of`` is the tensor that owns the memory of a view, never itself a view. ``backend``
+    is what the scheduler assigns. ``allocated``, ``buffer``, ``offset``,
+    ``n_children`` and ``n_views`` are the allocator's.
+    """
+
+    __slots__ = (
+        "allocated",
+        "backend",
+        "buffer",
+        "copies",
+        "home",
+        "inplace",
+        "is_input",
+        "is_output",
+        "is_view_op",
+        "is_weight",
+        "n_children",
+        "n_views",
+        "nb",
+        "ne",
+        "offset",
+        "op",
+        "seen",
+        "src",
+        "type",
+        "view_of",
+    )
+
+    def __init__(self, op: str, type_: GgmlType, ne: Shape, nb: Shape, src: list[Node], view_of: Node | None) -> None:
+        self.op = op
+        self.type = type_
+        self.ne = ne
+        self.nb = nb
+        self.src = src
+        self.view_of = view_of
+        self.home: int | None = None
+        self.is_weight = self.is_input = self.is_output = self.seen = self.allocated = False
+        self.is_view_op = op in VIEW_OPS
+        self.inplace = op in INPLACE_OPS
+        self.backend = UNASSIGNED
+        self.copies: dict[int, list[Node]] | None = None
+        self.n_children = self.n_views = self.offset = self.buffer = 0
+
+    def nbytes(self) -> int:
+        """Return the bytes from the first element to the last (``ggml_nbytes``)."""
+        ne, nb = self.ne, self.nb
+        if self.type.block == 1:
+            first = nb[0] * (ne[0] - 1) + self.type.block_bytes
+        else:
+            first = ne[0] * nb[0] // self.type.block
+        return first + (ne[1] - 1) * nb[1] + (ne[2] - 1) * nb[2] + (ne[3] - 1) * nb[3]
+
+    def duplicate_layout(self) -> Node:
+        """Return a tensor of the same shape and strides that owns memory (``ggml_dup_tensor_layout``)."""
+        return Node("none", self.type, self.ne, self.nb, [], None)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Say whether the elements follow each other without gaps (``ggml_is_contiguous``, ones skipped)."""
+        expected = self.type.block_bytes
+        for axis in range(4):
+            if self.ne[axis] != 1 and self.nb[axis] != expected:
+                return False
+            expected = expected * self.ne[axis] // (self.type.block if axis == 0 else 1)
+        return True
+
+
+def strides(type_: GgmlType, ne: Shape) -> Shape:
+    """Return the byte strides of a contiguous tensor."""
+    row = type_.block_bytes * ne[0] // type_.block
+    plane = row * ne[1]
+    return (type_.block_bytes, row, plane, plane * ne[2])
+
+
+def shape4(ne: Sequence[int]) -> Shape:
+    """Return a shape padded with ones to ggml's four dimensions."""
+    padded = (*ne, 1, 1, 1)
+    return (padded[0], padded[1], padded[2], padded[3])
+
+
+class Graph:
+    """A graph under construction: its nodes in evaluation order, its leafs in the order they were met."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.leafs: list[Node] = []
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Leafs
+
+    def leaf(self, type_: GgmlType, ne: Sequence[int]) -> Node:
+        """Return a tensor that no operation computes."""
+        shape = shape4(ne)
+        return Node("none", type_, shape, strides(type_, shape), [], None)
+
+    def input(self, type_: GgmlType, *ne: int) -> Node:
+        """Return a tensor that is filled before each run (``ggml_set_input``)."""
+        node = self.leaf(type_, ne)
+        node.is_input = True
+        return node
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Order
+
+    def expand(self, node: Node) -> None:
+        """Append what the node needs, depth first, then the node itself (``ggml_build_forward_expand``)."""
+        if node.seen:
+            return
+        node.seen = True
+        for source in node.src:
+            if not source.seen:
+                self.expand(source)
+        (self.leafs if node.op == "none" else self.nodes).append(node)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Operations that own memory
+
+    def same(self, op: str, a: Node, *others: Node) -> Node:
+        """Return an element-wise result: ``a``'s shape and type, contiguous (``ggml_dup_tensor``)."""
+        return Node(op, a.type, a.ne, strides(a.type, a.ne), [a, *others], None)
+
+    def new(self, op: str, type_: GgmlType, ne: Shape, *src: Node) -> Node:
+        """Return a contiguous result of the given shape."""
+        return Node(op, type_, ne, strides(type_, ne), list(src), None)
+
+    def mul_mat(self, w: Node, x: Node) -> Node:
+        """Return w @ x: one row of w per output element."""
+        return self.new("mul_mat", F32, (w.ne[1], x.ne[1], x.ne[2], x.ne[3]), w, x)
+
+    def mul_mat_id(self, w: Node, x: Node, ids: Node) -> Node:
+        """Return the products of the experts that ``ids`` chooses."""
+        return self.new("mul_mat_id", F32, (w.ne[1], ids.ne[0], x.ne[2], 1), w, x, ids)
+
+    def get_rows(self, a: Node, ids: Node) -> Node:
+        """Return the rows that ``ids`` chooses, as f32 unless they are integers."""
+        type_ = I32 if a.type is I32 else F32
+        return self.new("get_rows", type_, (a.ne[0], ids.ne[0], ids.ne[1], ids.ne[2]), a, ids)
+
+    def glu(self, gate: Node, up: Node | None = None) -> Node:
+        """Return a gated activation of two tensors, or of the two halves of one."""
+        if up is not None:
+            return self.new("glu", gate.type, gate.ne, gate, up)
+        return self.new("glu", gate.type, (gate.ne[0] // 2, *gate.ne[1:]), gate)
+
+    def concat(self, a: Node, b: Node) -> Node:
+        """Return two tensors joined along the first dimension."""
+        return self.new("concat", a.type, (a.ne[0] + b.ne[0], *a.ne[1:]), a, b)
+
+    def sum_rows(self, a: Node) -> Node:
+        """Return each row's sum."""
+        return self.new("sum_rows", a.type, (1, *a.ne[1:]), a)
+
+    def repeat(self, a: Node, ne: Shape) -> Node:
+        """Return the tensor repeated to a shape."""
+        return self.new("repeat", a.type, ne, a)
+
+    def cont(self, a: Node, *ne: int) -> Node:
+        """Return a contiguous copy, in another shape where one is given."""
+        return self.new("cont", a.type, shape4(ne) if ne else a.ne, a)
+
+    def flash_attn(self, q: Node, k: Node, v: Node, mask: Node, sinks: Node | None) -> Node:
+        """Return fused attention over permuted q, k, v."""
+        src = [q, k, v, mask] if sinks is None else [q, k, v, mask, sinks]
+        ne = (v.ne[0], q.ne[2], q.ne[1], q.ne[3])
+        return Node("flash_attn", F32, ne, strides(F32, ne), src, None)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Views
+
+    def _view(self, op: str, a: Node, ne: Shape, nb: Shape) -> Node:
+        return Node(op, a.type, ne, nb, [a], a.view_of or a)
+
+    def view(self, a: Node, ne: Sequence[int], nb: Sequence[int]) -> Node:
+        """Return a window into a tensor; ``nb`` are the strides of dimensions 1 and up."""
+        shape = shape4(ne)
+        full = [a.type.block_bytes, *nb]
+        while len(full) < len(shape):
+            full.append(full[-1] * shape[len(full) - 1])
+        return self._view("view", a, shape, (full[0], full[1], full[2], full[3]))
+
+    def reshape(self, a: Node, *ne: int) -> Node:
+        """Return a contiguous tensor under another shape."""
+        shape = shape4(ne)
+        return self._view("reshape", a, shape, strides(a.type, shape))
+
+    def permute_heads(self, a: Node) -> Node:
+        """Return dimensions 1 and 2 exchanged (``ggml_permute(0, 2, 1, 3)``)."""
+        ne, nb = a.ne, a.nb
+        return self._view("permute", a, (ne[0], ne[2], ne[1], ne[3]), (nb[0], nb[2], nb[1], nb[3]))
+
+    def transpose(self, a: Node) -> Node:
+        """Return dimensions 0 and 1 exchanged."""
+        ne, nb = a.ne, a.nb
+        return self._view("transpose", a, (ne[1], ne[0], ne[2], ne[3]), (nb[1], nb[0], nb[2], nb[3]))
+
+    def set_rows(self, a: Node, rows: Node, ids: Node) -> Node:
+        """Return ``a`` after rows of it were written: a view of it."""
+        return Node("set_rows", a.type, a.ne, a.nb, [rows, ids, a], a.view_of or a)
+
+    def top_k(self, a: Node, k: int) -> Node:
+        """Return the indices of each row's k largest: a window into all of them sorted (``ggml_argsort_top_k``)."""
+        order = self.new("argsort", I32, a.ne, a)
+        return self.view(order, (k, *a.ne[1:]), order.nb[1:])

@@ -1,0 +1,407 @@
+"""The building blocks of llama.cpp's graphs (src/llama-graph.cpp, ``llm_graph_context``), as tensors without values.
+
+A method mirrors the function of its name there: same operations, same operands, same order, for the worst-case batch
+that llama.cpp reserves memory for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from planner.context import ContextParams
+from planner.estimate import window_cells
+from planner.ggml import BY_NAME, TYPES, GgmlType
+from planner.graph import F16, F32, I32, I64, Graph, Node
+from planner.model import HParams, Tensor
+
+# Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
+# (src/llama-context.cpp, graph_get_cb).
+PIN_BELOW_TOKENS: Final = 32
+
+_ROTATION: Final = 64  # the smallest Hadamard matrix that turns a quantized cache (src/llama-kv-cache.cpp)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which backend holds what: weights by name, blocks, their caches; the CPU is the last backend."""
+
+    weights: Mapping[str, int]
+    layers: tuple[int, ...]
+    caches: tuple[int, ...]
+    output: int
+    cpu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One reservation (src/llama-context.cpp, ``graph_reserve``)."""
+
+    n_tokens: int
+    n_outputs: int
+    pins_norms: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInputs:
+    """The inputs of one attention cache: where to write, what to see, how to turn a quantized cache."""
+
+    k_ids: Node
+    v_ids: Node | None
+    mask: Node
+    k_rotation: Node | None
+    v_rotation: Node | None
+    n_cells: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """How a block chooses and weighs its experts (``build_moe_ffn``)."""
+
+    normalizes: bool = True
+    scales: bool = False
+    softmax_after: bool = False  # softmax over the chosen experts' weights only
+    gated: bool = True
+
+
+class Blocks:
+    """One graph under construction for one model, batch and placement of its tensors."""
+
+    def __init__(
+        self, hparams: HParams, tensors: Mapping[str, Tensor], params: ContextParams, places: Places, batch: Batch
+    ) -> None:
+        self.graph = Graph()
+        self.hparams = hparams
+        self.params = params
+        self.places = places
+        self.batch = batch
+        self.flash_attn = params.flash_attn != "off"
+        self._tensors = tensors
+        self._weights: dict[str, Node] = {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Leafs
+
+    def weight(self, name: str, home: int | None = None) -> Node | None:
+        """Return a tensor of the file, or None where it has none of that name."""
+        node = self._weights.get(name) if home is None else None
+        if node is None:
+            tensor = self._tensors.get(name)
+            if tensor is None:
+                return None
+            node = self.graph.leaf(TYPES[tensor.type_id], tensor.shape)
+            node.home = self.places.weights[name] if home is None else home
+            node.is_weight = True
+            if home is None:
+                self._weights[name] = node
+        return node
+
+    def needed(self, name: str) -> Node:
+        """Return a tensor of the file. Raises KeyError where it has none of that name."""
+        node = self.weight(name)
+        if node is None:
+            raise KeyError(name)
+        return node
+
+    def output_weight(self) -> Node:
+        """Return the output projection: the embedding again, in the output's buffer, where the file ties them."""
+        return self.weight("output.weight") or self.weight("token_embd.weight", self.places.output) or self.needed("")
+
+    def embedded_tokens(self) -> Node:
+        """Return the rows of the input batch (``build_inp_embd``): looked up, or given as vectors instead."""
+        graph, n_tokens = self.graph, self.batch.n_tokens
+        tokens = graph.input(I32, n_tokens)
+        vectors = graph.input(F32, self.hparams.n_embd, n_tokens)
+        rows = graph.get_rows(self.needed("token_embd.weight"), tokens)
+        graph.expand(rows)
+        graph.expand(vectors)
+        return rows
+
+    def cache_inputs(self, n_cells: int, *, latent: bool = False) -> CacheInputs:
+        """Return the inputs of a cache of that many cells per stream (``build_attn_inp_kv``, ``build_attn_inp_k``)."""
+        graph, batch, params, hparams = self.graph, self.batch, self.params, self.hparams
+        v_rows = 1 if not params.v_trans else max(self.v_width(il) for il in range(hparams.n_layer_all))
+        streams = params.n_stream
+        return CacheInputs(
+            k_ids=graph.input(I64, batch.n_tokens),
+            v_ids=None if latent else graph.input(I64, batch.n_tokens * v_rows),
+            mask=graph.input(F16 if self.flash_attn else F32, n_cells, batch.n_tokens // streams, 1, streams),
+            k_rotation=None if latent else self._rotation(params.cache_type_k, hparams.head_k, grows=True),
+            v_rotation=None if latent else self._rotation(params.cache_type_v, hparams.head_v, grows=False),
+            n_cells=n_cells,
+        )
+
+    def _rotation(self, type_name: str, head: int, *, grows: bool) -> Node | None:
+        if not BY_NAME[type_name].quantized or head % _ROTATION:
+            return None
+        size = _ROTATION
+        while grows and head % (2 * size) == 0:
+            size *= 2
+        return self.graph.input(F32, size, size)
+
+    def k_width(self, il: int) -> int:
+        """Return the elements that one cell of a layer's K holds."""
+        head = self.hparams.head_k_swa if self.hparams.swa_layers[il] else self.hparams.head_k
+        return head * self.hparams.n_head_kv[il]
+
+    def v_width(self, il: int) -> int:
+        """Return the elements that one cell of a layer's V holds."""
+        head = self.hparams.head_v_swa if self.hparams.swa_layers[il] else self.hparams.head_v
+        return head * self.hparams.n_head_kv[il]
+
+    def window_cells(self) -> int:
+        """Return the cells per stream of the sliding window's cache."""
+        return window_cells(self.hparams, self.params)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Small blocks
+
+    def norm(self, x: Node, name: str, il: int, op: str = "rms_norm") -> Node:
+        """Return a normalized tensor, scaled and shifted by the weights that the file has."""
+        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        x = self.graph.same(op, x)
+        if il >= 0 and self.batch.pins_norms and (weight or bias):
+            x.backend = self.places.layers[il]
+        if weight:
+            x = self.graph.same("mul", x, weight)
+        return self.graph.same("add", x, bias) if bias else x
+
+    def project(self, x: Node, name: str) -> Node:
+        """Return a product with a weight, scaled where the file has a scale (``build_lora_mm``)."""
+        x = self.graph.mul_mat(self.needed(f"{name}.weight"), x)
+        scale = self.weight(f"{name}.scale")
+        return self.graph.same("mul", x, scale) if scale else x
+
+    def biased(self, x: Node, name: str) -> Node:
+        """Return the tensor with a bias added, where the file has one."""
+        bias = self.weight(f"{name}.bias")
+        return self.graph.same("add", x, bias) if bias else x
+
+    def qkv(self, x: Node, il: int) -> tuple[Node, Node, Node]:
+        """Return query, key and value as heads (``build_qkv``): from one fused product, or from three."""
+        graph, hparams, n_tokens = self.graph, self.hparams, self.batch.n_tokens
+        swa = hparams.swa_layers[il]
+        head_k = hparams.head_k_swa if swa else hparams.head_k
+        head_v = hparams.head_v_swa if swa else hparams.head_v
+        heads = ((head_k, hparams.n_head[il]), (head_k, hparams.n_head_kv[il]), (head_v, hparams.n_head_kv[il]))
+        prefix = f"blk.{il}.attn_"
+        if f"{prefix}qkv.weight" in self._tensors:
+            fused = self.biased(self.project(x, f"{prefix}qkv"), f"{prefix}qkv")
+            views = [graph.view(fused, (head, n, n_tokens), (F32.block_bytes * head, fused.nb[1])) for head, n in heads]
+            return views[0], views[1], views[2]
+        parts = [self.biased(self.project(x, prefix + part), prefix + part) for part in "qkv"]
+        q, k, v = (graph.reshape(part, head, n, n_tokens) for part, (head, n) in zip(parts, heads, strict=True))
+        return q, k, v
+
+    def rope(self, x: Node, positions: Node, factors: Node | None = None) -> Node:
+        """Return a tensor with positions turned in."""
+        return self.graph.same("rope", x, positions, *([factors] if factors else []))
+
+    def rope_factors(self, il: int) -> Node | None:
+        """Return the frequency factors, of which every layer has its copy on its own device."""
+        return self.weight("rope_freqs.weight", self.places.layers[il])
+
+    def gated_ffn(self, x: Node, il: int, suffix: str = "") -> Node:
+        """Return a feed-forward part with gate and up in parallel (``build_ffn``, LLM_FFN_PAR)."""
+        prefix = f"blk.{il}.ffn_"
+        up = self.biased(self.project(x, f"{prefix}up{suffix}"), f"{prefix}up{suffix}")
+        gate = self.biased(self.project(x, f"{prefix}gate{suffix}"), f"{prefix}gate{suffix}")
+        hidden = self.graph.glu(gate, up)
+        return self.biased(self.project(hidden, f"{prefix}down{suffix}"), f"{prefix}down{suffix}")
+
+    def sequential_ffn(self, x: Node, il: int, activations: tuple[str, ...]) -> Node:
+        """Return a feed-forward part without a gate of its own: up, activation, down."""
+        prefix = f"blk.{il}.ffn_"
+        x = self.biased(self.project(x, f"{prefix}up"), f"{prefix}up")
+        for op in activations:
+            x = self.graph.glu(x) if op == "glu" else self.graph.same(op, x)
+        return self.biased(self.project(x, f"{prefix}down"), f"{prefix}down")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Attention
+
+    def attention(
+        self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int, *, sinks: Node | None = None, capped: bool = False
+    ) -> Node:
+        """Return a layer's attention before its output projection (``build_attn``), K and V stored on the way."""
+        graph = self.graph
+        if cache.k_rotation:
+            q, k = self._rotated(q, cache.k_rotation), self._rotated(k, cache.k_rotation)
+        if cache.v_rotation:
+            v = self._rotated(v, cache.v_rotation)
+        for node in (q, k, v) if any(self.hparams.swa_layers) else (q, v, k):
+            graph.expand(node)
+        stored_k = self._store_k(cache, k, il)
+        stored_v = self._store_v(cache, v, il)
+        out = self._heads(cache.mask, q, stored_k, stored_v, sinks=sinks, capped=capped)
+        return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
+
+    def latent_attention(self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int) -> Node:
+        """Return latent attention (``build_attn`` over ``llm_graph_input_attn_k``): V is a window into K."""
+        for node in (q, v, k):
+            self.graph.expand(node)
+        stored = self._store_k(cache, k, il)
+        seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
+        return self._heads(cache.mask, q, stored, seen, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
+
+    def _rotated(self, x: Node, rotation: Node) -> Node:
+        size = rotation.ne[0]
+        rows = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3] // size
+        flat = self.graph.reshape(x, size, rows) if x.is_contiguous else self.graph.cont(x, size, rows)
+        return self.graph.reshape(self.graph.mul_mat(rotation, flat), *x.ne)
+
+    def _cache(self, type_name: str, width: int, n_cells: int, il: int) -> Node:
+        node = self.graph.leaf(BY_NAME[type_name], (width, n_cells, self.params.n_stream))
+        node.home = self.places.caches[il]
+        return node
+
+    def _store_k(self, cache: CacheInputs, k: Node, il: int) -> Node:
+        graph = self.graph
+        head, n_head, n_tokens, _ = k.ne
+        width = head * n_head
+        stored = self._cache(self.params.cache_type_k, width, cache.n_cells, il)
+        rows = graph.view(k, (width, n_tokens), (k.nb[2],))
+        graph.expand(graph.set_rows(self._merged(stored), rows, cache.k_ids))
+        return self._cells(stored, head, n_head, cache.n_cells)
+
+    def _store_v(self, cache: CacheInputs, v: Node, il: int) -> Node:
+        graph = self.graph
+        head, n_head, n_tokens, _ = v.ne
+        width = head * n_head
+        type_ = BY_NAME[self.params.cache_type_v]
+        if cache.v_ids is None:
+            raise ValueError("a latent cache stores no V")
+        if not self.params.v_trans:
+            stored = self._cache(type_.name, width, cache.n_cells, il)
+            rows = graph.view(v, (width, n_tokens), (v.nb[2],))
+            graph.expand(graph.set_rows(self._merged(stored), rows, cache.v_ids))
+            return self._cells(stored, head, n_head, cache.n_cells)
+        widest = max(self.v_width(layer) for layer in range(self.hparams.n_layer_all))
+        stored = self._cache(type_.name, widest, cache.n_cells, il)
+        dense = v.nb[2] == F32.block_bytes * width
+        rows = graph.reshape(v, width, n_tokens) if dense else graph.cont(v, width, n_tokens)
+        if width < widest:
+            rows = graph.new("pad", F32, (widest, n_tokens, 1, 1), rows)
+        elements = widest * cache.n_cells * self.params.n_stream
+        column = graph.reshape(stored, 1, elements)
+        graph.expand(graph.set_rows(column, graph.reshape(rows, 1, widest * n_tokens), cache.v_ids))
+        unit = type_.block_bytes
+        shape = (cache.n_cells, n_head, head, self.params.n_stream)
+        return graph.view(
+            stored, shape, (unit * cache.n_cells * head, unit * cache.n_cells, unit * cache.n_cells * widest)
+        )
+
+    def _merged(self, stored: Node) -> Node:
+        if self.params.n_stream == 1:
+            return stored
+        return self.graph.reshape(stored, stored.ne[0], stored.ne[1] * stored.ne[2])
+
+    def _cells(self, stored: Node, head: int, n_head: int, n_cells: int) -> Node:
+        row = _row_bytes(stored.type, head)
+        width = _row_bytes(stored.type, stored.ne[0])
+        return self.graph.view(stored, (head, n_head, n_cells, self.params.n_stream), (row, width, width * n_cells))
+
+    def _heads(
+        self,
+        mask: Node,
+        q: Node,
+        k: Node,
+        v: Node,
+        *,
+        sinks: Node | None = None,
+        v_up: Node | None = None,
+        capped: bool = False,
+    ) -> Node:
+        """Return attention over the stored cells (``build_attn_mha``)."""
+        graph, streams = self.graph, k.ne[3]
+        v_trans = v.nb[1] > v.nb[2]
+        per_stream = q.ne[2] // streams
+        q = graph.view(q, (q.ne[0], q.ne[1], per_stream, streams), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
+        q, k, v = (graph.permute_heads(node) for node in (q, k, v))
+        if self.flash_attn:
+            out = graph.flash_attn(q, k, graph.transpose(v) if v_trans else v, mask, sinks)
+            if v_up:
+                out = graph.mul_mat(v_up, graph.permute_heads(out))
+                out = graph.cont(graph.permute_heads(out))
+            out = graph.reshape(out, out.ne[0] * out.ne[1], out.ne[2] * out.ne[3])
+        else:
+            scores = graph.mul_mat(k, q)
+            for op in ("scale", "unary", "scale") if capped else ():
+                scores = graph.same(op, scores)
+            scores = graph.same("soft_max", scores, mask, *([sinks] if sinks else []))
+            values = graph.mul_mat(v if v_trans else graph.cont(graph.transpose(v)), scores)
+            if v_up:
+                values = graph.mul_mat(v_up, values)
+            merged = graph.permute_heads(values)
+            out = graph.cont(merged, merged.ne[0] * merged.ne[1], merged.ne[2] * merged.ne[3])
+            if not self.params.kv_offload:
+                out.backend = self.places.cpu
+        graph.expand(out)
+        return out
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Experts
+
+    def moe(self, x: Node, il: int, how: Moe) -> Node:
+        """Return the weighted sum of the chosen experts (``build_moe_ffn``)."""
+        graph, prefix = self.graph, f"blk.{il}.ffn_"
+        n_embd, n_tokens, _, _ = x.ne
+        chosen, weights = self._route(x, il, how)
+        graph.expand(weights)
+        x = graph.reshape(x, n_embd, 1, n_tokens)
+        if f"{prefix}gate_up_exps.weight" in self._tensors:
+            both = self._experts(x, f"{prefix}gate_up_exps", chosen)
+            half = (both.ne[0] // 2, *both.ne[1:3])
+            hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
+        else:
+            up = self._experts(x, f"{prefix}up_exps", chosen)
+            hidden = graph.glu(self._experts(x, f"{prefix}gate_exps", chosen), up) if how.gated else up
+        experts = graph.same("mul", self._experts(hidden, f"{prefix}down_exps", chosen), weights)
+        graph.expand(experts)
+        views = [graph.view(experts, (n_embd, n_tokens), (experts.nb[2],)) for _ in range(experts.ne[1])]
+        for view in views:
+            graph.expand(view)
+        total = views[0]
+        for view in views[1:]:
+            total = graph.same("add", total, view)
+            graph.expand(total)
+        return graph.cont(total) if len(views) == 1 else total
+
+    def _route(self, x: Node, il: int, how: Moe) -> tuple[Node, Node]:
+        graph, prefix, used = self.graph, f"blk.{il}.ffn_", self.hparams.n_expert_used
+        n_tokens = x.ne[1]
+        scores = self.biased(self.project(x, f"{prefix}gate_inp"), f"{prefix}gate_inp")
+        if not how.softmax_after:
+            scores = graph.same("soft_max", scores)
+        selection = scores
+        bias = self.weight(f"blk.{il}.exp_probs_b.bias")
+        if bias:
+            selection = graph.same("add", scores, bias)
+        chosen = graph.top_k(selection, used)
+        weights = graph.get_rows(graph.reshape(scores, 1, scores.ne[0], n_tokens), chosen)
+        if how.softmax_after:
+            weights = graph.same("soft_max", graph.reshape(weights, used, n_tokens))
+            weights = graph.reshape(weights, 1, used, n_tokens)
+        if how.normalizes:
+            flat = graph.reshape(weights, used, n_tokens)
+            total = graph.same("clamp", graph.sum_rows(flat))
+            weights = graph.reshape(graph.same("div", flat, total), 1, used, n_tokens)
+        if how.scales:
+            weights = graph.same("scale", weights)
+        return chosen, weights
+
+    def _experts(self, x: Node, name: str, chosen: Node) -> Node:
+        """Return one product per chosen expert, scaled and shifted where the file says so (``build_lora_mm_id``)."""
+        graph = self.graph
+        out = graph.mul_mat_id(self.needed(f"{name}.weight"), x, chosen)
+        scale = self.weight(f"{name}.scale")
+        if scale:
+            per_expert = graph.repeat(graph.reshape(scale, 1, scale.ne[0], 1), (1, scale.ne[0], x.ne[2], 1))
+            out = graph.same("mul", out, graph.get_rows(per_expert, chosen))
+        bias = self.weight(f"{name}.bias")
+        return graph.same("add_id", out, bias, chosen) if bias else out
+
+
+def _row_bytes(type_: GgmlType, n_elements: int) -> int:
+    return type_.block_bytes * n_elements // type_.block
