@@ -1,0 +1,228 @@
+"""Merges what the vendors' libraries, the kernel, the RPC workers and llama-server itself say into one ``Machine``.
+
+Names and order are llama-server's, since its command line uses them; free memory is the smallest trusted figure. A GPU
+that the chosen llama-server cannot use stays in the list, marked and explained, and is warned about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from gpu import host, llama, nvml, rocm, rocm_names
+from gpu.card import Card, Vendor, overhead_bytes
+from gpu.llama import ListedDevice, Search, Server
+from gpu.rpc_devices import RpcServer, rpc_devices
+from gpu.visible import visible_cuda
+from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+
+Environ = Mapping[str, str]
+
+_KIND: Final = {Vendor.NVIDIA: DeviceKind.CUDA, Vendor.AMD: DeviceKind.ROCM}
+_NAME: Final = {Vendor.NVIDIA: "CUDA", Vendor.AMD: "ROCm"}
+_BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}  # our word, BACKEND='s word
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """The machine, and the llama-server that plans for it are launched with."""
+
+    machine: Machine
+    llama: Search
+
+
+def detect(
+    environ: Environ,
+    *,
+    llama_server: Path | None = None,
+    rpc_servers: Sequence[RpcServer] = (),
+    leased: frozenset[str] = frozenset(),
+    previous: Detected | None = None,
+    root: Path = Path("/"),
+) -> Detected:
+    """Return this machine as llama-server will see it. Raises nothing: what cannot be read is a warning.
+
+    ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
+    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept.
+    """
+    nvidia, amd = nvml.probe(), rocm.probe(root)
+    cards = (*nvidia.cards, *_with_names(amd.cards, environ))
+    machine_key = _machine_key(cards, root)
+    if previous is not None and previous.llama.server is not None:
+        search = previous.llama
+    else:
+        n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
+        search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
+    memory = host.read(root)
+    local, warnings = _local_devices(cards, search, memory, environ, machine_key)
+    workers = rpc_devices(
+        rpc_servers,
+        protocol=search.build.rpc_protocol,
+        memory=memory,
+        leased=leased,
+        previous=previous.machine.devices if previous else (),
+    )
+    devices = (*workers.devices, *local, *workers.absent)
+    machine = Machine(
+        devices=devices,
+        host=memory.device(),
+        pools=_pools(devices, memory),
+        warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
+        looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
+    )
+    return Detected(machine, search)
+
+
+def _looked_for(search: Search, rpc_servers: Sequence[RpcServer]) -> tuple[str, ...]:
+    workers = tuple(f"RPC: {server.endpoint}" for server in rpc_servers) or ("RPC: no RPC_SERVERS set",)
+    return (*(f"llama-server: {line}" for line in search.tried), *workers)
+
+
+def _with_names(cards: Sequence[Card], environ: Environ) -> tuple[Card, ...]:
+    """Give AMD's cards the names that only AMD's library knows."""
+    if not cards:
+        return ()
+    known = rocm_names.ask(environ)
+    return tuple(replace(card, name=known.get(card.pci_bus_id or "", {}).get("name") or card.name) for card in cards)
+
+
+def _machine_key(cards: Sequence[Card], root: Path) -> tuple[str, ...]:
+    """Return what a cached device list depends on beside the binary: the cards and their drivers."""
+    drivers = []
+    for file in ("proc/driver/nvidia/version", "sys/module/amdgpu/version", "proc/sys/kernel/osrelease"):
+        try:
+            drivers.append((root / file).read_text(encoding="utf-8", errors="replace").strip())
+        except OSError:
+            drivers.append("")
+    nodes = sorted(node.name for node in (root / "dev/dri").glob("renderD*"))
+    return (*drivers, *nodes, *(f"{card.uuid or card.pci_bus_id}" for card in cards))
+
+
+def _local_devices(
+    cards: Sequence[Card], search: Search, memory: host.HostMemory, environ: Environ, machine_key: Sequence[str]
+) -> tuple[tuple[Device, ...], list[str]]:
+    listed = search.server.listed if search.server else ()
+    matched = match(listed, cards, environ)
+    if search.server and any(card is None and device.free_bytes is None for device, card in matched):
+        # Nobody but llama-server knows what is free there, and its cached answer does not.
+        fresh = llama.refresh(search.server, environ, machine_key=machine_key)
+        matched = match(fresh.listed, cards, environ)
+    devices = [_device(device, card, memory) for device, card in matched]
+    warnings: list[str] = []
+    names = {device.name for device in devices}
+    for card in cards:
+        if any(card is other for _, other in matched):
+            continue
+        device = _unusable(card, names, search.server, memory)
+        names.add(device.name)
+        devices.append(device)
+        warnings.append(f"{device.name} ({card.name}) is left idle: {device.why_not}")
+    return tuple(devices), warnings
+
+
+def match(
+    listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Environ
+) -> tuple[tuple[ListedDevice, Card | None], ...]:
+    """Pair each device that llama-server lists with the card it is, None where no library of ours knows it.
+
+    The list has neither PCI ids nor UUIDs, but with ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` its order is NVML's, and HIP's is
+    KFD's; a name that contradicts the order wins. A card that a better backend has taken is not listed twice.
+    """
+    of_vendor = {
+        DeviceKind.CUDA: visible_cuda([card for card in cards if card.vendor is Vendor.NVIDIA], environ),
+        DeviceKind.ROCM: [card for card in cards if card.vendor is Vendor.AMD],
+    }
+    pairs: list[tuple[ListedDevice, Card | None]] = []
+    taken: list[Card] = []
+    for device in listed:
+        own_kind = device.kind in of_vendor
+        same_name = [card for card in of_vendor.get(device.kind, cards) if _is_named(device, card)]
+        free = [card for card in same_name if card not in taken]
+        if not free and own_kind and device.kind is DeviceKind.ROCM:
+            free = [card for card in of_vendor[device.kind] if card not in taken]  # sysfs rarely knows the name
+        if not free and same_name and not own_kind:
+            continue  # Vulkan's or SYCL's view of a card that CUDA or ROCm lists already
+        card = free[0] if free else None
+        if card is not None:
+            taken.append(card)
+        pairs.append((device, card))
+    return tuple(pairs)
+
+
+def _is_named(device: ListedDevice, card: Card) -> bool:
+    """Say whether the two names mean one card: Vulkan adds the driver's name in brackets."""
+    ours, theirs = card.name.lower(), device.description.lower()
+    return ours in theirs or theirs in ours
+
+
+def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory) -> Device:
+    if card is None:
+        return Device(
+            name=DeviceName(listed.name),
+            kind=listed.kind,
+            total_bytes=listed.total_bytes,
+            free_bytes=listed.free_bytes,
+            pool=PoolId(listed.name),
+            description=listed.description,
+            overhead_bytes=overhead_bytes(listed.kind, total_bytes=listed.total_bytes),
+        )
+    device = _card_device(listed.name, listed.kind, card, memory)
+    if device.free_bytes is None or (listed.free_bytes is not None and listed.free_bytes < device.free_bytes):
+        device = replace(device, free_bytes=listed.free_bytes)
+    return replace(device, total_bytes=device.total_bytes or listed.total_bytes, description=listed.description)
+
+
+def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemory) -> Device:
+    total, free = card.total_bytes, card.free_bytes
+    if card.unified:
+        # Its memory is the host's: never more than the host can give, and counted once, in the host's pool.
+        total = memory.total_bytes if total is None else min(total, memory.total_bytes)
+        free = memory.available_bytes if free is None else min(free, memory.available_bytes)
+    return Device(
+        name=DeviceName(name),
+        kind=kind,
+        total_bytes=total,
+        free_bytes=free,
+        pool=HOST_POOL if card.unified else PoolId(card.pci_bus_id or card.uuid or name),
+        description=card.name,
+        uuid=card.uuid,
+        pci_bus_id=card.pci_bus_id,
+        bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
+        compute_capability=card.arch,
+        overhead_bytes=overhead_bytes(
+            kind,
+            total_bytes=total,
+            arch=card.arch if card.vendor is Vendor.NVIDIA else None,
+            multiprocessors=card.multiprocessors,
+        ),
+        processes=card.processes,
+    )
+
+
+def _unusable(card: Card, names: set[DeviceName], server: Server | None, memory: host.HostMemory) -> Device:
+    prefix = _NAME[card.vendor]
+    number = next(n for n in range(len(names) + 1) if f"{prefix}{n}" not in names)
+    device = _card_device(f"{prefix}{number}", _KIND[card.vendor], card, memory)
+    return replace(device, usable=False, why_not=card.why_not or _why_unlisted(card, server))
+
+
+def _why_unlisted(card: Card, server: Server | None) -> str:
+    backend, word = _BACKEND[card.vendor]
+    build = f"{llama.BUILD_COMMAND} BACKEND={word}"
+    if server is None:
+        return f"no llama-server found; build one with: {build}"
+    path = server.build.path
+    if backend in server.build.backends:
+        hidden = "CUDA_VISIBLE_DEVICES" if card.vendor is Vendor.NVIDIA else "ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES"
+        return f"{path} does not list it; check {hidden} and run: {path} --list-devices"
+    return f"{path} was built without {backend.upper()}; build one with: {build}"
+
+
+def _pools(devices: Sequence[Device], memory: host.HostMemory) -> tuple[MemoryPool, ...]:
+    """Return each pool once: the host's, and what the first device in each other one says of it."""
+    pools = {HOST_POOL: memory.pool()}
+    for device in devices:
+        pools.setdefault(device.pool, MemoryPool(device.pool, device.total_bytes, device.free_bytes))
+    return tuple(pools.values())

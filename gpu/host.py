@@ -1,0 +1,138 @@
+"""The host's memory: what the kernel says is available, within the limits of every control group above us.
+
+``MemAvailable`` knows nothing of control groups, and llama.cpp's own figure for the CPU is all RAM; neither is used
+alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from planner.types import HOST, HOST_POOL, Device, DeviceKind, MemoryPool
+
+_SYSFS_CGROUP_TYPES: Final = frozenset({"cgroup", "cgroup2"})
+# What "no limit" reads as under version 1: the largest page-aligned 63-bit number, on any page size.
+_V1_NO_LIMIT: Final = 2**62
+_MAX_LEVELS: Final = 64  # deeper nesting than any system makes: the walk up is bounded
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """``total_bytes`` and ``available_bytes`` within every limit; ``limited_by`` names the group that binds, if one."""
+
+    total_bytes: int
+    available_bytes: int
+    limited_by: str | None = None
+
+    def device(self) -> Device:
+        """Return the host as a device. It has no overhead: what llama-server takes there is all reported."""
+        return Device(
+            HOST,
+            DeviceKind.HOST,
+            total_bytes=self.total_bytes,
+            free_bytes=self.available_bytes,
+            pool=HOST_POOL,
+            description="host memory" + (f", limited by {self.limited_by}" if self.limited_by else ""),
+            overhead_bytes=0,
+        )
+
+    def pool(self) -> MemoryPool:
+        """Return the pool that the host and every unified device share."""
+        return MemoryPool(HOST_POOL, self.total_bytes, self.available_bytes)
+
+
+def read(root: Path = Path("/")) -> HostMemory:
+    """Return the host's memory as a process in our control group can have it. ``root`` is for tests."""
+    import psutil  # noqa: PLC0415 - 15 ms, paid where memory is really read
+
+    # psutil's own way to read another tree.
+    before, psutil.PROCFS_PATH = psutil.PROCFS_PATH, str(root / "proc")
+    try:
+        memory = psutil.virtual_memory()
+    finally:
+        psutil.PROCFS_PATH = before
+    total, available, limited_by = memory.total, memory.available, None
+    for folder, is_v2 in _levels(root):
+        level = _level(folder, is_v2=is_v2)
+        if level is None:
+            continue
+        limit, free = level
+        total = min(total, limit)
+        if free < available:
+            available, limited_by = free, f"control group {'/' + str(folder.relative_to(root))}"
+    return HostMemory(total, max(available, 0), limited_by)
+
+
+def _levels(root: Path) -> list[tuple[Path, bool]]:
+    """Return the folders of our memory control group and of all groups above it, and whether each is version 2."""
+    levels: list[tuple[Path, bool]] = []
+    for mount, mount_root, is_v2 in _mounts(root):
+        path = _own_path(root, is_v2=is_v2)
+        if path is None:
+            continue
+        # Inside a container the mount may show only a part of the hierarchy; what lies above it cannot be read.
+        below = path.removeprefix(mount_root) if path.startswith(mount_root) else ""
+        folder = root / mount.lstrip("/") / below.lstrip("/")
+        top = root / mount.lstrip("/")
+        for _ in range(_MAX_LEVELS):
+            levels.append((folder, is_v2))
+            if folder == top or top not in folder.parents:
+                break
+            folder = folder.parent
+    return levels
+
+
+def _mounts(root: Path) -> list[tuple[str, str, bool]]:
+    """Return (mount point, its root in the hierarchy, version 2) of every hierarchy that may govern memory."""
+    found = []
+    for line in _lines(root / "proc/self/mountinfo"):
+        fields, _, rest = line.partition(" - ")
+        parts, kinds = fields.split(), rest.split()
+        if len(parts) < 5 or len(kinds) < 3 or kinds[0] not in _SYSFS_CGROUP_TYPES:  # noqa: PLR2004 - proc(5)
+            continue
+        is_v2 = kinds[0] == "cgroup2"
+        if is_v2 or "memory" in kinds[2].split(","):
+            found.append((parts[4], parts[3], is_v2))
+    return found
+
+
+def _own_path(root: Path, *, is_v2: bool) -> str | None:
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if (number == "0" and not controllers) if is_v2 else ("memory" in controllers.split(",")):
+            return path
+    return None
+
+
+def _level(folder: Path, *, is_v2: bool) -> tuple[int, int] | None:
+    """Return (limit, free) of one group, or None where it has no limit.
+
+    Free counts reclaimable page cache, else one mapped model would look like memory in use for ever. Beyond
+    ``memory.high`` a group is throttled, so it counts as a limit too.
+    """
+    names = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
+    limits = [limit for name in names if (limit := _number(folder / name)) is not None and limit < _V1_NO_LIMIT]
+    used = _number(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
+    if not limits or used is None:
+        return None
+    prefix = "" if is_v2 else "total_"
+    stat = dict(re.findall(r"^(\w+) (\d+)$", "\n".join(_lines(folder / "memory.stat")), re.MULTILINE))
+    cache = sum(int(stat.get(prefix + name, 0)) for name in ("inactive_file", "active_file", "slab_reclaimable"))
+    dirty = int(stat.get("file_dirty" if is_v2 else "total_dirty", 0))
+    return min(limits), min(limits) - used + max(cache - dirty, 0)
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

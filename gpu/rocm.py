@@ -1,0 +1,141 @@
+"""AMD cards from the kernel's own files: the KFD topology and the amdgpu driver's sysfs folder.
+
+rocm-smi and amd-smi read the same files. Figures that only AMD's library has (the market name) are asked from pyrsmi in
+a short-lived child process, see ``gpu.rocm_names``; where it is absent, nothing else changes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from gpu.card import GIB, Card, Probe, Vendor
+from gpu.nvml import process_name
+from planner.types import ProcessUse
+
+_NODES: Final = "sys/class/kfd/kfd/topology/nodes"
+_LOOKED_FOR: Final = f"AMD: /{_NODES}"
+MAX_NODES: Final = 256  # far above any machine: the walk over a folder of the kernel's is bounded all the same
+
+# Ollama's rule for a part whose memory is the host's: a small carve-out beside a large share of system memory.
+_APU_MAX_VRAM: Final = 4 * GIB
+_APU_MIN_GTT: Final = 8 * GIB
+_APU_GTT_PER_VRAM: Final = 4
+
+
+def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
+    """Return this machine's AMD cards in KFD's order, which is HIP's. ``root`` and ``can_open`` are for tests.
+
+    sysfs shows every card, also those that this process may not open, so access to the device files is asked for too.
+    """
+    nodes = root / _NODES
+    try:
+        numbers = sorted(int(entry.name) for entry in nodes.iterdir() if entry.name.isdigit())[:MAX_NODES]
+    except OSError:
+        return Probe(looked_for=(f"{_LOOKED_FOR} (not there)",))
+    cards: list[Card] = []
+    problems: list[str] = []
+    for number in numbers:
+        properties = _properties(nodes / str(number) / "properties")
+        if properties.get("simd_count", 0) == 0:
+            continue  # a CPU
+        try:
+            cards.append(_card(root, nodes / str(number), properties, can_open=can_open))
+        except (OSError, ValueError) as error:
+            problems.append(f"AMD card of KFD node {number}: {error}; it is left out")
+    return Probe(tuple(cards), tuple(problems), (_LOOKED_FOR,))
+
+
+def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool | None) -> Card:
+    minor = properties.get("drm_render_minor", 0)
+    device = root / f"sys/class/drm/renderD{minor}/device"
+    vram_total, vram_used = _number(device / "mem_info_vram_total"), _number(device / "mem_info_vram_used")
+    gtt_total, gtt_used = _number(device / "mem_info_gtt_total"), _number(device / "mem_info_gtt_used")
+    unified = _is_unified(device, properties, vram_total, gtt_total)
+    total, used = (gtt_total, gtt_used) if unified and (gtt_total or 0) > (vram_total or 0) else (vram_total, vram_used)
+    unique_id = properties.get("unique_id", 0)
+    return Card(
+        vendor=Vendor.AMD,
+        name=_text(device / "product_name") or f"AMD {_gfx(properties)}",
+        pci_bus_id=_pci_bus_id(properties),
+        uuid=f"GPU-{unique_id:016x}" if unique_id else None,
+        total_bytes=total,
+        free_bytes=None if total is None or used is None else max(total - used, 0),
+        bandwidth_bytes_per_s=_bandwidth(node),
+        arch=_gfx(properties),
+        unified=unified,
+        processes=_processes(root, _number(node / "gpu_id")),
+        why_not=_why_not(root, minor, can_open=can_open),
+    )
+
+
+def _is_unified(device: Path, properties: dict[str, int], vram: int | None, gtt: int | None) -> bool:
+    """Say whether the card's memory is the host's: an APU has CPU cores on its node, or Ollama's rule holds."""
+    if properties.get("cpu_cores_count", 0) > 0:
+        return True
+    if vram is None or gtt is None or (device / "board_info").exists() or (device / "mem_info_vram_vendor").exists():
+        return False
+    return vram <= _APU_MAX_VRAM and gtt >= _APU_MIN_GTT and gtt >= _APU_GTT_PER_VRAM * vram
+
+
+def _why_not(root: Path, minor: int, *, can_open: bool | None) -> str | None:
+    files = (root / "dev/kfd", root / f"dev/dri/renderD{minor}")
+    refused = [f"/{file.relative_to(root)}" for file in files if not os.access(file, os.R_OK | os.W_OK)]
+    if can_open or (can_open is None and not refused):
+        return None
+    return f"this process may not open {' and '.join(refused)}: add its user to the groups render and video"
+
+
+def _gfx(properties: dict[str, int]) -> str:
+    """Return the ISA's name: decimal 110000 is gfx1100, 90010 is gfx90a (minor version and stepping in hex)."""
+    version = properties.get("gfx_target_version", 0)
+    return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+
+
+def _pci_bus_id(properties: dict[str, int]) -> str | None:
+    location = properties.get("location_id")
+    if location is None:
+        return None
+    return f"{properties.get('domain', 0):04x}:{location >> 8 & 0xFF:02x}:{location >> 3 & 0x1F:02x}.{location & 7:x}"
+
+
+def _bandwidth(node: Path) -> int | None:
+    """Return bytes per second of the node's widest memory bank: width in bits, clock in MHz, two transfers a clock."""
+    found = []
+    for bank in sorted((node / "mem_banks").glob("*/properties")):
+        properties = _properties(bank)
+        width, clock = properties.get("width", 0), properties.get("mem_clk_max", 0)
+        found.append(2 * width * clock * 1_000_000 // 8)
+    return max(found, default=0) or None
+
+
+def _processes(root: Path, gpu_id: int | None) -> tuple[ProcessUse, ...]:
+    """Return the ROCm processes that hold memory on the card (/sys/class/kfd/kfd/proc/PID/vram_GPUID)."""
+    if gpu_id is None:
+        return ()
+    found = []
+    for file in sorted((root / "sys/class/kfd/kfd/proc").glob(f"*/vram_{gpu_id}")):
+        used = _number(file)
+        if file.parent.name.isdigit() and used:
+            pid = int(file.parent.name)
+            found.append(ProcessUse(pid, process_name(pid, root / "proc"), used))
+    return tuple(sorted(found, key=lambda process: process.pid))
+
+
+def _properties(path: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", _text(path) or "", re.MULTILINE)}
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _text(path: Path) -> str | None:
+    """Return a file's text, None where it cannot be read: every figure in sysfs is missing on some kernel."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip() or None
+    except OSError:
+        return None

@@ -1,0 +1,174 @@
+"""llama.cpp's RPC workers (``ggml-rpc-server``): which devices they offer and what is free there.
+
+A worker serves one client at a time and has no timeouts. A second client is connected by the kernel but not answered,
+and if it goes away the usual way the worker later dies of SIGPIPE while it answers; so every probe here is bounded and
+ends with a reset. A worker that a runner of ours holds must not be probed at all: see ``gpu.detect``.
+
+The protocol: ggml/src/ggml-rpc/ggml-rpc.cpp. A request is ``u8 command, u64 length, body``, an answer ``u64 length,
+body``, all little endian. There is neither authentication nor encryption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
+MAX_DEVICES: Final = 64  # of one worker; llama.cpp itself takes 16 of all
+PROTOCOL_BY_COMMIT: Final = {"0c1e570": "7.0.0"}  # ggml/include/ggml-rpc.h of the builds we know
+
+_GET_ALIGNMENT: Final = 1
+_GET_DEVICE_MEMORY: Final = 11
+_HELLO: Final = 14
+_DEVICE_COUNT: Final = 15
+_CAPABILITIES_BYTES: Final = 24  # RPC_CONN_CAPS_SIZE; all zero: plain TCP
+_CPU_ALIGNMENT: Final = 32  # TENSOR_ALIGNMENT, ggml/src/ggml-impl.h; CUDA, HIP and SYCL use 128
+
+
+class WorkerState(StrEnum):
+    """What a probe found. Only a ready worker's devices can be planned on."""
+
+    READY = "ready"
+    BUSY = "busy"  # it took the connection and does not answer: it serves another client
+    UNREACHABLE = "unreachable"
+    INCOMPATIBLE = "incompatible"  # it answers, but not in our llama.cpp's protocol
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDevice:
+    """One device of a worker. ``is_cpu``: its "free" memory is that machine's whole RAM, in use or not."""
+
+    total_bytes: int
+    free_bytes: int
+    alignment_bytes: int
+
+    @property
+    def is_cpu(self) -> bool:
+        """Say whether this is a CPU device: it aligns as one and claims that nothing is in use."""
+        return self.alignment_bytes == _CPU_ALIGNMENT and self.free_bytes == self.total_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker's answer. ``why_not`` is one line wherever it is not ready."""
+
+    endpoint: str
+    state: WorkerState
+    protocol: str | None = None
+    devices: tuple[WorkerDevice, ...] = ()
+    why_not: str | None = None
+
+
+class _NotOurProtocolError(Exception):
+    """The other side answers something that no worker of ours would."""
+
+
+def probe_all(
+    endpoints: Sequence[str], *, protocol: str | None, timeout_s: float = PROBE_TIMEOUT_S
+) -> tuple[Worker, ...]:
+    """Return the state of each worker, in order, asking all at the same time. Takes at most ``timeout_s``."""
+    if not endpoints:
+        return ()
+    if len(endpoints) == 1:
+        return (probe(endpoints[0], protocol=protocol, timeout_s=timeout_s),)
+    with ThreadPoolExecutor(len(endpoints)) as pool:
+        return tuple(pool.map(lambda endpoint: probe(endpoint, protocol=protocol, timeout_s=timeout_s), endpoints))
+
+
+def probe(endpoint: str, *, protocol: str | None, timeout_s: float = PROBE_TIMEOUT_S) -> Worker:
+    """Return one worker's state and devices. ``protocol`` is our llama.cpp's RPC version, None where not known."""
+    host, _, port = endpoint.rpartition(":")
+    deadline = time.monotonic() + timeout_s
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=timeout_s)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        why = f"cannot connect to {endpoint} ({reason}): start ggml-rpc-server there or take it out of RPC_SERVERS"
+        return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why)
+    with connection:
+        # Close with a reset: a busy worker would later write to a socket that was closed in good order, and die.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        try:
+            return _ask(_Connection(connection, deadline), endpoint, protocol)
+        except TimeoutError:
+            why = f"{endpoint} does not answer: it serves another client, and a worker serves one at a time"
+            return Worker(endpoint, WorkerState.BUSY, why_not=why)
+        except (OSError, _NotOurProtocolError) as error:
+            why = f"{endpoint} does not speak this llama.cpp's RPC protocol ({error}): run ggml-rpc-server of one build"
+            return Worker(endpoint, WorkerState.INCOMPATIBLE, why_not=why)
+
+
+def _ask(connection: _Connection, endpoint: str, protocol: str | None) -> Worker:
+    hello = connection.request(_HELLO, bytes(_CAPABILITIES_BYTES), answer_bytes=4 + _CAPABILITIES_BYTES)
+    theirs = f"{hello[0]}.{hello[1]}.{hello[2]}"
+    if protocol is not None and not _speaks(theirs, protocol):
+        why = f"{endpoint} speaks RPC protocol {theirs}, our llama-server {protocol}: run ggml-rpc-server of one build"
+        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why)
+    (count,) = struct.unpack("<I", connection.request(_DEVICE_COUNT, b"", answer_bytes=4))
+    if not 0 < count <= MAX_DEVICES:
+        raise _NotOurProtocolError(f"it offers {count} devices")
+    return Worker(endpoint, WorkerState.READY, theirs, tuple(_device(connection, index) for index in range(count)))
+
+
+def _speaks(theirs: str, ours: str) -> bool:
+    """Mirror negotiate_hello: the major versions are equal, and the worker's minor one is not newer than ours."""
+    their_major, their_minor = (int(part) for part in theirs.split(".")[:2])
+    our_major, our_minor = (int(part) for part in ours.split(".")[:2])
+    return their_major == our_major and their_minor <= our_minor
+
+
+def _device(connection: _Connection, index: int) -> WorkerDevice:
+    body = struct.pack("<I", index)
+    free, total = struct.unpack("<QQ", connection.request(_GET_DEVICE_MEMORY, body, answer_bytes=16))
+    (alignment,) = struct.unpack("<Q", connection.request(_GET_ALIGNMENT, body, answer_bytes=8))
+    return WorkerDevice(total, free, alignment)
+
+
+class _Connection:
+    """Requests over one socket, all of them within one deadline."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._socket = connection
+        self._deadline = deadline
+
+    def request(self, command: int, body: bytes, *, answer_bytes: int) -> bytes:
+        """Return the answer's body. Raises TimeoutError, OSError, _NotOurProtocolError."""
+        self._limit()
+        self._socket.sendall(struct.pack("<BQ", command, len(body)) + body)
+        (length,) = struct.unpack("<Q", self._read(8))
+        if length != answer_bytes:
+            raise _NotOurProtocolError(f"an answer of {length} bytes where {answer_bytes} belong")
+        return self._read(length)
+
+    def _read(self, wanted: int) -> bytes:
+        data = b""
+        while len(data) < wanted:
+            self._limit()
+            part = self._socket.recv(wanted - len(data))
+            if not part:
+                raise _NotOurProtocolError("it hung up")
+            data += part
+        return data
+
+    def _limit(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Say whether a worker's endpoint is this machine itself."""
+    host = endpoint.rpartition(":")[0]
+    if host.lower() == "localhost":
+        return True
+    with contextlib.suppress(OSError):
+        return socket.inet_aton(host)[0] == 127  # noqa: PLR2004 - 127.0.0.0/8, RFC 1122
+    return False

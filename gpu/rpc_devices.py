@@ -1,0 +1,121 @@
+"""RPC workers as devices: names as llama.cpp gives them, memory as far as it can be believed.
+
+llama.cpp numbers the devices of all workers on ``--rpc`` through: RPC0, RPC1, ... (ggml-rpc.cpp,
+ggml_backend_rpc_add_server). Only workers that answer are put there, so only they are numbered; the others are listed
+as ``RPC[host:port]``, marked unusable.
+
+A CPU worker reports the whole RAM of its machine as free, whatever is in use. One on this machine shares the host's
+pool and its available memory; one elsewhere is believed with a warning, unless RPC_SERVERS caps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gpu.host import HostMemory
+from gpu.rpc import Worker, WorkerDevice, WorkerState, is_loopback, probe_all
+from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, PoolId
+
+
+class RpcServer(Protocol):
+    """A worker as the settings name it."""
+
+    @property
+    def endpoint(self) -> str:
+        """Return ``host:port``."""
+        ...
+
+    @property
+    def cap_bytes(self) -> int | None:
+        """Return the most that may be used of each of its devices, None for no limit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RpcDevices:
+    """Devices of the workers that can be used, numbered through, and one placeholder for each that cannot."""
+
+    devices: tuple[Device, ...]
+    absent: tuple[Device, ...]
+    warnings: tuple[str, ...]
+
+
+def rpc_devices(
+    servers: Sequence[RpcServer],
+    *,
+    protocol: str | None,
+    memory: HostMemory,
+    leased: frozenset[str] = frozenset(),
+    previous: Sequence[Device] = (),
+) -> RpcDevices:
+    """Return the workers' devices, in the order of ``servers``. Takes at most the probe's time limit."""
+    to_probe = [server.endpoint for server in servers if server.endpoint not in leased]
+    workers = {worker.endpoint: worker for worker in probe_all(to_probe, protocol=protocol)}
+    devices: list[Device] = []
+    absent: list[Device] = []
+    warnings: list[str] = []
+    for server in servers:
+        worker = workers.get(server.endpoint)
+        if worker is None:
+            found = [device for device in previous if device.endpoint == server.endpoint and device.usable]
+        elif worker.state is WorkerState.READY:
+            found = [_device(server, index, device, memory) for index, device in enumerate(worker.devices)]
+            warnings += _doubts(server, worker)
+        else:
+            absent.append(_placeholder(worker))
+            warnings.append(f"RPC worker left out: {worker.why_not}")
+            continue
+        devices += (
+            replace(device, name=DeviceName(f"RPC{number}")) for number, device in enumerate(found, start=len(devices))
+        )
+    return RpcDevices(tuple(devices), tuple(absent), tuple(warnings))
+
+
+def _device(server: RpcServer, index: int, device: WorkerDevice, memory: HostMemory) -> Device:
+    total, free = device.total_bytes, device.free_bytes
+    here = device.is_cpu and is_loopback(server.endpoint)
+    if here:
+        total, free = min(total, memory.total_bytes), min(free, memory.available_bytes)
+    if server.cap_bytes is not None:
+        total, free = min(total, server.cap_bytes), min(free, server.cap_bytes)
+    host = server.endpoint.rpartition(":")[0]
+    # Two CPU workers on one machine hand out the same RAM; a worker's GPUs are pools of their own.
+    pool = HOST_POOL if here else PoolId(f"host of {host}") if device.is_cpu else None
+    return Device(
+        name=DeviceName(""),
+        kind=DeviceKind.RPC,
+        total_bytes=total,
+        free_bytes=free,
+        pool=pool or PoolId(f"{server.endpoint}/{index}"),
+        description=f"{server.endpoint} ({'CPU' if device.is_cpu else 'GPU'} worker)",
+        endpoint=server.endpoint,
+        alignment_bytes=device.alignment_bytes,
+        overhead_bytes=0,
+    )
+
+
+def _doubts(server: RpcServer, worker: Worker) -> list[str]:
+    uncapped_cpu = any(device.is_cpu for device in worker.devices) and server.cap_bytes is None
+    if uncapped_cpu and not is_loopback(server.endpoint):
+        endpoint = server.endpoint
+        return [
+            f"RPC worker {endpoint} is a CPU and reports all RAM there as free: cap it, RPC_SERVERS={endpoint}=SIZE"
+        ]
+    return []
+
+
+def _placeholder(worker: Worker) -> Device:
+    return Device(
+        name=DeviceName(f"RPC[{worker.endpoint}]"),
+        kind=DeviceKind.RPC,
+        total_bytes=None,
+        free_bytes=None,
+        pool=PoolId(worker.endpoint),
+        description=f"{worker.endpoint} ({worker.state})",
+        endpoint=worker.endpoint,
+        overhead_bytes=0,
+        usable=False,
+        why_not=worker.why_not,
+    )

@@ -1,0 +1,88 @@
+"""``planner devices``: the machine as a text table or as JSON. Decides nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from planner.types import Device, Machine
+
+_UNITS: Final = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+def as_json(machine: Machine) -> dict[str, Any]:
+    """Return what ``planner devices --json`` prints; the host is the last device. Unknown is None."""
+    return {
+        "devices": [_device_json(device) for device in (*machine.devices, machine.host)],
+        "warnings": list(machine.warnings),
+        "looked_for": list(machine.looked_for),
+    }
+
+
+def _device_json(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "kind": device.kind.value,
+        "description": device.description,
+        "uuid": device.uuid,
+        "pci_bus_id": device.pci_bus_id,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "bandwidth_bytes_per_s": device.bandwidth_bytes_per_s,
+        "pool": device.pool,
+        "usable": device.usable,
+        "why_not": device.why_not,
+        "processes": [
+            {"pid": process.pid, "name": process.name, "used_bytes": process.used_bytes} for process in device.processes
+        ],
+    }
+
+
+def as_text(machine: Machine) -> str:
+    """Return the table that ``planner devices`` prints, then what is unusable, held by others, or odd."""
+    devices = (*machine.devices, machine.host)
+    rows = [("DEVICE", "KIND", "FREE", "TOTAL", "BANDWIDTH", "DESCRIPTION"), *map(_row, devices)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    notes = [f"{device.name} cannot be used: {device.why_not}" for device in devices if not device.usable]
+    notes += [
+        f"{device.name}: process {process.pid} ({process.name or 'unknown'}) holds {size(process.used_bytes)}"
+        for device in devices
+        for process in device.processes
+    ]
+    notes += [f"warning: {warning}" for warning in machine.warnings]
+    if not machine.devices:
+        notes.append("No GPU found. Looked for:")
+        notes += [f"  {place}" for place in machine.looked_for]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def _row(device: Device) -> tuple[str, ...]:
+    bandwidth = device.bandwidth_bytes_per_s
+    return (
+        device.name,
+        device.kind.value,
+        size(device.free_bytes),
+        size(device.total_bytes),
+        "?" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s",
+        device.description,
+    )
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    """Put names to the left and figures to the right."""
+    left, figures = row[:2], row[2:5]
+    return [
+        *(f"{text:<{width}}" for text, width in zip(left, widths, strict=False)),
+        *(f"{text:>{width}}" for text, width in zip(figures, widths[2:], strict=True)),
+        row[5],
+    ]
+
+
+def size(size_bytes: int | None) -> str:
+    """Return a size to read, ``?`` where it is unknown."""
+    if size_bytes is None:
+        return "?"
+    for unit, name in _UNITS:
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes} B"

@@ -1,0 +1,177 @@
+"""A machine that the user names: devices with their free memory, cards from a catalogue, or none at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from gpu import host
+from gpu.card import GIB, MIB, overhead_bytes
+from gpu.llama import kind_of
+from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+
+_CATALOGUE: Final = Path(__file__).with_name("catalogue.json")
+# What the driver keeps of the memory that its tool shows: 0.7 to 2.2 % on the cards it was reported for.
+_USABLE_OF_SHOWN: Final = 0.985
+MAX_DEVICES: Final = 16  # GGML_CUDA_MAX_DEVICES, and llama.cpp's own limit for one model
+_SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+_DEVICE: Final = re.compile(r"([A-Za-z]+)(\d+)(?:@([A-Za-z0-9._-]+:\d{1,5}))?")
+_PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "RPC")}
+_VENDORS: Final = {"nv": "CUDA", "amd": "ROCm", "intel": "Vulkan"}
+
+
+class WhatIfError(ValueError):
+    """A device, card or size that cannot be understood; the text is the one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueCard:
+    """A card by its key. ``shown_bytes`` is what the vendor's tool shows; ``unified``: it is the host's memory."""
+
+    key: str
+    name: str
+    prefix: str
+    shown_bytes: int
+    bandwidth_bytes_per_s: int
+    arch: str
+    unified: bool
+
+
+def machine(
+    device_specs: Sequence[str] = (),
+    gpu_specs: Sequence[str] = (),
+    *,
+    host_memory_bytes: int | None = None,
+    root: Path = Path("/"),
+) -> Machine:
+    """Return the machine of ``NAME=SIZE`` and ``CARD[:COUNT]`` specs, in their order; neither: no GPU at all.
+
+    SIZE is free memory; ``RPC0@host:port=SIZE`` names a worker. Without ``host_memory_bytes`` the host is this
+    machine's. Raises WhatIfError with the nearest names where a name is unknown.
+    """
+    cards = [card for spec in gpu_specs for card in _cards(spec)]
+    memory = _host_memory(host_memory_bytes, cards, root)
+    devices = [_named(spec) for spec in device_specs]
+    for card in cards:
+        devices.append(_card_device(card, _next_name(card.prefix, devices), memory))
+    names = [device.name for device in devices]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise WhatIfError(f"{twice} is named twice")
+    if len(devices) > MAX_DEVICES:
+        raise WhatIfError(f"{len(devices)} devices are more than llama.cpp's limit of {MAX_DEVICES}")
+    pools = {HOST_POOL: memory.pool()}
+    for device in devices:
+        pools.setdefault(device.pool, MemoryPool(device.pool, device.total_bytes, device.free_bytes))
+    return Machine(tuple(devices), memory.device(), pools=tuple(pools.values()), what_if=True)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of ``24GiB``, ``11500MiB``, ``8G`` (binary) or plain bytes. Raises WhatIfError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise WhatIfError(f"{text!r} is not a size such as 24GiB, 11500MiB or bytes")
+    return round(float(match.group(1)) * _SIZE_UNITS[(match.group(2) or "").upper()])
+
+
+def _named(spec: str) -> Device:
+    name, given, size_text = spec.rpartition("=")
+    match = _DEVICE.fullmatch(name.strip())
+    if not given or match is None:
+        raise WhatIfError(f"--device {spec!r}: write NAME=SIZE, such as CUDA0=24GiB or RPC0@10.0.0.2:50052=24GiB")
+    prefix = _PREFIXES.get(match.group(1).lower())
+    if prefix is None:
+        known = ", ".join(f"{prefix}0" for prefix in _PREFIXES.values())
+        raise WhatIfError(f"--device {spec!r}: {name} is no name that llama.cpp gives a device; known are {known}")
+    endpoint = match.group(3)
+    if endpoint is not None and prefix != "RPC":
+        raise WhatIfError(f"--device {spec!r}: only an RPC device has an address")
+    free = parse_size(size_text)
+    kind = kind_of(prefix)
+    return Device(
+        name=DeviceName(prefix + match.group(2)),
+        kind=kind,
+        total_bytes=free,
+        free_bytes=free,
+        pool=PoolId(prefix + match.group(2)),
+        description="what-if",
+        endpoint=endpoint,
+        overhead_bytes=overhead_bytes(kind, total_bytes=free),
+    )
+
+
+def _host_memory(given_bytes: int | None, cards: Sequence[CatalogueCard], root: Path) -> host.HostMemory:
+    """Return the host that was asked for, else that of a card that is one with its host, else this machine's."""
+    if given_bytes is None:
+        given_bytes = max((card.shown_bytes for card in cards if card.unified), default=None)
+    return host.read(root) if given_bytes is None else host.HostMemory(given_bytes, given_bytes)
+
+
+def _next_name(prefix: str, devices: Sequence[Device]) -> str:
+    taken = {device.name for device in devices}
+    return next(f"{prefix}{number}" for number in range(len(taken) + 1) if f"{prefix}{number}" not in taken)
+
+
+def _cards(spec: str) -> list[CatalogueCard]:
+    key, _, count_text = spec.partition(":")
+    if count_text and not (count_text.isdigit() and 0 < int(count_text) <= MAX_DEVICES):
+        raise WhatIfError(f"--gpu {spec!r}: {count_text!r} is not a count from 1 to {MAX_DEVICES}")
+    return [_find(key)] * int(count_text or 1)
+
+
+def _card_device(card: CatalogueCard, name: str, memory: host.HostMemory) -> Device:
+    kind = kind_of(card.prefix)
+    usable = memory.total_bytes if card.unified else round(card.shown_bytes * _USABLE_OF_SHOWN)
+    return Device(
+        name=DeviceName(name),
+        kind=kind,
+        total_bytes=usable,
+        free_bytes=memory.available_bytes if card.unified else usable,
+        pool=HOST_POOL if card.unified else PoolId(name),
+        description=f"{card.name} (what-if)",
+        bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
+        compute_capability=card.arch,
+        overhead_bytes=overhead_bytes(kind, total_bytes=usable, arch=card.arch if kind is DeviceKind.CUDA else None),
+    )
+
+
+def catalogue() -> dict[str, CatalogueCard]:
+    """Return every card of the catalogue by its key."""
+    return {row["key"]: _row(row) for row in json.loads(_CATALOGUE.read_text(encoding="utf-8"))["cards"]}
+
+
+def _row(row: Mapping[str, Any]) -> CatalogueCard:
+    shown_mib = row["smi_total_mib"]
+    return CatalogueCard(
+        key=row["key"],
+        name=row["name"],
+        prefix=_VENDORS[row["vendor"]],
+        shown_bytes=row["nominal_gib"] * GIB if shown_mib is None else shown_mib * MIB,
+        bandwidth_bytes_per_s=row["bandwidth_gbs"] * 10**9,
+        arch=row["arch"],
+        unified=row["unified"],
+    )
+
+
+def _find(text: str) -> CatalogueCard:
+    """Return the card that a user's spelling means: ``4090``, ``RTX 4090`` and ``rtx-4090`` are ``rtx4090``."""
+    cards = catalogue()
+    wanted = _plain(text)
+    by_plain = {_plain(key): card for key, card in cards.items()}
+    for candidate in (wanted, f"rtx{wanted}", f"gtx{wanted}", f"rx{wanted}"):
+        if candidate in by_plain:
+            return by_plain[candidate]
+    from difflib import get_close_matches  # noqa: PLC0415 - only a slip of the keyboard pays for it
+
+    nearest = get_close_matches(wanted, by_plain, n=3, cutoff=0.5)
+    hint = ", ".join(by_plain[match].key for match in nearest) or ", ".join(list(cards)[:8]) + ", ..."
+    raise WhatIfError(f"--gpu {text!r} is not in the card catalogue; nearest: {hint} (or say --device CUDA0=SIZE)")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower().removeprefix("nvidia ").removeprefix("geforce "))
