@@ -1,0 +1,247 @@
+"""Candidate placements: made, accounted for, held against the budgets, and mended where they do not fit.
+
+The mending is the inner part of the search. It packs whole layers by what the last candidate really took, has the
+result accounted for, and repeats; nothing is called fitting that ``accounting`` has not confirmed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from planner import budget, layers, packing
+from planner.accounting import MemoryLedger, account
+from planner.context import ContextParams, context_params
+from planner.model import ModelFacts
+from planner.types import Device, DeviceUsage, LlamaBuild, Machine, Placement, PlanRequest, Shortfall
+
+Oracle = Callable[[ModelFacts, ContextParams, Placement, Machine], MemoryLedger | None]
+
+MAX_ROUNDS: Final = 8  # of packing and accounting; two or three suffice, since only compute buffers move with the split
+NO_LIMIT: Final = 1 << 62  # stands for the budget of a device whose free memory nobody knows
+
+_BLOCK: Final = re.compile(r"(?:enc\.|dec\.)?blk\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A placement with its bytes and with where it needs too much."""
+
+    request: PlanRequest
+    params: ContextParams
+    placement: Placement
+    ledger: MemoryLedger
+    usages: tuple[DeviceUsage, ...]
+    shortfalls: tuple[Shortfall, ...]
+
+    @property
+    def unknown(self) -> bool:
+        """Say whether some figure that matters is not known, so that nobody can tell whether it fits."""
+        everyone = (*self.ledger.devices, self.ledger.host)
+        return any(None in {f.model.bytes, f.context.bytes, f.compute.bytes} for f in everyone)
+
+    @property
+    def fits(self) -> bool:
+        """Say whether it is known to fit."""
+        return not self.shortfalls and not self.unknown
+
+
+@dataclass(frozen=True)
+class Finder:
+    """One model on one machine. ``devices`` are those that may be used, in the order given to llama-server."""
+
+    model: ModelFacts
+    machine: Machine
+    limits: budget.Budgets
+    build: LlamaBuild
+    oracle: Oracle | None
+    devices: tuple[Device, ...]
+    spread: bool
+
+    @property
+    def n_slots(self) -> int:
+        """Return how many layers llama.cpp counts: all blocks and the output."""
+        return self.model.hparams.n_layer_all + 1
+
+    def complete(self, request: PlanRequest) -> Candidate:
+        """Return a placement of everything that is to lie on devices; the nearest attempt where none fits.
+
+        That is all layers, or as many as ``-ngl`` pins. The fewest devices are taken, those with the largest budgets,
+        in llama-server's order; ``SCHED_SPREAD`` takes all of them at once.
+        """
+        n_slots = self._pinned_slots(request)
+        if not n_slots or not self.devices:
+            return self.on_host(request)
+        if request.tensor_split is not None:
+            return self._try(request, self.devices, n_slots, request.tensor_split)
+        attempt = None
+        for group in self._groups(request):
+            attempt = self._pack(request, group, n_slots)
+            if attempt.fits or attempt.unknown:
+                return attempt
+        return attempt or self.on_host(request)
+
+    def partial(self, request: PlanRequest, attempt: Candidate) -> Candidate:
+        """Return the placement with the most of the last layers on devices, the host alone where none of them fits.
+
+        ``attempt`` is the complete placement that did not fit. Where ``-ngl`` pins a number it is the answer.
+        """
+        if request.n_gpu_layers is not None or not attempt.placement.devices:
+            return attempt
+        if request.tensor_split is not None:
+            return self._most_with_split(request, request.tensor_split)
+        best: Candidate | None = None
+        seen: set[tuple[int, ...]] = set()
+        latest = attempt
+        for _ in range(MAX_ROUNDS):
+            room, costs = self._room(latest, attempt.placement.devices)
+            counts = packing.most_from_the_end(costs, room)
+            if counts in seen or sum(counts) == 0:
+                break
+            seen.add(counts)
+            group = tuple(self.machine.device(name) for name in attempt.placement.devices)
+            latest = self._try(request, group, sum(counts), counts)
+            if latest.fits and (best is None or sum(counts) > best.placement.n_gpu_layers):
+                best = latest
+        return best or self.on_host(request)
+
+    def on_host(self, request: PlanRequest) -> Candidate:
+        """Return the placement that uses no device at all."""
+        return self._try(request, (), 0, ())
+
+    def _pinned_slots(self, request: PlanRequest) -> int:
+        pinned = request.n_gpu_layers
+        return self.n_slots if pinned is None or isinstance(pinned, str) else min(pinned, self.n_slots)
+
+    def _groups(self, request: PlanRequest) -> Iterator[tuple[Device, ...]]:
+        """Yield the sets of devices to try, fewest first."""
+        if request.split_mode == "none":
+            yield (self.devices[request.main_gpu or 0],)
+            return
+        everyone = range(len(self.devices))
+        by_budget = sorted(everyone, key=lambda i: -self._budget(self.devices[i]))
+        one_size = self.spread or request.split_mode != "layer"
+        for size in (len(self.devices),) if one_size else range(1, len(self.devices) + 1):
+            yield tuple(self.devices[i] for i in sorted(by_budget[:size]))
+
+    def _budget(self, device: Device) -> int:
+        limit = self.limits.of(device.name)
+        return NO_LIMIT if limit is None else max(limit, 0)
+
+    def _pack(self, request: PlanRequest, group: Sequence[Device], n_slots: int) -> Candidate:
+        """Return the first confirmed split of the last ``n_slots`` layers over these devices, or the last attempt."""
+        budgets = [self._budget(device) for device in group]
+        weights = self._weights[-n_slots:]
+        counts = packing.balanced(weights, budgets) or _proportional(n_slots, budgets)
+        attempt = self._try(request, group, n_slots, counts)
+        names = tuple(device.name for device in group)
+        for _ in range(MAX_ROUNDS if len(group) > 1 else 0):
+            if attempt.fits or attempt.unknown:
+                break
+            room, costs = self._room(attempt, names)
+            again = packing.balanced(costs[-n_slots:], room)
+            if again is None or again == counts:
+                break
+            counts = again
+            attempt = self._try(request, group, n_slots, counts)
+        return attempt
+
+    def _most_with_split(self, request: PlanRequest, shares: tuple[float, ...]) -> Candidate:
+        """Return the most layers that fit under pinned shares, by bisection: more layers never need less."""
+        low, best = 0, self.on_host(request)
+        high = self.n_slots
+        while high - low > 1:
+            middle = (low + high) // 2
+            attempt = self._try(request, self.devices, middle, shares)
+            if attempt.fits:
+                low, best = middle, attempt
+            else:
+                high = middle
+        return best
+
+    def _try(self, request: PlanRequest, group: Sequence[Device], n_slots: int, shares: Sequence[float]) -> Candidate:
+        """Account for this split. A device that gets no layer is left out: an idle context costs memory too."""
+        if request.tensor_split is None:
+            group = tuple(device for device, share in zip(group, shares, strict=True) if share)
+            shares = tuple(float(share) for share in shares if share)
+        else:
+            shares = tuple(shares[i] if i < len(shares) else 0.0 for i in range(len(group)))
+        where, output = layers.layer_devices(self.n_slots - 1, n_slots, shares)
+        placement = Placement(tuple(device.name for device in group), where, output, n_slots, tuple(shares))
+        params = context_params(self.model, request)
+        ledger = account(self.model, params, placement, self.machine, self.build)
+        attempt = self._judge(request, params, placement, ledger)
+        if attempt.unknown and self.oracle is not None:
+            answer = self.oracle(self.model, params, placement, self.machine)
+            attempt = attempt if answer is None else self._judge(request, params, placement, answer)
+        return attempt
+
+    def _judge(
+        self, request: PlanRequest, params: ContextParams, placement: Placement, ledger: MemoryLedger
+    ) -> Candidate:
+        rows = budget.usages(self.machine, placement, ledger, self.limits)
+        short = budget.shortfalls(self.machine, rows, ledger, self.limits)
+        return Candidate(request, params, placement, ledger, rows, short)
+
+    def _room(self, attempt: Candidate, names: Sequence[str]) -> tuple[list[int], list[float]]:
+        """Return what each device has for layers, and what each layer costs, both as this attempt showed them.
+
+        What a device took beyond the costs of its layers (compute buffers, alignment, overhead) is taken off its room.
+        """
+        caches = self._cache_share(attempt)
+        costs = [weight + cache for weight, cache in zip(self._weights, caches, strict=True)]
+        rows = {row.name: row for row in attempt.usages}
+        room = []
+        for name in names:
+            row = rows[name]
+            own = [*row.layers, *((self.n_slots - 1,) if row.output else ())]
+            beyond = (row.planned_bytes or 0) - int(sum(costs[slot] for slot in own))
+            room.append(self._budget(self.machine.device(name)) - max(beyond, 0))
+        return room, costs
+
+    @staticmethod
+    def _cache_share(attempt: Candidate) -> list[float]:
+        """Return each layer's part of the cache of the device that it lies on; the output has none."""
+        where = attempt.placement.layer_devices
+        figures = (*attempt.ledger.devices, attempt.ledger.host)  # the host is index -1
+        on = {index: where.count(index) for index in set(where)}
+        return [*((figures[index].context.bytes or 0) / on[index] for index in where), 0.0]
+
+    @cached_property
+    def _weights(self) -> list[float]:
+        """Return the bytes of each layer's tensors, the output's last, as far as names tell."""
+        weights = [0.0] * self.n_slots
+        for tensor in self.model.tensors:
+            block = _BLOCK.match(tensor.name)
+            if block is not None:
+                weights[min(int(block[1]), self.n_slots - 2)] += tensor.nbytes
+            elif tensor.name.startswith("output"):
+                weights[-1] += tensor.nbytes
+        if not self.model.tensor("output.weight") and (embedding := self.model.tensor("token_embd.weight")):
+            weights[-1] += embedding.nbytes
+        return weights
+
+
+def _proportional(n_slots: int, budgets: Sequence[int]) -> tuple[int, ...]:
+    """Return whole shares in proportion to the budgets, to start from where no better split is known."""
+    total = sum(budgets) or 1
+    ends = [round(n_slots * sum(budgets[: i + 1]) / total) for i in range(len(budgets))]
+    ends[-1] = n_slots
+    return tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+
+
+def effective(attempt: Candidate) -> PlanRequest:
+    """Return the request with every knob as this candidate has it, ready to be launched."""
+    params, placement = attempt.params, attempt.placement
+    return replace(
+        attempt.request,
+        n_ctx=params.n_ctx_unpadded,
+        n_ctx_per_slot=None,
+        devices=placement.devices,
+        n_gpu_layers=placement.n_gpu_layers,
+        tensor_split=placement.tensor_split or None,
+        flash_attn=params.flash_attn,
+    )

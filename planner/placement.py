@@ -1,0 +1,359 @@
+"""The search: a model, a request and a machine in, a plan or the reasons why there is none out.
+
+What is pinned is obeyed; what is not is chosen in this order of wishes: everything on devices, the whole trained
+context, the fewest devices; where that cannot be had, first the context gives way, down to ``MIN_CONTEXT``, then layers
+stay on the host, the first ones first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from planner import budget, context, knobs, launch
+from planner.build import is_pinned
+from planner.candidates import Candidate, Finder, Oracle, effective
+from planner.errors import InvalidRequest
+from planner.model import ModelFacts
+from planner.types import (
+    UNKNOWN_FIGURE,
+    Decision,
+    Device,
+    DeviceKind,
+    HostDetail,
+    LlamaBuild,
+    Machine,
+    NearestChange,
+    NoFit,
+    Placement,
+    PlacementKind,
+    Plan,
+    PlanOutcome,
+    PlanRequest,
+    Policy,
+    Refused,
+)
+from planner.units import format_size
+
+__all__ = ["MIN_CONTEXT", "Oracle", "search"]
+
+MIN_CONTEXT: Final = 4096  # tokens; below this no context is chosen, as with llama.cpp's own -fitc
+STEP: Final = context.CONTEXT_ALIGNMENT
+SMALL_UBATCH: Final = 128  # a quarter of the default: compute buffers shrink about as much, prompts get slower
+
+
+def search(
+    model: ModelFacts,
+    request: PlanRequest,
+    machine: Machine,
+    policy: Policy,
+    build: LlamaBuild,
+    oracle: Oracle | None = None,
+) -> PlanOutcome:
+    """Return the best placement, or why there is none, or why llama.cpp would refuse these flags.
+
+    ``oracle`` is asked for what the formulas do not cover; where it cannot say either, the plan is marked
+    ``fit_by_llama``. Raises InvalidRequest for a request that makes no sense on this machine.
+    """
+    outcome = _Search(model, request, machine, policy, build, oracle).run()
+    if isinstance(outcome, NoFit):
+        return replace(outcome, nearest=_nearest(model, request, machine, policy, build, oracle, outcome))
+    return outcome
+
+
+@dataclass(slots=True)
+class _Search:
+    """One question on its way to an answer; ``decisions`` and ``warnings`` grow as it goes."""
+
+    model: ModelFacts
+    request: PlanRequest
+    machine: Machine
+    policy: Policy
+    build: LlamaBuild
+    oracle: Oracle | None
+    decisions: tuple[Decision, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def run(self) -> PlanOutcome:
+        devices = _chosen_devices(self.request, self.machine)
+        settled, self.decisions = knobs.settle(self.model, self.request, self.policy, devices)
+        self.warnings = self.machine.warnings + _build_warnings(self.build)
+        reason = context.refusal(self.model, settled, [device.kind for device in devices])
+        if reason is not None:
+            return Refused(self.model.summary, settled, self.build, reason, self.decisions, self.warnings)
+        limits = budget.budgets(self.machine, self.policy)
+        spread = self.policy.spread
+        finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
+        found = self._with_context(finder, settled)
+        if found.unknown:
+            return self._left_to_llama(finder, found)
+        self._decide_placement(found)
+        return self._plan(found) if found.fits else self._no_fit(found)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Context
+
+    def _with_context(self, finder: Finder, settled: PlanRequest) -> Candidate:
+        """Return the candidate with the context that is pinned, promised by the settings, or the best that fits."""
+        slots = settled.n_parallel or 1
+        trained = self.model.hparams.n_ctx_train or MIN_CONTEXT
+        if isinstance(settled.n_ctx, int) and settled.n_ctx > 0:
+            return self._best_of(finder, _pinned_context(settled))
+        if settled.n_ctx_per_slot is not None:
+            return self._best_of(finder, knobs.with_context(settled, settled.n_ctx_per_slot))
+        if settled.n_ctx == 0:
+            return self._best_of(finder, knobs.with_context(settled, trained))
+        if settled.n_ctx is None and self.policy.n_ctx_per_slot is not None:
+            chosen = self.policy.n_ctx_per_slot
+            self._decide("context", f"{chosen:,} tokens for each of {slots} slots", "CONTEXT_LENGTH says so")
+            return self._best_of(finder, knobs.with_context(settled, chosen))
+        return self._largest_context(finder, settled, trained)
+
+    @property
+    def _context_is_pinned(self) -> bool:
+        if self.request.n_ctx is None:
+            return (self.request.n_ctx_per_slot or self.policy.n_ctx_per_slot) is not None
+        return self.request.n_ctx != "auto"
+
+    def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
+        complete = finder.complete(request)
+        return complete if complete.fits or complete.unknown else finder.partial(request, complete)
+
+    def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
+        """Return the candidate with the trained length if that fits completely, else with the longest that does."""
+
+        def complete(n_ctx: int) -> Candidate:
+            return finder.complete(knobs.with_context(settled, n_ctx))
+
+        whole = complete(trained)
+        if whole.fits or whole.unknown:
+            self._decide("context", f"{trained:,} tokens", "it is the trained length, and it fits")
+            return whole
+        floor = min(MIN_CONTEXT, trained)
+        least = complete(floor)
+        if not least.fits:
+            self._decide(
+                "context",
+                f"{floor:,} tokens",
+                "not even this fits completely on devices: no longer one is worth layers",
+            )
+            return self._best_of(finder, knobs.with_context(settled, floor))
+        best = _last_that_fits(complete, least, floor, trained)
+        n_ctx = best.params.n_ctx_seq
+        self._decide(
+            "context", f"{n_ctx:,} tokens", f"the trained {trained:,} would not fit, and {n_ctx + STEP:,} neither"
+        )
+        return best
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Outcomes
+
+    def _decide(self, step: str, chosen: str, because: str) -> None:
+        self.decisions = (*self.decisions, Decision(step, chosen, because))
+
+    def _decide_placement(self, found: Candidate) -> None:
+        """Say what was chosen of the knobs that place layers, and why."""
+        placement = found.placement
+        if self.request.devices is None:
+            if len(placement.devices) == 1:
+                why = "one device is enough" if found.fits else "it has the most room"
+            elif placement.devices:
+                why = "SCHED_SPREAD says so" if self.policy.spread else "fewer would not hold it"
+            else:
+                why = "no layer fits on one" if self.machine.devices else "there is none"
+            self._decide("devices", ", ".join(placement.devices) or "none", why)
+        if self.request.n_gpu_layers is None:
+            whole = placement.kind is PlacementKind.GPU
+            why = "all fit" if whole else "no more fit; the first layers stay on the host"
+            self._decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
+        if self.request.tensor_split is None and len(placement.devices) > 1:
+            shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
+            self._decide("layers per device", shares, "so the fullest device is as empty as whole layers allow")
+
+    def _plan(self, found: Candidate) -> Plan:
+        request = effective(found)
+        used = [self.machine.device(name) for name in found.placement.devices]
+        return Plan(
+            model=self.model.summary,
+            request=request,
+            build=self.build,
+            placement=found.placement,
+            usages=found.usages,
+            host=found.ledger.host_detail,
+            n_ctx_per_slot=self._per_slot(found),
+            launch=launch.spec(self.model.summary.path, request, self.machine, self.build),
+            decisions=self.decisions,
+            warnings=self.warnings + _plan_warnings(self.model, found, used),
+        )
+
+    def _no_fit(self, found: Candidate) -> NoFit:
+        return NoFit(
+            model=self.model.summary,
+            request=effective(found),
+            build=self.build,
+            usages=found.usages,
+            host=found.ledger.host_detail,
+            n_ctx_per_slot=self._per_slot(found),
+            causes=found.shortfalls,
+            decisions=self.decisions,
+            warnings=self.warnings,
+        )
+
+    def _per_slot(self, found: Candidate) -> int:
+        """Return the tokens that one conversation is sure of (tools/server/server-context.cpp, ``n_ctx_slot``)."""
+        params = found.params
+        guaranteed = params.n_ctx_seq // params.n_seq_max if params.kv_unified else params.n_ctx_seq
+        if knobs.needs_whole_text(self.model, found.request):
+            guaranteed = min(guaranteed, params.n_ubatch)
+        return min(guaranteed, self.model.hparams.n_ctx_train or guaranteed)
+
+    def _left_to_llama(self, finder: Finder, found: Candidate) -> Plan:
+        """Return a plan whose bytes nobody knows: llama.cpp's own fit places it within our budgets."""
+        missing = ", ".join(found.ledger.not_built) or "compute buffers"
+        keeps_context = self._context_is_pinned
+        devices = tuple(str(device.name) for device in finder.devices)
+        request = replace(
+            found.request,
+            devices=devices,
+            n_ctx=found.params.n_ctx_unpadded if keeps_context else None,
+            n_ctx_per_slot=None,
+        )
+        margins = [(device.free_bytes or 0) - (finder.limits.of(device.name) or 0) for device in finder.devices]
+        unknown = tuple(
+            replace(row, model=UNKNOWN_FIGURE, context=UNKNOWN_FIGURE, compute=UNKNOWN_FIGURE, layers=(), output=False)
+            if row.name in devices or row.kind is DeviceKind.HOST
+            else row
+            for row in found.usages
+        )
+        return Plan(
+            model=self.model.summary,
+            request=request,
+            build=self.build,
+            placement=Placement(devices, (), -1, 0, ()),
+            usages=unknown,
+            host=HostDetail(None, None, None, None, None),
+            n_ctx_per_slot=self._per_slot(found) if keeps_context else None,
+            launch=launch.spec(self.model.summary.path, request, self.machine, self.build, fit_margins=margins),
+            decisions=self.decisions,
+            warnings=(
+                *self.warnings,
+                f"there is no rule here for {missing}, and llama.cpp could not be asked: every figure is unknown",
+            ),
+            fit_by_llama=True,
+        )
+
+
+def _chosen_devices(request: PlanRequest, machine: Machine) -> tuple[Device, ...]:
+    """Return the devices that may be used, in llama-server's order. Raises InvalidRequest for a name that is none."""
+    if request.devices is None:
+        return tuple(device for device in machine.devices if device.usable)
+    known = {device.name.lower(): device for device in machine.devices}  # llama-server compares without case
+    chosen = []
+    for name in request.devices:
+        device = known.get(name.lower())
+        if device is None:
+            names = ", ".join(device.name for device in machine.devices) or "none at all"
+            raise InvalidRequest(f"--device {name}: no such device; there is {names}")
+        if not device.usable:
+            raise InvalidRequest(f"--device {name}: it cannot be used: {device.why_not}")
+        chosen.append(device)
+    if (request.main_gpu or 0) >= max(len(chosen), 1):
+        raise InvalidRequest(f"--main-gpu {request.main_gpu}: there are {len(chosen)} devices, counted from 0")
+    return tuple(chosen)
+
+
+def _pinned_context(settled: PlanRequest) -> PlanRequest:
+    """Return the request with ``-c`` as it was pinned, and with the micro-batch that belongs to it."""
+    total = settled.n_ctx
+    if not isinstance(total, int):
+        return settled
+    per_slot = max(1, total // (1 if settled.kv_unified else settled.n_parallel or 1))
+    return replace(knobs.with_context(settled, per_slot), n_ctx=total, n_ctx_per_slot=None)
+
+
+def _last_that_fits(complete: Callable[[int], Candidate], least: Candidate, floor: int, trained: int) -> Candidate:
+    """Bisect over multiples of 256 between a context that fits and one that does not: memory grows with context."""
+    best = least
+    low, high = floor // STEP, -(-trained // STEP)
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = complete(middle * STEP)
+        if candidate.fits:
+            low, best = middle, candidate
+        else:
+            high = middle
+    return best
+
+
+def _build_warnings(build: LlamaBuild) -> tuple[str, ...]:
+    if build.path is None:
+        return ("no llama-server was found: the plan is made for the pinned llama.cpp",)
+    if not is_pinned(build):
+        return (
+            f"{build.path} is another llama.cpp ({build.commit}) than the formulas are exact for: they are estimates",
+        )
+    return ()
+
+
+def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> tuple[str, ...]:
+    """Return what a reader of the plan should know beside its figures."""
+    warnings = []
+    if missing := launch.unaddressed(used):
+        warnings.append(
+            f"{', '.join(missing)}: no address is known, so the command line has no --rpc; give NAME@HOST:PORT=SIZE"
+        )
+    if blind := [row.name for row in found.usages if row.planned_bytes and row.free_bytes is None]:
+        warnings.append(f"{', '.join(blind)}: how much is free is not known, so nothing was held against it")
+    if found.ledger.not_built:
+        warnings.append(f"no rule here covers {', '.join(found.ledger.not_built)}")
+    host = found.usages[-1]
+    if host.planned_bytes is not None and (host.headroom_bytes or 0) < 0:
+        mapped = format_size(found.ledger.host_detail.mapped_bytes or 0)
+        warnings.append(
+            f"{mapped} are mapped from the file, more than the host has free: parts are read again and again"
+        )
+    trained = model.hparams.n_ctx_train
+    if trained is not None and found.params.n_ctx_seq > trained:
+        warnings.append(f"the model was trained for {trained:,} tokens; llama-server uses no more of a slot's context")
+    return tuple(warnings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The nearest settings
+
+
+def _nearest(
+    model: ModelFacts,
+    request: PlanRequest,
+    machine: Machine,
+    policy: Policy,
+    build: LlamaBuild,
+    oracle: Oracle | None,
+    refused: NoFit,
+) -> tuple[NearestChange, ...]:
+    """Return single changes of the request, each tried, and whether it makes the model fit."""
+    tried = []
+    for name, change in _changes(request, refused.request):
+        outcome = _Search(model, replace(request, **change), machine, policy, build, oracle).run()
+        fits = isinstance(outcome, Plan)
+        if fits and "n_ctx" in change:
+            name = f"--ctx-size {outcome.request.n_ctx}"  # noqa: PLW2901 - the number is known only now
+        tried.append(NearestChange(name, fits))
+    return tuple(tried)
+
+
+def _changes(request: PlanRequest, effective_request: PlanRequest) -> list[tuple[str, dict[str, Any]]]:
+    """Return the changes that could free memory, as flags and as fields, the gentlest first."""
+    knob = effective_request
+    changes: list[tuple[bool, str, dict[str, Any]]] = [
+        (request.n_gpu_layers not in {None, 0}, "-ngl auto", {"n_gpu_layers": None}),
+        (request.tensor_split is not None, "no --tensor-split", {"tensor_split": None}),
+        (knob.n_ctx != "auto", "--ctx-size auto", {"n_ctx": "auto", "n_ctx_per_slot": None}),
+        (knob.cache_type_k == "f16", "-ctk q8_0 -ctv q8_0", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
+        ((knob.n_parallel or 1) > 1, "--parallel 1", {"n_parallel": 1}),
+        ((knob.n_ubatch or 0) > SMALL_UBATCH, f"--ubatch-size {SMALL_UBATCH}", {"n_ubatch": SMALL_UBATCH}),
+        (bool(knob.cache_ram_mib), "--cache-ram 0", {"cache_ram_mib": 0}),
+        (bool(knob.devices), "--no-gpu", {"devices": (), "n_gpu_layers": None, "tensor_split": None, "main_gpu": None}),
+    ]
+    return [(name, change) for possible, name, change in changes if possible]
