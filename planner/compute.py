@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from planner.build import is_pinned
 from planner.context import ContextParams
 from planner.estimate import estimate_buffers
+from planner.graphs import FAMILIES
 from planner.model import ModelFacts
-from planner.types import UNKNOWN_FIGURE, Figure, LlamaBuild, Machine, Placement, Source
+from planner.replay import replay
+from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
+
+# Kinds whose allocation rules the replay follows. Others reorder the graph or cut buffers into blocks of their own.
+_REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.ROCM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +32,34 @@ class ComputeBuffers:
 def compute_buffers(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
 ) -> ComputeBuffers:
-    """Return what llama.cpp reserves for its graphs (src/llama-context.cpp, ``sched_reserve``)."""
-    del build
-    estimate = estimate_buffers(model, params, placement, machine)
-    if estimate is None:
-        reason = f"the compute graph of {model.hparams.architecture} is not built here"
-        return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
-    return ComputeBuffers(
-        devices=tuple(Figure(size_bytes, Source.ESTIMATED) for size_bytes in estimate.devices),
-        host=Figure(estimate.host, Source.ESTIMATED),
+    """Return what llama.cpp reserves for its graphs (src/llama-context.cpp, ``sched_reserve``).
+
+    Simulated where the architecture's graph is replayed for the build that it mirrors; estimated upwards for another
+    build, or where only a closed form bounds the graph; else unknown.
+    """
+    replayed = replay(model, params, placement, machine) if _replayable(model, params, placement, machine) else None
+    if replayed is not None and is_pinned(build):
+        return _buffers(replayed, Source.SIMULATED)
+    bound = estimate_buffers(model, params, placement, machine)
+    if bound is not None:
+        sizes_bytes = (*bound.devices, bound.host)
+        if replayed is not None:
+            sizes_bytes = tuple(max(pair) for pair in zip(sizes_bytes, replayed, strict=True))
+        return _buffers(sizes_bytes, Source.ESTIMATED)
+    reason = f"the compute graph of {model.hparams.architecture} is not built here"
+    return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
+
+
+def _replayable(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> bool:
+    kinds = {machine.device(name).kind for name in placement.devices}
+    return (
+        model.hparams.architecture in FAMILIES
+        and not params.embeddings
+        and params.split_mode in {"layer", "none"}
+        and kinds <= _REPLAYED_KINDS
     )
+
+
+def _buffers(sizes_bytes: tuple[int, ...], source: Source) -> ComputeBuffers:
+    figures = tuple(Figure(size_bytes, source) for size_bytes in sizes_bytes)
+    return ComputeBuffers(figures[:-1], figures[-1])

@@ -23,9 +23,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma": partial(decoder, shape=Shape(scaled_embedding=True, scaled_query=True)),
     "gemma2": partial(
         decoder,
-        shape=Shape(
-            scaled_embedding=True, scaled_query=True, post_norms=True, capped_scores=True, capped_logits=True
-        ),
+        shape=Shape(scaled_embedding=True, scaled_query=True, post_norms=True, capped_scores=True, capped_logits=True),
     ),
     "gemma3": partial(decoder, shape=Shape(scaled_embedding=True, scaled_query=True, post_norms=True)),
     "phi3": partial(decoder, shape=Shape(scaled_query=True, fused_gate=True, rope_factors=True)),
