@@ -7,9 +7,7 @@ from enum import StrEnum
 from typing import Final
 
 from planner.types import DeviceKind, ProcessUse
-
-MIB: Final = 1024**2
-GIB: Final = 1024**3
+from planner.units import GIB, MIB
 
 
 class Vendor(StrEnum):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gpu import host, llama, nvml, rocm, rocm_names
+from gpu import host, llama, nvml, rocm
 from gpu.card import Card, Vendor, overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.rpc_devices import RpcServer, rpc_devices
@@ -84,6 +84,8 @@ def _with_names(cards: Sequence[Card], environ: Environ) -> tuple[Card, ...]:
     """Give AMD's cards the names that only AMD's library knows."""
     if not cards:
         return ()
+    from gpu import rocm_names  # noqa: PLC0415 - only a machine with AMD's cards starts the child
+
     known = rocm_names.ask(environ)
     return tuple(replace(card, name=known.get(card.pci_bus_id or "", {}).get("name") or card.name) for card in cards)
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import Final
 
 from gpu import llama_cache
-from gpu.card import MIB
 from gpu.llama_cache import Answers
-from gpu.rpc import PROTOCOL_BY_COMMIT
+from gpu.rpc import PINNED_PROTOCOL
+from planner.build import PINNED_BUILD, is_pinned
 from planner.types import DeviceKind, LlamaBuild
+from planner.units import MIB
 
 Environ = Mapping[str, str]
 
@@ -87,7 +85,7 @@ class Search:
     @property
     def build(self) -> LlamaBuild:
         """Return what plans are made for: where none was found, the pinned build on this processor."""
-        return self.server.build if self.server else LlamaBuild(None, None, None, cpu_features=cpu_features())
+        return self.server.build if self.server else replace(PINNED_BUILD, cpu_features=cpu_features())
 
     def not_found(self) -> str | None:
         """Return the error line where there is none: where it was looked for, and the command that builds it."""
@@ -139,8 +137,9 @@ def _places(environ: Environ, root: Path) -> Iterator[tuple[str, Path | None]]:
     spec = find_spec("llama_cpp")  # finds the package without importing it, which would load llama.cpp
     if spec is not None and spec.origin is not None:
         yield "embedded", Path(spec.origin).parent.parent / "bin/llama-server"
-    found = which("llama-server", path=environ.get("PATH", ""))
-    yield "PATH", None if found is None else Path(found).absolute()
+    folders = (folder for folder in environ.get("PATH", "").split(os.pathsep) if folder.startswith("/"))
+    on_path = (Path(folder) / "llama-server" for folder in folders)
+    yield "PATH", next((path for path in on_path if os.access(path, os.X_OK)), None)
     for ollama in _OLLAMA_FOLDERS:
         yield "Ollama's", root / ollama.lstrip("/") / "llama-server"
     if environ.get("HOME"):
@@ -217,6 +216,9 @@ class _NoAnswerError(Exception):
 
 
 def _run(path: Path, flag: str, environ: Environ) -> str:
+    import subprocess  # noqa: PLC0415 - a cached answer spares both imports, 10 ms of a command that has 200
+    import tempfile  # noqa: PLC0415
+
     with tempfile.TemporaryDirectory(prefix="loadmaster-") as empty:
         try:
             done = subprocess.run(  # noqa: S603 - the binary that is to be launched, with a constant flag
@@ -244,15 +246,15 @@ def _build(path: Path, real: Path, answers: Answers, listed: Iterable[ListedDevi
     match = re.search(r"version: (\S+)(?: \((?:build \d+, commit )?(\w+)\))?", answers.version)
     version, commit = match.groups() if match else (None, None)
     library = next((file for folder in _library_folders(real) if (file := folder / "libllama.so").exists()), None)
-    return LlamaBuild(
+    build = LlamaBuild(
         path=str(path),
         version=version,
         commit=commit,
         backends=frozenset(answers.backends.split(",")) | {device.kind.value for device in listed},
-        rpc_protocol=PROTOCOL_BY_COMMIT.get(commit or ""),
         cpu_features=cpu_features(),
         library_path=None if library is None else str(library),
     )
+    return replace(build, rpc_protocol=PINNED_PROTOCOL if is_pinned(build) else None)
 
 
 def _library_folders(real: Path) -> tuple[Path, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,10 +40,9 @@ def store(environ: Mapping[str, str], key: Sequence[str], answers: Answers) -> N
     file = _file(environ, key)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(asdict(answers) | {"of": key[0]}, out)
-        Path(name).replace(file)
+        own = file.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps(asdict(answers) | {"of": key[0]}), encoding="utf-8")
+        own.replace(file)
     except OSError:
         return
 

@@ -11,9 +11,10 @@ import re
 from pathlib import Path
 from typing import Final
 
-from gpu.card import GIB, Card, Probe, Vendor
+from gpu.card import Card, Probe, Vendor
 from gpu.nvml import process_name
 from planner.types import ProcessUse
+from planner.units import GIB
 
 _NODES: Final = "sys/class/kfd/kfd/topology/nodes"
 _LOOKED_FOR: Final = f"AMD: /{_NODES}"

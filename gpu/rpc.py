@@ -15,14 +15,13 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
 MAX_DEVICES: Final = 64  # of one worker; llama.cpp itself takes 16 of all
-PROTOCOL_BY_COMMIT: Final = {"0c1e570": "7.0.0"}  # ggml/include/ggml-rpc.h of the builds we know
+PINNED_PROTOCOL: Final = "7.0.0"  # RPC_PROTO_*_VERSION in ggml/include/ggml-rpc.h of planner.build.PINNED_COMMIT
 
 _GET_ALIGNMENT: Final = 1
 _GET_DEVICE_MEMORY: Final = 11
@@ -78,6 +77,8 @@ def probe_all(
         return ()
     if len(endpoints) == 1:
         return (probe(endpoints[0], protocol=protocol, timeout_s=timeout_s),)
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - 4 ms that few workers or none need not pay
+
     with ThreadPoolExecutor(len(endpoints)) as pool:
         return tuple(pool.map(lambda endpoint: probe(endpoint, protocol=protocol, timeout_s=timeout_s), endpoints))
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from planner.types import Device, Machine
-
-_UNITS: Final = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+from planner.units import format_size
 
 
 def as_json(machine: Machine) -> dict[str, Any]:
@@ -45,7 +44,7 @@ def as_text(machine: Machine) -> str:
     lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
     notes = [f"{device.name} cannot be used: {device.why_not}" for device in devices if not device.usable]
     notes += [
-        f"{device.name}: process {process.pid} ({process.name or 'unknown'}) holds {size(process.used_bytes)}"
+        f"{device.name}: process {process.pid} ({process.name or 'unknown'}) holds {_size(process.used_bytes)}"
         for device in devices
         for process in device.processes
     ]
@@ -61,8 +60,8 @@ def _row(device: Device) -> tuple[str, ...]:
     return (
         device.name,
         device.kind.value,
-        size(device.free_bytes),
-        size(device.total_bytes),
+        _size(device.free_bytes),
+        _size(device.total_bytes),
         "?" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s",
         device.description,
     )
@@ -78,11 +77,5 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
     ]
 
 
-def size(size_bytes: int | None) -> str:
-    """Return a size to read, ``?`` where it is unknown."""
-    if size_bytes is None:
-        return "?"
-    for unit, name in _UNITS:
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.1f} {name}"
-    return f"{size_bytes} B"
+def _size(size_bytes: int | None) -> str:
+    return "?" if size_bytes is None else format_size(size_bytes)

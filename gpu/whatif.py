@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpu import host
-from gpu.card import GIB, MIB, overhead_bytes
+from gpu.card import overhead_bytes
 from gpu.llama import kind_of
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+from planner.units import GIB, MIB, parse_size
 
 _CATALOGUE: Final = Path(__file__).with_name("catalogue.json")
 # What the driver keeps of the memory that its tool shows: 0.7 to 2.2 % on the cards it was reported for.
 _USABLE_OF_SHOWN: Final = 0.985
 MAX_DEVICES: Final = 16  # GGML_CUDA_MAX_DEVICES, and llama.cpp's own limit for one model
-_SIZE_UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 _DEVICE: Final = re.compile(r"([A-Za-z]+)(\d+)(?:@([A-Za-z0-9._-]+:\d{1,5}))?")
 _PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "RPC")}
 _VENDORS: Final = {"nv": "CUDA", "amd": "ROCm", "intel": "Vulkan"}
@@ -71,14 +70,6 @@ def machine(
     return Machine(tuple(devices), memory.device(), pools=tuple(pools.values()), what_if=True)
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of ``24GiB``, ``11500MiB``, ``8G`` (binary) or plain bytes. Raises WhatIfError."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise WhatIfError(f"{text!r} is not a size such as 24GiB, 11500MiB or bytes")
-    return round(float(match.group(1)) * _SIZE_UNITS[(match.group(2) or "").upper()])
-
-
 def _named(spec: str) -> Device:
     name, given, size_text = spec.rpartition("=")
     match = _DEVICE.fullmatch(name.strip())
@@ -91,7 +82,10 @@ def _named(spec: str) -> Device:
     endpoint = match.group(3)
     if endpoint is not None and prefix != "RPC":
         raise WhatIfError(f"--device {spec!r}: only an RPC device has an address")
-    free = parse_size(size_text)
+    try:
+        free = parse_size(size_text)
+    except ValueError as error:
+        raise WhatIfError(f"--device {spec!r}: {error}") from None
     kind = kind_of(prefix)
     return Device(
         name=DeviceName(prefix + match.group(2)),
