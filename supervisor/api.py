@@ -89,6 +89,10 @@ class LoadFailed(AcquireError):
     fault = Fault.RUNNER
 
 
+class PlannerFailed(AcquireError):
+    """The planner itself failed, which is a defect of ours; the text says how."""
+
+
 class ShuttingDown(AcquireError):
     """The service is draining and takes no new work."""
 

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -66,17 +66,12 @@ class Child:
         """Return the process id, which is also the id of its process group and session."""
         return self._process.pid
 
-    async def output(self) -> AsyncIterator[bytes]:
-        """Yield what the child writes, as it comes, until nobody holds the other end."""
+    async def read(self) -> bytes:
+        """Return what the child wrote since, as soon as there is anything; empty once nobody can write any more."""
         while True:
             await anyio.wait_readable(self._output)
-            try:
-                data = os.read(self._output.fileno(), READ_BYTES)
-            except BlockingIOError:
-                continue
-            if not data:
-                return
-            yield data
+            with suppress(BlockingIOError):
+                return os.read(self._output.fileno(), READ_BYTES)
 
     async def wait_exit(self) -> None:
         """Return as soon as the process has ended, before it is reaped."""

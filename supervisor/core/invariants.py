@@ -33,7 +33,8 @@ def _of_load(pool: Pool) -> Iterator[str]:
         yield f"more than one load at a time: {loading}"
     if len({one.id for one in pool.runners.values()}) != len(pool.runners):
         yield "two runners share an id"
-    if sum(one.state in HAS_CHILD for one in pool.runners.values()) > pool.limits.max_loaded_models:
+    most = pool.limits.max_loaded_models
+    if most is not None and sum(one.state in HAS_CHILD for one in pool.runners.values()) > most:
         yield "more runners have a child than MAX_LOADED_MODELS allows"
     load = pool.load
     if load is None:

@@ -201,7 +201,7 @@ def _weigh(pool: Pool, load: Load, plan: LoadPlan | None, no_fit: DoesNotFit | N
         return _make_room(pool, load, now)
     if plan is None:
         return _refuse_all(pool, load.model, _cannot_fit(load.model, no_fit))
-    if len(others) >= pool.limits.max_loaded_models:
+    if pool.limits.max_loaded_models is not None and len(others) >= pool.limits.max_loaded_models:
         return _make_room(pool, load, now)
     return _launch(pool, load, plan, now)
 

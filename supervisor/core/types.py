@@ -8,7 +8,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, NewType
 
-from planner.types import DeviceKind, Plan, Shortfall
+from planner.types import HOST, DeviceKind, Plan, Shortfall
 
 ModelId = NewType("ModelId", str)
 RunnerId = NewType("RunnerId", str)
@@ -19,11 +19,12 @@ TicketId = NewType("TicketId", int)
 class Limits:
     """What the operator allows the core to do.
 
+    ``max_loaded_models`` None leaves it to the memory.
     ``keep_alive_s`` counts from the end of the last request; None keeps a model for ever, 0 unloads at once.
     ``load_timeout_s`` is how long a load may go without any sign of progress.
     """
 
-    max_loaded_models: int
+    max_loaded_models: int | None
     max_queue: int
     keep_alive_s: float | None
     load_timeout_s: float
@@ -65,9 +66,9 @@ class LoadPlan:
         return not has_devices or self.layers_on_devices == len(self.plan.placement.layer_devices) + 1
 
     def planned_bytes(self) -> dict[str, int]:
-        """Return what the plan takes on each device and on the host, as far as it is known."""
-        planned = {str(usage.name): usage.planned_bytes for usage in self.plan.usages}
-        return {name: size for name, size in planned.items() if size is not None}
+        """Return what the plan takes on each device that it uses and on the host; 0 where that is not known yet."""
+        used = {*self.plan.placement.devices, HOST}
+        return {usage.name: usage.planned_bytes or 0 for usage in self.plan.usages if usage.name in used}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,158 @@
+"""The models of a folder: found by walking it, known by their headers, called by their path below it.
+
+A model's id is its relative path without ``.gguf`` and without the suffix of a split file. Projectors are no models:
+each belongs to the model beside it. A file that cannot be served is listed all the same, with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from planner.errors import PlannerError
+from planner.model import ModelFacts
+from planner.types import Role
+from supervisor.core.types import ModelId
+
+MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
+PROJECTOR_ARCHITECTURE: Final = "clip"  # gguf-py/gguf/constants.py, MODEL_ARCH.MMPROJ
+CLOSEST: Final = 3
+CLOSEST_CUTOFF: Final = 0.4  # difflib's ratio; below it names have little in common
+
+_SPLIT = re.compile(r"-(?P<number>\d{5})-of-\d{5}$")
+_PROJECTOR = re.compile(r"(^|[-._])mmproj([-._]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One model. ``problem`` is the line that says why it cannot be served; what could not be read is then None."""
+
+    id: ModelId
+    path: str
+    file_bytes: int
+    modified_at: float
+    role: Role = Role.CHAT
+    architecture: str | None = None
+    n_ctx_train: int | None = None
+    mmproj: str | None = None
+    problem: str | None = None
+
+
+def scan(folder: Path, read: Callable[[str], ModelFacts]) -> tuple[ModelEntry, ...]:
+    """Return the models below the folder, by id. ``read`` gives a file's facts and raises PlannerError.
+
+    Raises OSError where the folder itself cannot be read.
+    """
+    root = folder.resolve(strict=True)
+    next(root.iterdir(), None)  # os.walk would pass over a folder that may not be read
+    found = {path: _read(path, root, read) for path in sorted(_files(root)) if _is_first(path)}
+    projectors = [path for path, facts in found.items() if _is_projector(path, facts)]
+    models = {path: facts for path, facts in found.items() if path not in projectors}
+    entries = [
+        _entry(path, _id(path, root), facts, _projector_of(path, projectors, list(models)))
+        for path, facts in models.items()
+    ]
+    return tuple(sorted(entries, key=lambda entry: entry.id))
+
+
+class Catalogue:
+    """What the last scan found."""
+
+    def __init__(self) -> None:
+        self._entries: Mapping[ModelId, ModelEntry] = {}
+        self.scanned = False
+
+    def replace(self, entries: tuple[ModelEntry, ...]) -> None:
+        """Take the result of a scan."""
+        self._entries = {entry.id: entry for entry in entries}
+        self.scanned = True
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """Return every model, by id."""
+        return tuple(self._entries.values())
+
+    def find(self, name: str) -> ModelEntry | None:
+        """Return the model of exactly this id."""
+        return self._entries.get(ModelId(name))
+
+    def closest(self, name: str) -> tuple[str, ...]:
+        """Return the ids that resemble the name most, best first, whatever the case of their letters."""
+        by_lower = {str(one).lower(): str(one) for one in self._entries}
+        found = difflib.get_close_matches(name.lower(), by_lower, n=CLOSEST, cutoff=CLOSEST_CUTOFF)
+        return tuple(by_lower[one] for one in found)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Yield GGUF files. Folders are not entered through links, so that no loop is walked and no file found twice."""
+    count = 0
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.endswith(".gguf") and not name.startswith("."):
+                count += 1
+                if count > MAX_FILES:
+                    return
+                yield Path(folder, name)
+
+
+def _read(path: Path, root: Path, read: Callable[[str], ModelFacts]) -> ModelFacts | str:
+    """Return the file's facts, or the line that says why there are none."""
+    if not path.resolve().is_relative_to(root):
+        return f"{path} is a link that leaves {root}: put the file there"
+    try:
+        return read(str(path))
+    except PlannerError as error:
+        return str(error)
+
+
+def _is_projector(path: Path, facts: ModelFacts | str) -> bool:
+    named_so = _PROJECTOR.search(path.stem) is not None
+    return named_so or (not isinstance(facts, str) and facts.summary.architecture == PROJECTOR_ARCHITECTURE)
+
+
+def _is_first(path: Path) -> bool:
+    """Say whether the file stands for its model: unsplit, or the first part, or one whose first part is missing."""
+    split = _SPLIT.search(path.stem)
+    if split is None or int(split["number"]) == 1:
+        return True
+    first = path.with_name(path.name.replace(f"-{split['number']}-of-", "-00001-of-"))
+    return not first.exists() and int(split["number"]) == 2  # noqa: PLR2004 - the next one tells of the missing first
+
+
+def _id(path: Path, root: Path) -> ModelId:
+    return ModelId(_SPLIT.sub("", path.relative_to(root).with_suffix("").as_posix()))
+
+
+def _projector_of(path: Path, projectors: list[Path], models: list[Path]) -> str | None:
+    """Return the projector that belongs to this model: named after it, or alone with it in a folder."""
+    beside = [one for one in projectors if one.parent == path.parent]
+    stem = _SPLIT.sub("", path.stem).lower()
+    named = [one for one in beside if (rest := _PROJECTOR.sub("", one.stem).strip("-._").lower()) and rest in stem]
+    alone = len(beside) == 1 and sum(one.parent == path.parent for one in models) == 1
+    chosen = max(named, key=lambda one: len(one.stem), default=beside[0] if alone else None)
+    return None if chosen is None else str(chosen)
+
+
+def _entry(path: Path, model_id: ModelId, facts: ModelFacts | str, mmproj: str | None) -> ModelEntry:
+    try:
+        status = path.stat()
+        entry = ModelEntry(model_id, str(path), status.st_size, status.st_mtime)
+    except OSError as error:
+        return ModelEntry(model_id, str(path), 0, 0.0, problem=f"{path} cannot be read: {error.strerror}")
+    if isinstance(facts, str):
+        return replace(entry, problem=facts)
+    return replace(
+        entry,
+        file_bytes=facts.summary.file_bytes,
+        role=facts.role,
+        architecture=facts.summary.architecture,
+        n_ctx_train=facts.summary.n_ctx_train,
+        mmproj=mmproj if facts.role is Role.CHAT else None,
+        problem=None if facts.summary.n_layers else f"{path} has no layers: a vocabulary or an adapter, not a model",
+    )
