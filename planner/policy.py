@@ -1,0 +1,62 @@
+"""The operator's settings as a policy: the one conversion, for ``explain`` and for the service."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Protocol, cast
+
+from planner.types import FlashAttention, PerDevice, Policy
+
+_NONE: Mapping[str, int] = MappingProxyType({})
+
+
+# ruff: noqa: D102 - the settings' meanings are in config.table
+
+
+class _Bytes(Protocol):
+    """A number of bytes for every device, with exceptions by name."""
+
+    @property
+    def default(self) -> int | None: ...
+    @property
+    def by_name(self) -> Mapping[str, int]: ...
+
+
+class Settings(Protocol):
+    """What the settings have to offer (``config.light.PlacementSettings`` does, and so does ``config.settings``)."""
+
+    @property
+    def num_parallel(self) -> int: ...
+    @property
+    def context_length(self) -> int | None: ...
+    @property
+    def kv_cache_type(self) -> str: ...
+    @property
+    def flash_attention(self) -> str: ...
+    @property
+    def cache_ram(self) -> int: ...
+    @property
+    def gpu_overhead(self) -> _Bytes: ...
+    @property
+    def max_vram(self) -> _Bytes: ...
+    @property
+    def sched_spread(self) -> bool: ...
+
+
+def from_settings(
+    settings: Settings, *, held: Mapping[str, int] = _NONE, promised: Mapping[str, int] = _NONE
+) -> Policy:
+    """Return the policy of these settings, with what our own runners hold and what was promised to loads."""
+    return Policy(
+        gpu_overhead=PerDevice(settings.gpu_overhead.default, settings.gpu_overhead.by_name),
+        max_vram=PerDevice(settings.max_vram.default, settings.max_vram.by_name),
+        spread=settings.sched_spread,
+        n_parallel=settings.num_parallel,
+        n_ctx_per_slot=settings.context_length,
+        cache_type=settings.kv_cache_type,
+        flash_attn=cast("FlashAttention", settings.flash_attention),
+        cache_ram_mib=settings.cache_ram,
+        held=held,
+        promised=promised,
+    )

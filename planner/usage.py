@@ -1,0 +1,49 @@
+"""The help texts of the command, made from the flag table."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from planner.flags import FLAGS, Flag
+
+USAGE: Final = """\
+planner plans which layer of a GGUF model goes on which GPU, starts llama-server that way and keeps it alive.
+
+  planner explain MODEL [flags]   what fits where, and why; starts nothing
+  planner devices [--json]        the devices that llama-server can use here
+  planner serve                   serve a folder of models
+  planner config [--json]         every setting, its value and where that came from
+  planner --version               which planner, and which llama.cpp
+
+`planner COMMAND --help` says more. Settings are environment variables, PLANNER_<NAME>.
+"""
+
+_EXPLAIN_HEAD: Final = """\
+planner explain MODEL [flags]
+
+Says where llama-server would put the model on this machine, how much memory that takes on each device, and why.
+Flags are llama-server's own, so that its command line can be pasted; what is not pinned is planned.
+Exit status: 0 it fits, 3 it does not, 2 wrong usage, 65 not a model that can be read.
+"""
+
+_WHAT_IF: Final = """\
+  --device NAME=SIZE             what if: a device with this much free memory; repeatable, in order,
+                                 like CUDA0=24GiB, or RPC0@10.0.0.2:50052=24GiB for a worker
+"""
+
+_COLUMN: Final = 33
+
+
+def explain_usage() -> str:
+    """Return the help of ``planner explain``: our own flags, then llama-server's."""
+    ours = "".join(_line(flag) for flag in FLAGS if flag.ours)
+    theirs = "".join(_line(flag) for flag in FLAGS if not flag.ours)
+    rest = "Every other flag of llama-server is handed on if it moves no memory, else it is named.\n"
+    return f"{_EXPLAIN_HEAD}\n{_WHAT_IF}{ours}\n{theirs}\n{rest}"
+
+
+def _line(flag: Flag) -> str:
+    names = ", ".join((*flag.on, *flag.off)) + (f" {flag.metavar}" if flag.metavar else "")
+    head = f"  {names}"
+    gap = " " * (_COLUMN - len(head)) if len(head) < _COLUMN - 1 else "\n" + " " * _COLUMN
+    return f"{head}{gap}{flag.help}\n"
