@@ -1,0 +1,39 @@
+"""What is known of one request while it is answered; the access log and the metrics are written from it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from aiohttp import web
+
+# The status that the log and the metrics show for a client that left; it is never sent.
+CLIENT_CLOSED_REQUEST: Final = 499
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and its answer so far. ``model`` is set only to ids of the folder, so that it can be a label."""
+
+    endpoint: str
+    request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
+    began_s: float = field(default_factory=time.monotonic)
+    model: str | None = None
+    stream: bool | None = None
+    origin: str | None = None
+    first_byte_s: float | None = None
+    broken: str | None = None
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the request arrived."""
+        return time.monotonic() - self.began_s
+
+    def mark_first_byte(self) -> None:
+        """Remember when the answer's first byte went out."""
+        if self.first_byte_s is None:
+            self.first_byte_s = self.elapsed_s()
+
+
+EXCHANGE: Final = web.RequestKey("exchange", Exchange)

@@ -1,0 +1,84 @@
+"""OpenAI's endpoints: passed through to a runner of the model that the body names, and the list of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import web
+
+from planner.types import Role
+from supervisor.api import ModelView, Runtime, Snapshot, UnknownModel
+from supervisor.gateway.exchange import EXCHANGE
+from supervisor.gateway.peek import model_id, peek
+from supervisor.gateway.proxy import forward
+from supervisor.status.view import model_state
+
+# What a model must be served for to answer here. The paths are llama-server's own (tools/server/server.cpp).
+PASSED_THROUGH: Final[Mapping[str, Role]] = {
+    "/v1/chat/completions": Role.CHAT,
+    "/v1/completions": Role.CHAT,
+    "/v1/embeddings": Role.EMBEDDING,
+    "/v1/rerank": Role.RERANK,
+    "/v1/reranking": Role.RERANK,
+    "/rerank": Role.RERANK,
+    "/reranking": Role.RERANK,
+}
+
+
+class OpenAI:
+    """The handlers of ``/v1``."""
+
+    def __init__(self, runtime: Runtime, session: web.AppKey[aiohttp.ClientSession]) -> None:
+        self._runtime = runtime
+        self._session = session
+
+    def routes(self) -> list[web.AbstractRouteDef]:
+        """Return what to add to the application's router."""
+        return [
+            *(web.post(path, self._pass_through) for path in PASSED_THROUGH),
+            web.get("/v1/models", self._models),
+            web.get("/v1/models/{id:.+}", self._model),
+        ]
+
+    async def _pass_through(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        wanted = peek(body)
+        known = {model.id for model in self._runtime.snapshot().models}
+        model = model_id(wanted.model, known)
+        exchange = request[EXCHANGE]
+        exchange.stream = wanted.stream
+        exchange.model = model if model in known else None
+        async with self._runtime.acquire(model, PASSED_THROUGH[request.path]) as lease:
+            return await forward(request.app[self._session], lease, request, request.path, body)
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        snapshot = self._runtime.snapshot()
+        return web.json_response({"object": "list", "data": [_entry(model, snapshot) for model in snapshot.models]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        snapshot = self._runtime.snapshot()
+        by_id = {model.id: model for model in snapshot.models}
+        name = model_id(request.match_info["id"], by_id)
+        if name not in by_id:
+            raise UnknownModel(f"there is no model {name[:200]!r}; GET /v1/models lists the names")
+        return web.json_response(_entry(by_id[name], snapshot))
+
+
+def _entry(model: ModelView, snapshot: Snapshot) -> dict[str, Any]:
+    """Return a model as OpenAI lists it, with what clients of local servers look for beside it.
+
+    ``context_length`` is what one conversation gets, None until a plan has settled it; ``meta`` has
+    llama-server's names.
+    """
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": int(model.modified_at),
+        "owned_by": "loadmaster",
+        "role": str(model.role),
+        "state": model_state(model, snapshot),
+        "context_length": model.n_ctx_per_slot,
+        "meta": {"n_ctx_train": model.n_ctx_train, "size": model.file_bytes, "architecture": model.architecture},
+    }

@@ -1,0 +1,101 @@
+"""Who may ask: API keys, and the browser's Origin and Host.
+
+A browser lets any page send requests to a service on this machine. Keys stop that where they are set; where they are
+not, a foreign Origin is refused, and so is a Host that is not this machine (a page can let its own name resolve to
+127.0.0.1 and is then its own origin: DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Final
+from urllib.parse import urlsplit
+
+from supervisor.gateway.errors import Forbidden, Unauthorized
+
+# Reachable without a key: probes that tell nothing, and the page, which carries no data and has to ask for the key.
+OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
+# Pages of this machine itself and of desktop programs, as Ollama allows them.
+LOCAL_ORIGINS: Final = (
+    *(
+        f"{scheme}://{host}{port}"
+        for scheme in ("http", "https")
+        for host in ("localhost", "127.0.0.1", "0.0.0.0", "[::1]")  # noqa: S104 - compared with, not listened on
+        for port in ("", ":*")
+    ),
+    "app://*",
+    "file://*",
+    "tauri://*",
+    "vscode-webview://*",
+    "vscode-file://*",
+)
+# Names that a public DNS zone cannot hold.
+LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
+
+
+def check_key(headers: Mapping[str, str], api_keys: tuple[str, ...]) -> None:
+    """Raise ``Unauthorized`` unless one of the keys was sent, as a bearer token or in ``X-Api-Key``."""
+    if not api_keys:
+        return
+    scheme, _, token = headers.get("Authorization", "").partition(" ")
+    sent = [token.strip()] if scheme.lower() == "bearer" else []
+    if "X-Api-Key" in headers:
+        sent.append(headers["X-Api-Key"])
+    if not sent:
+        raise Unauthorized("an API key is needed: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
+    # Digests have one length, and all pairs are compared: the time tells nothing about any key.
+    matches = [hmac.compare_digest(_digest(given), _digest(key)) for given in sent for key in api_keys]
+    if not any(matches):
+        raise Unauthorized("this API key is not among those in API_KEYS")
+
+
+def check_origin(headers: Mapping[str, str], origins: tuple[str, ...]) -> str | None:
+    """Return the Origin of the page that asks, None where no browser page does. Raises ``Forbidden``.
+
+    ``origins`` are exact origins or patterns with ``*`` (setting ORIGINS).
+    """
+    origin = headers.get("Origin")
+    if origin is None:
+        return None
+    same = origin.lower().partition("://")[2] == headers.get("Host", "").lower()
+    if same or any(_matches(pattern, origin) for pattern in (*LOCAL_ORIGINS, *origins)):
+        return origin
+    raise Forbidden(f"pages of {origin[:200]} may not use this service; add it to ORIGINS to allow them")
+
+
+def check_host(headers: Mapping[str, str], origins: tuple[str, ...]) -> None:
+    """Raise ``Forbidden`` where the Host header names neither this machine nor a host in ORIGINS."""
+    host = _host_of("//" + headers.get("Host", "localhost"))
+    if host == "localhost" or host.endswith(LOCAL_SUFFIXES) or _is_address(host):
+        return
+    if any(pattern == "*" or _matches(_host_of(pattern), host) for pattern in origins):
+        return
+    raise Forbidden(f"this service does not answer for the host {host[:200]}; add its origin to ORIGINS to allow it")
+
+
+def _host_of(url: str) -> str:
+    """Return the host name in a URL, lower case and without port; empty where there is none."""
+    try:
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:  # unbalanced brackets
+        return ""
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.IGNORECASE) is not None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(text: str) -> bytes:
+    return sha256(text.encode("utf-8", "surrogateescape")).digest()

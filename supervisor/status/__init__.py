@@ -1,0 +1,1 @@
+"""What the service tells of itself: JSON, Prometheus, a page. Everything is rendered from one ``Snapshot``."""

@@ -1,0 +1,203 @@
+"""The one stand-in of these tests: a runtime that grants leases on llama-servers which run already."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import re
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import aiohttp
+import pytest
+
+from planner.types import Role
+from supervisor.api import Endpoint, Lease, ModelView, Snapshot, UnknownModel, WrongRole
+
+LISTENING = re.compile(rb"listening on (http://127\.0\.0\.1:\d+)")
+ROLE_FLAGS = {Role.CHAT: (), Role.EMBEDDING: ("--embeddings",), Role.RERANK: ("--reranking",)}
+
+
+@dataclass
+class LlamaServer:
+    """A llama-server that is ready, with a key of its own."""
+
+    process: subprocess.Popen[bytes]
+    endpoint: Endpoint
+    model: str
+    role: Role
+    log: queue.SimpleQueue[bytes]
+    reader: threading.Thread
+
+    async def wait_exit(self) -> str:
+        """Return how the process ended, as soon as it has."""
+        loop = asyncio.get_running_loop()
+        pidfd = os.pidfd_open(self.process.pid)
+        ended = asyncio.Event()
+        loop.add_reader(pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+        return f"llama-server (pid {self.process.pid}) was killed by SIGKILL"
+
+    async def busy_slots(self) -> int:
+        """Ask the server itself how many requests it works on."""
+        url, headers = f"{self.endpoint.base_url}/slots", {"Authorization": f"Bearer {self.endpoint.api_key}"}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(url, headers=headers) as answer,
+        ):
+            return sum(slot["is_processing"] for slot in await answer.json())
+
+    async def wait_log(self, words: bytes) -> None:
+        """Return once the server has logged these words.
+
+        To ask it for its slots instead would keep it from noticing that a client has left: every result of any task
+        restarts its wait (tools/server/server-queue.cpp, ``recv_with_timeout``).
+        """
+        while words not in (line := await asyncio.to_thread(self.log.get)):
+            assert line, "the server ended before it said so"
+
+    def stop(self) -> None:
+        """Kill and reap it; idempotent."""
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+
+
+def _read_log(stream: IO[bytes], log: queue.SimpleQueue[bytes]) -> None:
+    """Keep the pipe empty, whoever looks at the lines; an empty one says that there are no more."""
+    with stream:
+        for line in stream:
+            log.put(line)
+    log.put(b"")
+
+
+def start_llama_server(tools: Path, model: Path, role: Role = Role.CHAT, *, n_ctx: int = 2048) -> LlamaServer:
+    """Start a llama-server on a port of the system's choice and return it as soon as it listens: it has loaded then."""
+    key = secrets.token_hex(16)
+    command = [
+        str(tools / "llama-server"),
+        "-m",
+        str(model),
+        "--alias",
+        model.stem,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
+    command += [
+        "-c",
+        str(n_ctx),
+        "-np",
+        "1",
+        "-lv",
+        "4",
+        "-t",
+        "1",
+        "--no-ui",
+        "--offline",
+        "--slots",
+        "-fit",
+        "off",
+        *ROLE_FLAGS[role],
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={"LLAMA_API_KEY": key})
+    assert process.stderr is not None
+    log: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read_log, args=(process.stderr, log), daemon=True)
+    reader.start()
+    while line := log.get():
+        if found := LISTENING.search(line):
+            return LlamaServer(process, Endpoint(found[1].decode(), key), model.stem, role, log, reader)
+    pytest.fail(f"llama-server ended with {process.wait()} before it listened")
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLease:
+    """A lease on one of the servers."""
+
+    endpoint: Endpoint
+    model: str
+    lost: Callable[[], Awaitable[str]]
+
+    async def wait_lost(self) -> str:
+        """Return the story of the server's end."""
+        return await self.lost()
+
+
+async def _never() -> str:
+    return await asyncio.get_running_loop().create_future()
+
+
+@dataclass
+class FakeRuntime:
+    """Grants leases on servers that run already, and counts them; ``refusal`` is raised instead where it is set."""
+
+    servers: dict[str, LlamaServer] = field(default_factory=dict)
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    refusal: Exception | None = None
+    draining: bool = False
+    not_ready: tuple[str, ...] = ()
+    granted: int = 0
+    released: int = 0
+    returned: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def snapshot(self) -> Snapshot:
+        """Return a machine-less snapshot that lists the servers' models."""
+        names = {name: server.role for name, server in self.servers.items()}
+        names |= dict.fromkeys(self.endpoints, Role.CHAT)
+        models = tuple(
+            ModelView(name, f"/models/{name}.gguf", role, "llama", 1000, 1_700_000_000.5, 4096, 2048)
+            for name, role in names.items()
+        )
+        return Snapshot(
+            version="0.1.0",
+            started_at=time.time(),
+            now=time.time(),
+            draining=self.draining,
+            not_ready=self.not_ready,
+            llama_server=None,
+            llama_version=None,
+            machine=None,
+            runners=(),
+            models=models,
+            queue_length=0,
+            queue_limit=512,
+        )
+
+    @asynccontextmanager
+    async def acquire(self, model: str, role: Role) -> AsyncIterator[Lease]:
+        """Grant at once, or refuse."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.granted += 1
+        try:
+            yield self._lease(model, role)
+        finally:
+            self.released += 1
+            self.returned.set()
+
+    def _lease(self, model: str, role: Role) -> FakeLease:
+        if model in self.endpoints:
+            return FakeLease(self.endpoints[model], model, _never)
+        if model not in self.servers:
+            raise UnknownModel(f"there is no model {model!r}", closest=tuple(self.servers))
+        server = self.servers[model]
+        if role != server.role:
+            raise WrongRole(f"{model} is served for {server.role}, not for {role}")
+        return FakeLease(server.endpoint, model, server.wait_exit)
+
+
+Serve = Callable[..., Awaitable[str]]
