@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from planner.types import Figure, HostDetail
+from planner import cache, weights
+from planner.buffers import HOST_BUFFER, buffer_type
+from planner.build import is_pinned
+from planner.compute import compute_buffers
+from planner.types import UNKNOWN_FIGURE, Figure, HostDetail, Source
+from planner.units import MIB
 
 if TYPE_CHECKING:
     from planner.context import ContextParams
     from planner.model import ModelFacts
     from planner.types import LlamaBuild, Machine, Placement
+
+_FLOAT_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,82 @@ def account(
     """Return the bytes that llama-server will reserve on each device of the placement and on the host.
 
     Weights and caches are exact for the pinned build, compute simulated where the family's graph is built, estimated
-    (never below llama.cpp's) where only a closed form is known, unknown otherwise.
+    (never below llama.cpp's) where only a closed form is known, unknown otherwise. The host's model figure is the sum
+    of what is mapped, allocated and pinned for weights; its output buffer and prompt cache are in the detail alone,
+    as llama.cpp's own breakdown leaves them out.
     """
-    raise NotImplementedError
+    n_devices = len(placement.devices)
+    everything = list(params.not_built)
+    if params.split_mode == "tensor":
+        everything.append("splitting tensors over devices (--split-mode tensor)")
+    weights_reason = weights.not_built(model, params, placement)
+    cache_reason = cache.not_built(model)
+    unknown = (UNKNOWN_FIGURE,) * n_devices
+    models, host_model, detail = unknown, UNKNOWN_FIGURE, HostDetail(None, None, None, None, None)
+    contexts, host_context = unknown, UNKNOWN_FIGURE
+    computes, host_compute, missing = unknown, UNKNOWN_FIGURE, []
+    if not everything:
+        if weights_reason is None:
+            models, host_model, detail = _weights(model, params, placement, machine, build)
+        if cache_reason is None:
+            contexts, host_context = _caches(model, params, placement, machine, build)
+        buffers = compute_buffers(model, params, placement, machine, build)
+        computes, host_compute, missing = buffers.devices, buffers.host, list(buffers.not_built)
+    reasons = [*everything, *filter(None, (weights_reason, cache_reason)), *missing]
+    return MemoryLedger(
+        devices=tuple(map(DeviceBytes, models, contexts, computes)),
+        host=DeviceBytes(host_model, host_context, host_compute),
+        host_detail=detail,
+        not_built=tuple(dict.fromkeys(reasons)),
+    )
+
+
+def _weights(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
+) -> tuple[tuple[Figure, ...], Figure, HostDetail]:
+    """Return the weights on each device and on the host, and the host's detail."""
+    placed = weights.weight_bytes(model, params, placement, machine, build)
+    host = placed.host
+    detail = HostDetail(
+        mapped_bytes=host.mapped_bytes,
+        allocated_bytes=host.allocated_bytes,
+        pinned_bytes=host.pinned_bytes,
+        output_buffer_bytes=output_buffer_bytes(model, params),
+        prompt_cache_bytes=None if params.cache_ram_mib < 0 else params.cache_ram_mib * MIB,
+    )
+    on_devices = tuple(
+        _figure(size, build, certain=certain)
+        for size, certain in zip(placed.devices, placed.certain_devices, strict=True)
+    )
+    total = host.mapped_bytes + host.allocated_bytes + host.pinned_bytes
+    return on_devices, _figure(total, build, certain=host.certain), detail
+
+
+def _caches(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
+) -> tuple[tuple[Figure, ...], Figure]:
+    """Return the caches on each device and on the host: a layer's lie where the layer lies, or all on the host."""
+    rules = [buffer_type(machine.device(name)) for name in placement.devices]
+    tables = [cache.layer_bytes(model, params, rule) for rule in (*rules, HOST_BUFFER)]
+    sums = [0] * len(tables)
+    for layer, device in enumerate(placement.layer_devices):
+        home = device if params.kv_offload else -1  # the last table is the host's
+        sums[home] += tables[home][layer]
+    figures = tuple(_figure(size, build, certain=rule.certain) for size, rule in zip(sums, rules, strict=False))
+    return figures, _figure(sums[-1], build, certain=True)
+
+
+def output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
+    """Return the largest output buffer that serving needs: logits, and embeddings where asked for.
+
+    (src/llama-context.cpp, ``output_reserve``; llama.cpp leaves it out of its own breakdown.) A chat server keeps one
+    row per slot, an embedding server grows to a row per token of a batch.
+    """
+    rows = max(params.n_outputs_max, params.n_seq_max)
+    width = model.hparams.n_vocab + (model.hparams.n_embd_out if params.embeddings else 0)
+    return _FLOAT_BYTES * width * rows
+
+
+def _figure(size_bytes: int, build: LlamaBuild, *, certain: bool) -> Figure:
+    """Return the figure: exact for the build whose source the rules mirror and a device whose rules are known."""
+    return Figure(size_bytes, Source.EXACT if certain and is_pinned(build) else Source.ESTIMATED)

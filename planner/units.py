@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     number, unit = match.groups()
     whole, _, fraction = number.partition(".")
     multiple = _MULTIPLE[unit.lower()]
-    return int(whole) * multiple + int(fraction or 0) * multiple // 10 ** len(fraction)
+    return int(whole) * multiple + int(fraction or "0") * multiple // int("1" + "0" * len(fraction))
 
 
 def format_size(size_bytes: int) -> str:

@@ -61,7 +61,7 @@ _SPECIAL: Final[Mapping[str, Architecture]] = {
     "step35": Architecture(
         window=Window.ALWAYS,
         nextn_loaded=r"(attn_q_norm|attn_k_norm|attn_gate|ffn_(?!norm)\w+|exp_probs_b"
-        r"|nextn\.(embed_tokens|shared_head_\w+))\.",
+        r"|nextn\.(embed_tokens|shared_head_\w+))(\.|$)",
     ),
     # Recurrent and hybrid.
     **dict.fromkeys(
@@ -139,7 +139,7 @@ _REMARKS: Final[Mapping[str, Mapping[str, object]]] = {
     "glm4moe": {"nextn_loaded": _NOTHING},
     "bailingmoe2": {"nextn_loaded": _NOTHING},
     "hy_v3": {
-        "nextn_loaded": r"(ffn_(?!norm)\w+|exp_probs_b|nextn\.(embed_tokens|shared_head_\w+))\.",
+        "nextn_loaded": r"(ffn_(?!norm)\w+|exp_probs_b|nextn\.(embed_tokens|shared_head_\w+))(\.|$)",
     },
 }
 

@@ -1,0 +1,325 @@
+"""Where every weight lies and what it takes there (src/llama-model-loader.cpp, ``create_tensor``; src/llama-model.cpp).
+
+A model is cut into slots: its blocks, the output, and the input, which always stays on the host. A slot's weights go to
+the device that the slot is placed on, unless an override names another place or the device lacks the operation that
+reads them. On the host a weight is mapped from its file, or allocated, or allocated in pinned memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from planner import ggml
+from planner.architectures import ARCHITECTURES, Architecture
+from planner.buffers import HOST_BUFFER, BufferType, buffer_type
+from planner.operations import Operation, operation, runs_on
+from planner.types import DeviceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from planner.context import ContextParams
+    from planner.model import ModelFacts, Tensor
+    from planner.types import Device, LlamaBuild, Machine, Placement
+
+_BLOCK: Final = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|posnet|convnext)\.(\d{1,4})\.(.+)", re.ASCII)
+_INPUT: Final = re.compile(r"(token_embd|position_embd|token_types|per_layer_token_embd)\.")
+_FIRST_BLOCK: Final = re.compile(
+    r"(token_embd_norm|per_layer_model_proj|per_layer_proj_norm|conv1d|hrm\.z_l_init|nextn\.pre_projection)(\.|$)"
+)
+_OUTPUT: Final = re.compile(
+    r"((enc\.|dec\.)?output(_norm)?|output_hc_\w+|output_res_score|token_embd_norm|cls(\.output|\.norm)?|dense_[23]"
+    r"|altup_(proj|unembd_proj)|nextn\.post_projection|fc|d2t|markov_w[12]|conf_proj|selector_\w+)(\.|$)"
+)
+_ROPE: Final = re.compile(r"rope_(freqs|factors_long|factors_short)\.")
+_NEVER_LOADED: Final = re.compile(r"masked_embd_(centroids|ordering)|dec\.blk\.\d+\.cross_attn_rel_b")
+_SUFFIXES: Final = frozenset({"weight", "bias", "scale", "scales", "input_scale", "lora_a", "lora_b"})
+_NORM_AT_OUTPUT: Final = frozenset({"lfm2", "lfm2moe"})  # theirs is the output's, though called token_embd_norm
+_ROPE_WITHOUT_WINDOW: Final = frozenset({"gemma4", "gemma4-assistant"})
+_EMBEDDING: Final = "token_embd.weight"
+_LAZY_FROM_BYTES: Final = 4 << 30  # src/llama-model-loader.cpp, lazy mode auto
+_HOST: Final = -1
+_HOST_BUFFERS: Final = frozenset({"CPU"})
+
+# Kinds whose drivers offer pinned host memory to llama.cpp (get_host_buffer_type).
+_PINNING: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
+# Kinds whose answers to "do you run that operation" are known (planner.operations).
+_KNOWN_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.RPC})
+# ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type: what each processor feature has repacked, in rows by eight.
+_REPACKED_BY: Final[Mapping[str, frozenset[str]]] = {
+    "avx2": frozenset({"q4_0", "q4_K", "iq4_nl", "mxfp4"}),
+    "avx512f": frozenset({"q2_K"}),
+}
+_REPACK_ROWS: Final = 8
+_OTHER_PACKERS: Final = frozenset({"amx_int8", "asimd", "v", "vxe"})  # processors whose packing has no rule here
+_REPACK_DIMS: Final[Mapping[Operation, int]] = {Operation.MUL_MAT: 2, Operation.MUL_MAT_ID: 3}
+
+
+class _Keeping(Enum):
+    """How the host keeps a weight."""
+
+    LAZY = auto()  # mapped on demand, apart from the others
+    MAPPED = auto()
+    PINNED = auto()
+    REPACKED = auto()
+    ALLOCATED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class HostRule:
+    """How the host keeps weights: mapped from the file or not, pinned or not, which types repacked."""
+
+    mapped: bool
+    pinned: bool
+    repacked: frozenset[str]
+    repack_known: bool
+    lazy_mode: str
+
+
+@dataclass(slots=True)
+class HostShare:
+    """Weights on the host. ``spans`` are the mapped ranges, first and end offset by (lazy, shard).
+
+    A mapped range includes whatever lies between two weights of the host (src/llama-model.cpp, ``get_mapping_range``).
+    """
+
+    spans: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
+    allocated_bytes: int = 0
+    pinned_bytes: int = 0
+    certain: bool = True
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Return the length of all mapped ranges: page cache, not allocations."""
+        return sum(end - first for first, end in self.spans.values())
+
+    def add(self, other: HostShare) -> None:
+        """Take in another share: ranges of one file become one."""
+        self.allocated_bytes += other.allocated_bytes
+        self.pinned_bytes += other.pinned_bytes
+        self.certain = self.certain and other.certain
+        for key, (first, end) in other.spans.items():
+            self.span(key, first, end)
+
+    def span(self, key: tuple[bool, int], first: int, end: int) -> None:
+        """Widen a mapped range so that it holds these bytes of the file."""
+        known = self.spans.get(key, (first, end))
+        self.spans[key] = (min(first, known[0]), max(end, known[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one slot puts on its device, on the host, and on other devices by an override."""
+
+    device_bytes: int
+    host: HostShare
+    elsewhere: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """The weights of a placement: bytes on each device, whether they are certain, and the host's share."""
+
+    devices: tuple[int, ...]
+    host: HostShare
+    certain_devices: tuple[bool, ...]
+
+
+def not_built(model: ModelFacts, params: ContextParams, placement: Placement) -> str | None:
+    """Return why the weights of this placement cannot be computed, or None."""
+    if model.hparams.architecture not in ARCHITECTURES:
+        return f"the weights of the unknown architecture {model.hparams.architecture}"
+    places = {_device_name(buffer) for _, buffer in params.overrides}
+    if elsewhere := sorted(places - {*placement.devices, *_HOST_BUFFERS}):
+        return f"overrides to {elsewhere[0]}, which is not among the devices"
+    if unknown := _slots(model)[1]:
+        return f"the place of tensor {unknown}"
+    return None
+
+
+def weight_bytes(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
+) -> WeightBytes:
+    """Return where the weights of this placement lie. ``not_built`` must be None."""
+    devices = [machine.device(name) for name in placement.devices]
+    rule = _host_rule(params, devices, machine, build)
+    overrides = tuple((pattern, _device_name(place)) for pattern, place in params.overrides)
+    places = tuple((device.name, buffer_type(device)) for device in devices) if overrides else ()
+    tables = [_shares(model, buffer_type(device), device.kind, rule, overrides, places) for device in devices]
+    on_host = _shares(model, None, DeviceKind.HOST, rule, overrides, places)
+    homes = (*placement.layer_devices, placement.output_device, _HOST)
+    chosen = [((on_host if home == _HOST else tables[home])[slot], home) for slot, home in enumerate(homes)]
+    chosen += [  # one copy of the rotation factors wherever a layer asks for them
+        ((on_host if home == _HOST else tables[home])[len(homes)], home)
+        for home in {homes[slot] for slot in _rope_slots(model)}
+    ]
+    sums, host = [0] * len(devices), HostShare()
+    for share, home in chosen:
+        if home != _HOST:
+            sums[home] += share.device_bytes
+        host.add(share.host)
+        for name, size in share.elsewhere.items():
+            sums[placement.devices.index(name)] += size
+    return WeightBytes(
+        devices=tuple(sums),
+        host=host,
+        certain_devices=tuple(buffer_type(device).certain and device.kind in _KNOWN_KINDS for device in devices),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    """A weight as a slot asks for it. The tied output is a second asking for ``token_embd``."""
+
+    tensor: Tensor
+    reads: Operation
+    tied: bool = False
+    lazy: bool = False
+
+
+@lru_cache(maxsize=32)
+def _slots(model: ModelFacts) -> tuple[tuple[tuple[_Weight, ...], ...], str | None]:
+    """Return the weights of each block, the output, the input and the rotation factors; and a name that has no place."""
+    hparams = model.hparams
+    rules = ARCHITECTURES[hparams.architecture]
+    output, input_, ropes = (hparams.n_layer_all + index for index in range(3))
+    slots: list[list[_Weight]] = [[] for _ in range(hparams.n_layer_all + 3)]
+    unknown = None
+    for tensor in model.tensors:
+        name = tensor.name
+        if _NEVER_LOADED.match(name):
+            continue
+        stem, suffix = name, ""
+        if block := _BLOCK.match(name):
+            slot, stem = int(block[1]), block[2]
+            if _skipped(hparams.n_layer, slot, stem, rules):
+                continue
+        elif _INPUT.match(name):
+            slot = input_
+        elif _ROPE.match(name):
+            slot = ropes
+        elif _FIRST_BLOCK.match(name) and hparams.architecture not in _NORM_AT_OUTPUT:
+            slot = 0
+        elif _OUTPUT.match(name):
+            slot = output
+        else:
+            slot = len(slots)
+        if slot >= len(slots):
+            unknown = name
+            continue
+        head, _, tail = stem.rpartition(".")
+        stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
+        lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
+        slots[slot].append(_Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
+    embedding = model.tensor(_EMBEDDING)
+    if rules.ties_output and embedding is not None and model.tensor("output.weight") is None:
+        slots[output].append(_Weight(embedding, Operation.MUL_MAT, tied=True))
+    return tuple(map(tuple, slots)), unknown
+
+
+def _skipped(trunk: int, block: int, stem: str, rules: Architecture) -> bool:
+    """Say whether a NextN layer's tensor is left out where no draft uses it (``TENSOR_SKIP``)."""
+    return block >= trunk and rules.nextn_loaded is not None and not re.match(rules.nextn_loaded, stem)
+
+
+@lru_cache(maxsize=32)
+def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
+    """Return the layers that ask for rotation factors: all trunk layers, without a window in gemma4 and its assistant."""
+    hparams = model.hparams
+    if not _slots(model)[0][-1]:
+        return ()
+    layers = range(hparams.n_layer or hparams.n_layer_all)
+    if hparams.architecture in _ROPE_WITHOUT_WINDOW:
+        return tuple(layer for layer in layers if not hparams.swa_layers[layer])
+    return tuple(range(hparams.n_layer_all) if hparams.architecture == "step35" else layers)
+
+
+@lru_cache(maxsize=128)
+def _shares(
+    model: ModelFacts,
+    buffer: BufferType | None,
+    kind: DeviceKind,
+    rule: HostRule,
+    overrides: tuple[tuple[str, str], ...],
+    places: tuple[tuple[str, BufferType], ...],
+) -> tuple[Share, ...]:
+    """Return each slot's share where the slot lies on a device of that buffer type, or on the host for None."""
+    patterns = [(re.compile(pattern), place) for pattern, place in overrides]
+    buffers = dict(places)
+    embedding = model.tensor(_EMBEDDING)
+    input_copy = _keeping(_Weight(embedding, Operation.GET_ROWS), rule) if embedding else None
+    twice = ARCHITECTURES[model.hparams.architecture].duplicate_first
+    shares = []
+    for weights in _slots(model)[0]:
+        device_bytes, host, elsewhere = 0, HostShare(), Counter[str]()
+        for weight in weights:
+            tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]
+            place = next((place for pattern, place in patterns if pattern.search(tensor.name)), None)
+            if place in buffers:
+                if not weight.tied:  # the input's copy is there already
+                    elsewhere[place] += buffers[place].allocation(type_, tensor.shape[0], tensor.nbytes)
+            elif place is None and buffer is not None and runs_on(kind, weight.reads, tensor, model):
+                device_bytes += buffer.allocation(type_, tensor.shape[0], tensor.nbytes)
+            else:
+                keeping = _keeping(weight, rule)
+                if not weight.tied or keeping is not input_copy or keeping is _Keeping.MAPPED or twice:
+                    _keep(host, weight, keeping, rule)
+        shares.append(Share(device_bytes, host, elsewhere))
+    return tuple(shares)
+
+
+def _host_rule(params: ContextParams, devices: Sequence[Device], machine: Machine, build: LlamaBuild) -> HostRule:
+    """Return how the host keeps what is left to it (src/llama-model.cpp, ``make_cpu_buft_list``)."""
+    shares_memory = any(device.pool == machine.host.pool and device.kind in _PINNING for device in devices)
+    maps = {"mmap": True, "mmap+mlock": True, "auto": not shares_memory}
+    repacked = frozenset[str]().union(*(_REPACKED_BY.get(feature, ()) for feature in build.cpu_features))
+    known = bool(build.cpu_features) and not build.cpu_features & _OTHER_PACKERS
+    return HostRule(
+        mapped=maps.get(params.load_mode, False),
+        pinned=params.use_host_buffer and any(device.kind in _PINNING for device in devices),
+        repacked=repacked if params.repack else frozenset(),
+        repack_known=known or not params.repack,
+        lazy_mode="off" if shares_memory and params.lazy_mode == "auto" else params.lazy_mode,
+    )
+
+
+def _keeping(weight: _Weight, rule: HostRule) -> _Keeping:
+    """Return how the host keeps a weight: the first buffer type of its list that takes it."""
+    if weight.lazy and (
+        rule.lazy_mode == "on" or (rule.lazy_mode == "auto" and weight.tensor.nbytes > _LAZY_FROM_BYTES)
+    ):
+        return _Keeping.LAZY
+    if rule.pinned:
+        return _Keeping.MAPPED if rule.mapped else _Keeping.PINNED
+    shape = weight.tensor.shape
+    if (
+        ggml.TYPES[weight.tensor.type_id].name in rule.repacked
+        and _REPACK_DIMS.get(weight.reads) == len(shape)
+        and shape[1] % _REPACK_ROWS == 0
+    ):
+        return _Keeping.REPACKED
+    return _Keeping.MAPPED if rule.mapped else _Keeping.ALLOCATED
+
+
+def _keep(host: HostShare, weight: _Weight, keeping: _Keeping, rule: HostRule) -> None:
+    """Put a weight into the host's share."""
+    tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]
+    size = HOST_BUFFER.allocation(type_, tensor.shape[0], tensor.nbytes)
+    if keeping in {_Keeping.LAZY, _Keeping.MAPPED}:
+        host.span((keeping is _Keeping.LAZY, tensor.shard), tensor.offset, tensor.offset + tensor.nbytes)
+    elif keeping is _Keeping.PINNED:
+        host.pinned_bytes += size
+    else:
+        host.allocated_bytes += size
+    if type_.quantized and weight.reads in _REPACK_DIMS and not (rule.pinned or rule.repack_known):
+        host.certain = False
+
+
+def _device_name(buffer: str) -> str:
+    """Return the device whose default buffer type is meant; an RPC buffer's name ends in its worker's address."""
+    return buffer.partition("[")[0]
