@@ -33,6 +33,7 @@ format: venv ## ruff: write the format
 
 types: venv ## mypy, strict
 	@$(RUN)/mypy
+	@$(RUN)/mypy scripts fixtures
 
 imports: venv ## import-linter: who may know whom
 	@$(RUN)/lint-imports

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -23,173 +21,28 @@ import sys
 import sysconfig
 import tempfile
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-ROOT = Path(__file__).resolve().parents[1]
+from build_inputs import (
+    BACKEND_ARGUMENTS,
+    ROOT,
+    BuildError,
+    BuildInputs,
+    detect_backend,
+    gather_inputs,
+    toolchain_variables,
+)
+
 CONSTRAINTS = ROOT / "constraints.txt"
 
-CMAKE_ARGUMENTS = (
-    "-DLLAVA_BUILD=OFF",  # its mtmd target collides with the one that llama.cpp's own tools bring
-    "-DLLAMA_BUILD_TOOLS=ON",
-    "-DLLAMA_BUILD_SERVER=ON",
-    "-DLLAMA_TOOLS_INSTALL=ON",
-    "-DGGML_RPC=ON",
-    "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_USE_PREBUILT_UI=OFF",  # on by default, and downloads web pages during the build
-    "-DLLAMA_OPENSSL=OFF",
-    "-DCMAKE_INSTALL_RPATH=$ORIGIN/../lib",  # else the tools find their libraries only with LD_LIBRARY_PATH set
-)
-BACKEND_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
-    "cpu": (),
-    "cuda": ("-DGGML_CUDA=ON",),
-    "hip": ("-DGGML_HIP=ON",),
-    "vulkan": ("-DGGML_VULKAN=ON",),
-}
-# The compiler of each backend, where its packages put it outside of PATH, and what to install where it is missing.
-TOOLCHAINS: Mapping[str, tuple[str, str, str]] = {
-    "cuda": ("nvcc", "/usr/local/cuda/bin", "the CUDA toolkit (Debian, Ubuntu: apt install nvidia-cuda-toolkit)"),
-    "hip": ("hipcc", "/opt/rocm/bin", "ROCm's compiler and BLAS (Debian, Ubuntu: apt install hipcc libhipblas-dev)"),
-    "vulkan": ("glslc", "/usr/bin", "Vulkan's (Debian, Ubuntu: apt install glslc libvulkan-dev spirv-headers)"),
-}
-# How to ask for the architectures that a native build is made for: another card needs another build.
-DEVICE_QUERIES: Mapping[str, tuple[str, ...]] = {
-    "cuda": ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"),
-    "hip": ("rocm_agent_enumerator",),
-}
-SHAPING_VARIABLES = ("CFLAGS", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "HIPFLAGS")
-
 SERVER = "llama-server"
-PROBE_TIMEOUT_S = 60.0  # a compiler's or tool's --version; a cold ROCm takes seconds
+CHECK_TIMEOUT_S = 60.0  # a tool's --version; a cold ROCm takes seconds
 PROGRESS_STEP_PERCENT = 10  # of lines where the output is no terminal
 SHOWN_LOG_LINES = 15
-
-
-class BuildError(Exception):
-    """One line (or a few) that says what is wrong and what to do."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What shapes a build
-
-
-@dataclass(frozen=True, slots=True)
-class BuildInputs:
-    """Everything that shapes the wheel."""
-
-    requirement: str
-    backend: str
-    cmake_arguments: tuple[str, ...]
-    compilers: tuple[str, ...]
-    devices: tuple[str, ...]
-    cpu_features: tuple[str, ...]
-    variables: tuple[tuple[str, str], ...]
-
-    @property
-    def key(self) -> str:
-        """Return the name of the folder in the cache: equal for equal inputs only."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def gather_inputs(backend: str, environment: Mapping[str, str]) -> BuildInputs:
-    """Return what a build of this backend on this machine would be made from. Raises BuildError without a compiler."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        (requirement,) = tomllib.load(file)["project"]["optional-dependencies"]["llama"]
-    compilers = [
-        compiler_identity(find_compiler("C", "CC", ("cc", "gcc", "clang"), environment)),
-        compiler_identity(find_compiler("C++", "CXX", ("c++", "g++", "clang++"), environment)),
-    ]
-    if backend in TOOLCHAINS:
-        compilers.append(compiler_identity(require_toolchain(backend)))
-    return BuildInputs(
-        requirement=requirement,
-        backend=backend,
-        cmake_arguments=(
-            *CMAKE_ARGUMENTS,
-            *BACKEND_ARGUMENTS[backend],
-            *environment.get("CMAKE_ARGS", "").split(),
-        ),
-        compilers=tuple(compilers),
-        devices=tuple(sorted(set(probe(DEVICE_QUERIES[backend]).split()))) if backend in DEVICE_QUERIES else (),
-        cpu_features=cpu_features(),
-        variables=tuple((name, environment[name]) for name in SHAPING_VARIABLES if name in environment),
-    )
-
-
-def find_compiler(language: str, variable: str, names: tuple[str, ...], environment: Mapping[str, str]) -> str:
-    """Return the compiler's path: the variable's where it is set, else the first name found. Raises BuildError."""
-    wanted = (environment[variable],) if environment.get(variable) else names
-    for name in wanted:
-        if path := shutil.which(name, path=environment.get("PATH")):
-            return path
-    raise BuildError(
-        f"no {language} compiler found (looked for {', '.join(wanted)}): "
-        f"install one (Debian, Ubuntu: apt install build-essential) or set {variable}"
-    )
-
-
-def compiler_identity(path: str) -> str:
-    """Return the compiler's real path and its version."""
-    return f"{Path(path).resolve()}: {' / '.join(probe((path, '--version')).splitlines()[:5])}"
-
-
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """Return the processor's features as Linux names them, which decide what a native build may use."""
-    try:
-        text = cpuinfo.read_text()
-    except OSError:
-        return (platform.machine(),)
-    features = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return (platform.machine(), *(sorted(features[1].split()) if features else ()))
-
-
-def probe(command: tuple[str, ...]) -> str:
-    """Return what the command prints, or nothing where it cannot be run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which backend
-
-
-def find_toolchain(backend: str) -> str | None:
-    """Return the path of the backend's compiler."""
-    compiler, usual_folder, _ = TOOLCHAINS[backend]
-    return shutil.which(compiler) or shutil.which(compiler, path=usual_folder)
-
-
-def require_toolchain(backend: str) -> str:
-    """Return the path of the backend's compiler. Raises BuildError with what to install."""
-    if path := find_toolchain(backend):
-        return path
-    compiler, _, package = TOOLCHAINS[backend]
-    raise BuildError(f"BACKEND={backend} needs {compiler}, which was not found: install {package}")
-
-
-def detect_backend() -> str:
-    """Return the best backend for this machine's GPUs that can be built here; say so where one will lie idle."""
-    nvidia = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
-    amd = Path("/dev/kfd").exists()
-    for backend, vendor, present in (("cuda", "NVIDIA", nvidia), ("hip", "AMD", amd)):
-        if not present:
-            continue
-        if find_toolchain(backend):
-            return backend
-        compiler, _, package = TOOLCHAINS[backend]
-        say(
-            f"WARNING: there is an {vendor} GPU, but no {compiler} to build llama.cpp for it. "
-            f"Install {package}, then run: make llama BACKEND={backend}"
-        )
-    any_gpu = nvidia or amd or any(Path("/dev/dri").glob("renderD*"))
-    has_headers = any(Path(folder, "vulkan/vulkan.h").exists() for folder in ("/usr/include", "/usr/local/include"))
-    return "vulkan" if any_gpu and has_headers and find_toolchain("vulkan") else "cpu"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,8 +95,7 @@ def build_wheel(inputs: BuildInputs, scratch: Path, log_path: Path, environment:
         "CMAKE_BUILD_PARALLEL_LEVEL": environment.get("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0)))),
         "TMPDIR": str(temporary),  # so that an interrupted build leaves nothing anywhere
     }
-    if inputs.backend == "cuda":
-        build_environment.setdefault("CUDACXX", require_toolchain("cuda"))  # CMake looks on PATH only
+    build_environment = toolchain_variables(inputs.backend) | build_environment
     name = inputs.requirement.partition("==")[0]
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-cache-dir", "--no-deps", "--no-binary", name]
     command += ["--wheel-dir", str(scratch / "result"), inputs.requirement]
@@ -305,7 +157,7 @@ PHASES = (
 def follow(output: Iterable[str], log: TextIO) -> None:
     """Copy the output to the log and show how far it is: one updating line on a terminal, else one per 10 %."""
     terminal = sys.stderr.isatty()
-    started, shown_percent = time.monotonic(), 0
+    started, shown_percent, line_open = time.monotonic(), 0, False
     for line in output:
         log.write(line)
         if step := STEP.match(line):
@@ -314,14 +166,15 @@ def follow(output: Iterable[str], log: TextIO) -> None:
             text = f"compiling: {percent:3d} % ({done} of {total}), {duration(time.monotonic() - started)}"
             if terminal:
                 print(f"\r{text} ", end="", file=sys.stderr, flush=True)
+                line_open = True
             elif percent >= shown_percent + PROGRESS_STEP_PERCENT:
                 shown_percent = percent - percent % PROGRESS_STEP_PERCENT
                 say(text)
-        else:
-            for marker, phase in PHASES:
-                if marker in line:
-                    say(phase)
-    if terminal:
+        for marker, phase in PHASES:
+            if marker in line:
+                say(f"\n{phase}" if line_open else phase)
+                line_open = False
+    if line_open:
         print(file=sys.stderr)
 
 
@@ -357,7 +210,7 @@ def checked_version(server: Path) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PROBE_TIMEOUT_S,
+            timeout=CHECK_TIMEOUT_S,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -408,10 +261,18 @@ def prepare(backend: str | None, *, keep: bool, environment: Mapping[str, str]) 
     with locked(Path(sys.prefix) / "llama-build.lock", f"another process installs llama.cpp into {sys.prefix}"):
         installed = read_stamp(stamp)
         kept = installed.get("backend") if keep else None
-        inputs = gather_inputs(backend or kept or detect_backend(), environment)
+        inputs = gather_inputs(backend or kept or announced_backend(), environment)
         if installed.get("key") != inputs.key:
             install(cached_wheel(wheel_cache(environment), inputs, environment), inputs, stamp)
         return f"llama.cpp's tools ({inputs.backend}) are ready: {checked_version(server_path())}"
+
+
+def announced_backend() -> str:
+    """Return the backend for this machine, having said which GPU it leaves idle."""
+    backend, warnings = detect_backend()
+    for warning in warnings:
+        say(warning)
+    return backend
 
 
 def main() -> int:

@@ -9,13 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import build_inputs
 import build_llama
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "build_llama.py"
 
-INPUTS = build_llama.BuildInputs(
+INPUTS = build_inputs.BuildInputs(
     requirement="llama-cpp-python==1.0",
     backend="cpu",
     cmake_arguments=("-DA=ON",),
@@ -51,25 +52,25 @@ def test_the_key_changes_with_everything_that_shapes_the_wheel(change: dict[str,
 
 
 def test_the_key_is_the_same_for_the_same_machine() -> None:
-    assert build_llama.gather_inputs("cpu", os.environ).key == build_llama.gather_inputs("cpu", dict(os.environ)).key
+    assert build_inputs.gather_inputs("cpu", os.environ).key == build_inputs.gather_inputs("cpu", dict(os.environ)).key
 
 
 def test_arguments_of_the_user_come_last_and_count() -> None:
-    plain = build_llama.gather_inputs("cpu", {"PATH": os.environ["PATH"]})
-    portable = build_llama.gather_inputs("cpu", {"PATH": os.environ["PATH"], "CMAKE_ARGS": "-DGGML_NATIVE=OFF"})
+    plain = build_inputs.gather_inputs("cpu", {"PATH": os.environ["PATH"]})
+    portable = build_inputs.gather_inputs("cpu", {"PATH": os.environ["PATH"], "CMAKE_ARGS": "-DGGML_NATIVE=OFF"})
     assert portable.cmake_arguments == (*plain.cmake_arguments, "-DGGML_NATIVE=OFF")
 
 
 def test_the_features_of_another_processor_make_another_key(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nflags\t\t: sse avx\n\nprocessor\t: 1\nflags\t\t: sse avx\n")
-    assert build_llama.cpu_features(cpuinfo)[1:] == ("avx", "sse")
-    assert build_llama.cpu_features(tmp_path / "absent") == build_llama.cpu_features(cpuinfo)[:1]
+    assert build_inputs.cpu_features(cpuinfo)[1:] == ("avx", "sse")
+    assert build_inputs.cpu_features(tmp_path / "absent") == build_inputs.cpu_features(cpuinfo)[:1]
 
 
 def test_a_missing_compiler_is_named_with_the_package_that_has_it() -> None:
     with pytest.raises(build_llama.BuildError, match=r"no C compiler found.*apt install build-essential"):
-        build_llama.gather_inputs("cpu", {"PATH": "/nonexistent"})
+        build_inputs.gather_inputs("cpu", {"PATH": "/nonexistent"})
 
 
 def test_a_second_process_waits_for_the_lock_and_says_so(tmp_path: Path) -> None:
