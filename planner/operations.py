@@ -32,25 +32,24 @@ class Operation(StrEnum):
     OTHER = "other"  # ROPE, ADD_ID, IM2COL, RWKV_WKV6: run everywhere
 
 
-_BY_STEM: Final = tuple(
-    (re.compile(rf"(?:{pattern})\Z"), operation)
-    for pattern, operation in (
-        (r"ffn_(down|gate|up|gate_up)_exps|ffn_(down|gate|up)_chexps", Operation.MUL_MAT_ID),
-        (
-            r"token_embd|position_embd|token_types|per_layer_token_embd|attn_compressor_ape|attn_rel_b|ffn_gate_tid2eid"
-            r"|nextn\.embed_tokens|d2t|markov_w1|selector_(predecessor|successor)",
-            Operation.GET_ROWS,
-        ),
-        (r"attn_sinks", Operation.SCALE),
-        (r"ssm_conv1d|shortconv\.conv|ple_conv1d", Operation.SSM_CONV),
-        (r"rope_\w+|time_mix_first|conv1d|conv[12]|dw", Operation.OTHER),
-        (
-            r".*norm.*|ffn\.act|exp_probs_b(_vl)?|.*_res_score|hc_(attn|ffn)_(base|scale)|output_hc_(base|scale)"
-            r"|time_mix_(lerp_\w+|decay|w0|a0|v0|ln|k_k|k_a|r_k)|channel_mix_lerp_[kr]|ssm_d|ssm_conv1d_[qkv]"
-            r"|layer_output_scale|altup_correct_scale|gamma|(attn|ffn)_conv_base|hrm\.z_l_init",
-            Operation.ELEMENTWISE,
-        ),
-    )
+_EXPERTS: Final = r"ffn_(down|gate|up|gate_up)_exps|ffn_(down|gate|up)_chexps"
+_LOOKUPS: Final = (
+    r"token_embd|position_embd|token_types|per_layer_token_embd|attn_compressor_ape|attn_rel_b|ffn_gate_tid2eid"
+    r"|nextn\.embed_tokens|d2t|markov_w1|selector_(predecessor|successor)"
+)
+_ELEMENTWISE: Final = (
+    r".*norm.*|ffn\.act|exp_probs_b(_vl)?|.*_res_score|hc_(attn|ffn)_(base|scale)|output_hc_(base|scale)"
+    r"|time_mix_(lerp_\w+|decay|w0|a0|v0|ln|k_k|k_a|r_k)|channel_mix_lerp_[kr]|ssm_d|ssm_conv1d_[qkv]"
+    r"|layer_output_scale|altup_correct_scale|gamma|(attn|ffn)_conv_base|hrm\.z_l_init"
+)
+# The first that matches decides; what none matches is multiplied as a matrix.
+_BY_STEM: Final = (
+    (re.compile(_EXPERTS), Operation.MUL_MAT_ID),
+    (re.compile(_LOOKUPS), Operation.GET_ROWS),
+    (re.compile(r"attn_sinks"), Operation.SCALE),
+    (re.compile(r"ssm_conv1d|shortconv\.conv|ple_conv1d"), Operation.SSM_CONV),
+    (re.compile(r"rope_\w+|time_mix_first|conv1d|conv[12]|dw"), Operation.OTHER),
+    (re.compile(_ELEMENTWISE), Operation.ELEMENTWISE),
 )
 _SCANS: Final = frozenset(
     {"mamba", "mamba2", "jamba", "falcon-h1", "plamo2", "granitehybrid", "nemotron_h", "nemotron_h_moe"}
@@ -63,7 +62,7 @@ def operation(architecture: str, stem: str, suffix: str) -> Operation:
         return Operation.SSM_SCAN if architecture in _SCANS else Operation.ELEMENTWISE
     if stem == "indexer_compressor_ape":
         return Operation.ELEMENTWISE if architecture == "glm5-next" else Operation.GET_ROWS
-    found = next((operation for pattern, operation in _BY_STEM if pattern.match(stem)), Operation.MUL_MAT)
+    found = next((operation for pattern, operation in _BY_STEM if pattern.fullmatch(stem)), Operation.MUL_MAT)
     if suffix == "bias":
         return Operation.OTHER if found is Operation.MUL_MAT_ID else Operation.ELEMENTWISE
     return found
@@ -72,7 +71,8 @@ def operation(architecture: str, stem: str, suffix: str) -> Operation:
 # ggml-cuda.cu, ggml_backend_cuda_device_supports_op
 _CUDA_NO_MUL_MAT: Final = frozenset({"tq1_0", "tq2_0", "q8_1", "i8", "i16", "i32", "i64", "f64"})
 _CUDA_NO_ROWS: Final = _CUDA_NO_MUL_MAT - {"i32"} | {"nvfp4", "q8_K"}
-_CUDA_ROWS_BY_256: Final = frozenset({"iq4_nl", "mxfp4"})
+_CUDA_ROWS_BY_BLOCK: Final = frozenset({"iq4_nl", "mxfp4"})
+_CUDA_ROW_BLOCK: Final = 256
 _CUDA_SCAN_STATES: Final = frozenset({96, 128, 256})
 _CUDA_SCAN_STATE_OF_MAMBA_1: Final = 16
 _VULKAN_SCAN_STATES: Final = frozenset({128, 256})  # ggml-vulkan.cpp, ggml_backend_vk_device_supports_op
@@ -92,21 +92,19 @@ def runs_on(kind: DeviceKind, reads: Operation, tensor: Tensor, model: ModelFact
 def _cuda(reads: Operation, tensor: Tensor, model: ModelFacts) -> bool:
     type_ = ggml.TYPES[tensor.type_id].name
     rows = tensor.shape[1] if len(tensor.shape) > 1 else 1
-    match reads:
-        case Operation.MUL_MAT | Operation.MUL_MAT_ID:
-            return type_ not in _CUDA_NO_MUL_MAT
-        case Operation.GET_ROWS:
-            return type_ not in _CUDA_NO_ROWS and (type_ not in _CUDA_ROWS_BY_256 or tensor.shape[0] % 256 == 0)
-        case Operation.ELEMENTWISE:
-            return type_ in {"f32", "f16"}
-        case Operation.SCALE:
-            return type_ in {"f32", "bf16"}
-        case Operation.SSM_CONV:
-            return rows % _CONV_ROW_MULTIPLE == 0
-        case Operation.SSM_SCAN:
-            return _cuda_scans(tensor, rows, model)
-        case Operation.OTHER:
-            return True
+    if reads is Operation.SSM_SCAN:
+        return _cuda_scans(tensor, rows, model)
+    multiplies = type_ not in _CUDA_NO_MUL_MAT
+    return {
+        Operation.MUL_MAT: multiplies,
+        Operation.MUL_MAT_ID: multiplies,
+        Operation.GET_ROWS: type_ not in _CUDA_NO_ROWS
+        and (type_ not in _CUDA_ROWS_BY_BLOCK or tensor.shape[0] % _CUDA_ROW_BLOCK == 0),
+        Operation.ELEMENTWISE: type_ in {"f32", "f16"},
+        Operation.SCALE: type_ in {"f32", "bf16"},
+        Operation.SSM_CONV: rows % _CONV_ROW_MULTIPLE == 0,
+        Operation.OTHER: True,
+    }[reads]
 
 
 def _cuda_scans(tensor: Tensor, rows: int, model: ModelFacts) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from planner.context import ContextParams
-    from planner.model import ModelFacts, Tensor
+    from planner.model import HParams, ModelFacts, Tensor
     from planner.types import Device, LlamaBuild, Machine, Placement
 
 _BLOCK: Final = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|posnet|convnext)\.(\d{1,4})\.(.+)", re.ASCII)
@@ -184,52 +184,52 @@ class _Weight:
 
 @lru_cache(maxsize=32)
 def _slots(model: ModelFacts) -> tuple[tuple[tuple[_Weight, ...], ...], str | None]:
-    """Return the weights of each block, the output, the input and the rotation factors; and a name that has no place."""
+    """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
     hparams = model.hparams
     rules = ARCHITECTURES[hparams.architecture]
-    output, input_, ropes = (hparams.n_layer_all + index for index in range(3))
     slots: list[list[_Weight]] = [[] for _ in range(hparams.n_layer_all + 3)]
     unknown = None
     for tensor in model.tensors:
-        name = tensor.name
-        if _NEVER_LOADED.match(name):
-            continue
-        stem, suffix = name, ""
-        if block := _BLOCK.match(name):
-            slot, stem = int(block[1]), block[2]
-            if _skipped(hparams.n_layer, slot, stem, rules):
-                continue
-        elif _INPUT.match(name):
-            slot = input_
-        elif _ROPE.match(name):
-            slot = ropes
-        elif _FIRST_BLOCK.match(name) and hparams.architecture not in _NORM_AT_OUTPUT:
-            slot = 0
-        elif _OUTPUT.match(name):
-            slot = output
-        else:
-            slot = len(slots)
-        if slot >= len(slots):
-            unknown = name
-            continue
-        head, _, tail = stem.rpartition(".")
-        stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
-        lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
-        slots[slot].append(_Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
+        slot, stem = _slot_of(tensor.name, hparams)
+        if slot is None or slot >= len(slots):
+            unknown = tensor.name
+        elif not (_NEVER_LOADED.match(tensor.name) or _skipped(hparams, slot, stem, rules)):
+            head, _, tail = stem.rpartition(".")
+            stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
+            lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
+            slots[slot].append(_Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
     embedding = model.tensor(_EMBEDDING)
     if rules.ties_output and embedding is not None and model.tensor("output.weight") is None:
-        slots[output].append(_Weight(embedding, Operation.MUL_MAT, tied=True))
+        slots[hparams.n_layer_all].append(_Weight(embedding, Operation.MUL_MAT, tied=True))
     return tuple(map(tuple, slots)), unknown
 
 
-def _skipped(trunk: int, block: int, stem: str, rules: Architecture) -> bool:
+def _slot_of(name: str, hparams: HParams) -> tuple[int | None, str]:
+    """Return a tensor's slot, None where none is known for it, and its name without the block's."""
+    if block := _BLOCK.match(name):
+        return int(block[1]), block[2]
+    output, input_, ropes = (hparams.n_layer_all + index for index in range(3))
+    slot = None
+    if _INPUT.match(name):
+        slot = input_
+    elif _ROPE.match(name):
+        slot = ropes
+    elif _FIRST_BLOCK.match(name) and hparams.architecture not in _NORM_AT_OUTPUT:
+        slot = 0
+    elif _OUTPUT.match(name):
+        slot = output
+    return slot, name
+
+
+def _skipped(hparams: HParams, slot: int, stem: str, rules: Architecture) -> bool:
     """Say whether a NextN layer's tensor is left out where no draft uses it (``TENSOR_SKIP``)."""
-    return block >= trunk and rules.nextn_loaded is not None and not re.match(rules.nextn_loaded, stem)
+    nextn = hparams.n_layer <= slot < hparams.n_layer_all
+    return nextn and rules.nextn_loaded is not None and not re.match(rules.nextn_loaded, stem)
 
 
 @lru_cache(maxsize=32)
 def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
-    """Return the layers that ask for rotation factors: all trunk layers, without a window in gemma4 and its assistant."""
+    """Return the layers that ask for rotation factors: the trunk's, in gemma4 only those without a window."""
     hparams = model.hparams
     if not _slots(model)[0][-1]:
         return ()
