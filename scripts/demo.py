@@ -43,14 +43,18 @@ def main() -> int:
     models = FOLDER / "models"
     models.mkdir(parents=True, exist_ok=True)
     model_path = models / f"{MODEL}.gguf"
+    large_path = FOLDER / "header-of-8b.gguf"
     log_path = FOLDER / "serve.log"
     try:
         narrate("writes a small model that really tokenizes and generates")
         run([sys.executable, str(ROOT / "fixtures" / "tiny_models.py"), "--chat", str(model_path)])
         narrate("says what will fit on this machine, before anything is loaded")
         run([str(planner), "explain", str(model_path), "--ctx-size", CONTEXT])
-        narrate("says what would happen on two cards that are not here")
-        run([str(planner), "explain", str(model_path), "-c", CONTEXT, "--device", "CUDA0=24GiB", "--gpu", "rtx3060"])
+        narrate("says how an 8B model would lie on two small cards that are not here")
+        run([sys.executable, str(ROOT / "fixtures" / "tiny_models.py"), "--large", str(large_path)])
+        run(
+            [str(planner), "explain", str(large_path), "-c", "8192", "--device", "CUDA0=4GiB", "--device", "CUDA1=3GiB"]
+        )
         with served(planner, models, log_path) as address:
             narrate(f"asks the service at http://{address}: {QUESTION}")
             ask(address)
