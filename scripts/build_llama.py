@@ -288,7 +288,7 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         say(prepare(arguments.backend, keep=arguments.keep, environment=os.environ))
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
