@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Final
 
 from planner import budget, layers, packing
-from planner.accounting import MemoryLedger, account
+from planner.accounting import DeviceBytes, MemoryLedger, account
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
 from planner.types import Device, DeviceUsage, LlamaBuild, Machine, Placement, PlanRequest, Shortfall
@@ -176,7 +176,8 @@ class Finder:
         attempt = self._judge(request, params, placement, ledger)
         if attempt.unknown and self.oracle is not None:
             answer = self.oracle(self.model, params, placement, self.machine)
-            attempt = attempt if answer is None else self._judge(request, params, placement, answer)
+            if answer is not None:
+                attempt = self._judge(request, params, placement, _filled(ledger, answer))
         return attempt
 
     def _judge(
@@ -223,6 +224,17 @@ class Finder:
         if not self.model.tensor("output.weight") and (embedding := self.model.tensor("token_embd.weight")):
             weights[-1] += embedding.nbytes
         return weights
+
+
+def _filled(own: MemoryLedger, answer: MemoryLedger) -> MemoryLedger:
+    """Return our ledger with its unknown figures taken from the oracle's answer."""
+
+    def fill(ours: DeviceBytes, theirs: DeviceBytes) -> DeviceBytes:
+        pairs = ((ours.model, theirs.model), (ours.context, theirs.context), (ours.compute, theirs.compute))
+        return DeviceBytes(*(other if mine.bytes is None else mine for mine, other in pairs))
+
+    devices = tuple(fill(mine, other) for mine, other in zip(own.devices, answer.devices, strict=True))
+    return replace(own, devices=devices, host=fill(own.host, answer.host))
 
 
 def _proportional(n_slots: int, budgets: Sequence[int]) -> tuple[int, ...]:

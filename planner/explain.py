@@ -55,7 +55,7 @@ def _plan_headline(plan: Plan) -> str:
         case PlacementKind.GPU_AND_CPU:
             return f"Runs, but slowly: {on_gpu} of {n_layers} layers fit on {_gpus(plan)}, {capacity}"
         case PlacementKind.CPU:
-            return f"Runs on the CPU, slowly: {on_gpu} of {n_layers} layers on a GPU, {capacity}"
+            return f"Runs on the CPU alone, slowly: {capacity}"
 
 
 def _gpus(plan: Plan) -> str:
@@ -93,7 +93,7 @@ def to_json(outcome: PlanOutcome) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "fits": plan is not None,
-        "placement": plan and plan.placement.kind.value,
+        "placement": None if plan is None or plan.fit_by_llama else plan.placement.kind.value,
         "headline": headline(outcome),
         "context_per_slot": None if isinstance(outcome, Refused) else outcome.n_ctx_per_slot,
         "model": _model(outcome),

@@ -230,9 +230,12 @@ def _command(chunks: Iterable[str], width: int) -> list[str]:
 def _reasons(outcome: PlanOutcome, width: int, style: Style) -> list[str]:
     if not outcome.decisions:
         return []
-    lines = [style.paint(_DIM, "Why:")]
+    choices: dict[str, list[str]] = {}
     for decision in outcome.decisions:
-        lines += _wrap("  ", f"{decision.step}: {decision.chosen}, because {decision.because}", width)
+        choices.setdefault(decision.because, []).append(f"{decision.step}: {decision.chosen}")
+    lines = [style.paint(_DIM, "Why:")]
+    for because, chosen in choices.items():
+        lines += _wrap("  ", f"{', '.join(chosen)} ({because})", width)
     return lines
 
 

@@ -15,7 +15,7 @@ from planner.types import Decision, Device, DeviceKind, FlashAttention, PlanRequ
 if TYPE_CHECKING:
     from planner.model import ModelFacts
 
-DEFAULT: Final = "llama-server's default"
+DEFAULT: Final = "it is llama-server's default"
 CTX_CHECKPOINTS: Final = 32  # common/common.h
 POOLING_LAST: Final = 3  # LLAMA_POOLING_TYPE_LAST (include/llama.h)
 # A text that is embedded has to pass in one piece, and the compute buffers grow with the piece.
@@ -80,14 +80,18 @@ def _by_role(model: ModelFacts, request: PlanRequest, policy: Policy, devices: S
 
 
 def _by_policy(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterator[Knob]:
-    yield Knob("n_parallel", "slots", policy.n_parallel, "NUM_PARALLEL says so")
+    yield Knob("n_parallel", "slots", policy.n_parallel, "it is the setting PLANNER_NUM_PARALLEL")
     yield Knob("kv_unified", "one cache for all slots", False, "each conversation keeps the context it was promised")
     yield Knob("flash_attn", "flash attention", *_flash_attn(model, request, policy, devices))
     cache_type = _cache_type(model, request, policy)
-    why = "KV_CACHE_TYPE says so" if cache_type == policy.cache_type else f"llama.cpp refuses {policy.cache_type} here"
+    why = (
+        "it is the setting PLANNER_KV_CACHE_TYPE"
+        if cache_type == policy.cache_type
+        else f"llama.cpp refuses {policy.cache_type} here"
+    )
     yield Knob("cache_type_k", "K cache", cache_type, why)
     yield Knob("cache_type_v", "V cache", cache_type, why)
-    yield Knob("cache_ram_mib", "prompt cache, MiB", policy.cache_ram_mib, "CACHE_RAM says so")
+    yield Knob("cache_ram_mib", "prompt cache, MiB", policy.cache_ram_mib, "it is the setting PLANNER_CACHE_RAM")
 
 
 def _by_default(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterable[Knob]:
@@ -109,7 +113,7 @@ def _flash_attn(
     model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]
 ) -> tuple[FlashAttention, str]:
     if policy.flash_attn != "auto":
-        return policy.flash_attn, "FLASH_ATTENTION says so"
+        return policy.flash_attn, "it is the setting PLANNER_FLASH_ATTENTION"
     if context.context_params(model, request).flash_attn == "off":
         return "off", f"{model.hparams.architecture} does not support it"
     if all(_takes_flash_attention(model, device) for device in devices):

@@ -87,6 +87,12 @@ def child_names(used: Iterable[Device], machine: Machine) -> dict[str, str]:
     return names
 
 
+def buffer_names(used: Iterable[str], machine: Machine) -> dict[str, str]:
+    """Return, for each device name of the plan, how the runner's log calls the buffers there."""
+    devices = tuple(machine.device(name) for name in used)
+    return _buffer_names(devices, machine, child_names(devices, machine))
+
+
 def unaddressed(used: Iterable[Device]) -> tuple[str, ...]:
     """Return the RPC devices whose worker's address is not known, so that no command line can reach them."""
     return tuple(device.name for device in used if device.kind is DeviceKind.RPC and device.endpoint is None)

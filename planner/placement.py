@@ -17,6 +17,7 @@ from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
 from planner.types import (
+    HOST,
     UNKNOWN_FIGURE,
     Decision,
     Device,
@@ -77,18 +78,20 @@ class _Search:
 
     def run(self) -> PlanOutcome:
         devices = _chosen_devices(self.request, self.machine)
-        settled, self.decisions = knobs.settle(self.model, self.request, self.policy, devices)
+        settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         reason = context.refusal(self.model, settled, [device.kind for device in devices])
         if reason is not None:
-            return Refused(self.model.summary, settled, self.build, reason, self.decisions, self.warnings)
+            return Refused(self.model.summary, settled, self.build, reason, knob_decisions, self.warnings)
         limits = budget.budgets(self.machine, self.policy)
         spread = self.policy.spread
         finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
         found = self._with_context(finder, settled)
+        if not found.unknown:
+            self._decide_placement(found)
+        self.decisions += knob_decisions
         if found.unknown:
             return self._left_to_llama(finder, found)
-        self._decide_placement(found)
         return self._plan(found) if found.fits else self._no_fit(found)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -106,7 +109,9 @@ class _Search:
             return self._best_of(finder, knobs.with_context(settled, trained))
         if settled.n_ctx is None and self.policy.n_ctx_per_slot is not None:
             chosen = self.policy.n_ctx_per_slot
-            self._decide("context", f"{chosen:,} tokens for each of {slots} slots", "CONTEXT_LENGTH says so")
+            self._decide(
+                "context", f"{chosen:,} tokens for each of {slots} slots", "it is the setting PLANNER_CONTEXT_LENGTH"
+            )
             return self._best_of(finder, knobs.with_context(settled, chosen))
         return self._largest_context(finder, settled, trained)
 
@@ -121,30 +126,27 @@ class _Search:
         return complete if complete.fits or complete.unknown else finder.partial(request, complete)
 
     def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
-        """Return the candidate with the trained length if that fits completely, else with the longest that does."""
-
-        def complete(n_ctx: int) -> Candidate:
-            return finder.complete(knobs.with_context(settled, n_ctx))
-
-        whole = complete(trained)
-        if whole.fits or whole.unknown:
-            self._decide("context", f"{trained:,} tokens", "it is the trained length, and it fits")
-            return whole
+        """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         floor = min(MIN_CONTEXT, trained)
-        least = complete(floor)
-        if not least.fits:
+        complete = _longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        if complete is not None:
+            self._decide_context(complete, trained)
+            return complete
+        partial = self._best_of(finder, knobs.with_context(settled, floor))
+        if partial.placement.devices:
             self._decide(
-                "context",
-                f"{floor:,} tokens",
-                "not even this fits completely on devices: no longer one is worth layers",
+                "context", f"{floor:,} tokens", "not all layers fit on devices, and a longer one leaves less for them"
             )
-            return self._best_of(finder, knobs.with_context(settled, floor))
-        best = _last_that_fits(complete, least, floor, trained)
-        n_ctx = best.params.n_ctx_seq
-        self._decide(
-            "context", f"{n_ctx:,} tokens", f"the trained {trained:,} would not fit, and {n_ctx + STEP:,} neither"
-        )
-        return best
+            return partial
+        on_host = _longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
+        if on_host is not None:
+            self._decide_context(on_host, trained)
+        return on_host or partial
+
+    def _decide_context(self, found: Candidate, trained: int) -> None:
+        n_ctx = min(found.params.n_ctx_seq, trained)
+        why = "it is the trained length, and it fits" if n_ctx == trained else f"of the trained {trained:,} no more fit"
+        self._decide("context", f"{n_ctx:,} tokens", why)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Outcomes
@@ -159,7 +161,7 @@ class _Search:
             if len(placement.devices) == 1:
                 why = "one device is enough" if found.fits else "it has the most room"
             elif placement.devices:
-                why = "SCHED_SPREAD says so" if self.policy.spread else "fewer would not hold it"
+                why = "PLANNER_SCHED_SPREAD asks for all of them" if self.policy.spread else "fewer would not hold it"
             else:
                 why = "no layer fits on one" if self.machine.devices else "there is none"
             self._decide("devices", ", ".join(placement.devices) or "none", why)
@@ -272,15 +274,24 @@ def _pinned_context(settled: PlanRequest) -> PlanRequest:
     return replace(knobs.with_context(settled, per_slot), n_ctx=total, n_ctx_per_slot=None)
 
 
-def _last_that_fits(complete: Callable[[int], Candidate], least: Candidate, floor: int, trained: int) -> Candidate:
-    """Bisect over multiples of 256 between a context that fits and one that does not: memory grows with context."""
-    best = least
+def _longest(candidate: Callable[[int], Candidate], floor: int, trained: int) -> Candidate | None:
+    """Return the candidate with the longest context that fits, None where not even the floor's does.
+
+    The trained length is tried first; below it multiples of 256 are bisected, since memory grows with the context.
+    One whose figures are not known is returned as it is: there is nothing to compare.
+    """
+    whole = candidate(trained)
+    if whole.fits or whole.unknown:
+        return whole
+    best = candidate(floor)
+    if not best.fits:
+        return None
     low, high = floor // STEP, -(-trained // STEP)
     while high - low > 1:
         middle = (low + high) // 2
-        candidate = complete(middle * STEP)
-        if candidate.fits:
-            low, best = middle, candidate
+        attempt = candidate(middle * STEP)
+        if attempt.fits:
+            low, best = middle, attempt
         else:
             high = middle
     return best
@@ -334,7 +345,7 @@ def _nearest(
 ) -> tuple[NearestChange, ...]:
     """Return single changes of the request, each tried, and whether it makes the model fit."""
     tried = []
-    for name, change in _changes(request, refused.request):
+    for name, change in _changes(request, refused):
         outcome = _Search(model, replace(request, **change), machine, policy, build, oracle).run()
         fits = isinstance(outcome, Plan)
         if fits and "n_ctx" in change:
@@ -343,9 +354,10 @@ def _nearest(
     return tuple(tried)
 
 
-def _changes(request: PlanRequest, effective_request: PlanRequest) -> list[tuple[str, dict[str, Any]]]:
+def _changes(request: PlanRequest, refused: NoFit) -> list[tuple[str, dict[str, Any]]]:
     """Return the changes that could free memory, as flags and as fields, the gentlest first."""
-    knob = effective_request
+    knob = refused.request
+    short = {cause.device for cause in refused.causes}
     changes: list[tuple[bool, str, dict[str, Any]]] = [
         (request.n_gpu_layers not in {None, 0}, "-ngl auto", {"n_gpu_layers": None}),
         (request.tensor_split is not None, "no --tensor-split", {"tensor_split": None}),
@@ -353,7 +365,11 @@ def _changes(request: PlanRequest, effective_request: PlanRequest) -> list[tuple
         (knob.cache_type_k == "f16", "-ctk q8_0 -ctv q8_0", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
         ((knob.n_parallel or 1) > 1, "--parallel 1", {"n_parallel": 1}),
         ((knob.n_ubatch or 0) > SMALL_UBATCH, f"--ubatch-size {SMALL_UBATCH}", {"n_ubatch": SMALL_UBATCH}),
-        (bool(knob.cache_ram_mib), "--cache-ram 0", {"cache_ram_mib": 0}),
-        (bool(knob.devices), "--no-gpu", {"devices": (), "n_gpu_layers": None, "tensor_split": None, "main_gpu": None}),
+        (bool(knob.cache_ram_mib) and HOST in short, "--cache-ram 0", {"cache_ram_mib": 0}),
+        (
+            bool(knob.devices) and HOST not in short,
+            "--no-gpu",
+            {"devices": (), "n_gpu_layers": None, "tensor_split": None, "main_gpu": None},
+        ),
     ]
     return [(name, change) for possible, name, change in changes if possible]

@@ -1,0 +1,129 @@
+"""Asks the installed llama.cpp itself what it would reserve, by a load that reads sizes only.
+
+That takes 0.1 to 1 s and a process of its own: the library aborts on some errors and swaps a global logger. It is
+asked only for what the formulas do not cover. What it says differs from a real load in two known ways: with layers on
+the host it leaves out mapped weights, and with pipelining it loses the pins of norms to their layer's device, so that
+each device but the first is overstated by a few activations (ggml-backend.cpp, ``ggml_backend_sched_reserve``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from planner.accounting import DeviceBytes, MemoryLedger
+from planner.build import is_pinned
+from planner.candidates import Oracle
+from planner.context import ContextParams
+from planner.model import ModelFacts
+from planner.types import Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
+
+TIMEOUT_S: Final = 30.0  # for one question; a 260k vocabulary takes 0.4 s, a cold GPU driver several seconds
+MAX_QUESTIONS: Final = 16  # a search that needs more would take longer than anybody waits
+LIBRARY: Final = "libllama-common.so.0"
+WORKER: Final = "ggml-rpc-server"
+
+
+def ask(build: LlamaBuild) -> Oracle | None:
+    """Return an oracle that asks this build, or None where that cannot be done.
+
+    The structures that are handed over are those of the pinned commit, so no other build is asked.
+    """
+    if build.library_path is None or not is_pinned(build):
+        return None
+    folder = Path(build.library_path).parent
+    if not (folder / LIBRARY).exists():
+        return None
+    worker = Path(build.path or "").parent / WORKER
+    return _Asker(folder, worker if worker.exists() else None)
+
+
+@dataclass(slots=True)
+class _Asker:
+    """The oracle of one build. The same question is asked once."""
+
+    folder: Path
+    worker: Path | None
+    answers: dict[tuple[ContextParams, Placement], MemoryLedger | None] = field(default_factory=dict)
+
+    def __call__(
+        self, model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
+    ) -> MemoryLedger | None:
+        """Return what llama.cpp says to this placement, or None where it cannot be asked or does not answer."""
+        key = (params, placement)
+        if key not in self.answers:
+            if len(self.answers) >= MAX_QUESTIONS or params.not_built:
+                return None
+            self.answers[key] = self._ask(model, params, placement, machine)
+        return self.answers[key]
+
+    def _ask(
+        self, model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
+    ) -> MemoryLedger | None:
+        devices = [machine.device(name) for name in placement.devices]
+        stand_ins = [_needs_stand_in(device, machine) for device in devices]
+        if any(stand_ins) and self.worker is None:
+            return None
+        question = {
+            "folder": str(self.folder),
+            "worker": str(self.worker) if any(stand_ins) else None,
+            "model": model.paths[0],
+            "devices": [
+                None if stands_in else device.name for device, stands_in in zip(devices, stand_ins, strict=True)
+            ],
+            "n_gpu_layers": placement.n_gpu_layers,
+            "tensor_split": placement.tensor_split,
+            "params": asdict(params),
+        }
+        answer = _run(question)
+        if answer is None or len(answer) != len(devices) + 1:
+            return None
+        # A stand-in has a CPU's alignment: for a worker that is as good as can be known, for a card it is near.
+        sources = [Source.ORACLE if device.kind is DeviceKind.RPC or not stands_in else Source.ESTIMATED
+                   for device, stands_in in zip(devices, stand_ins, strict=True)]  # fmt: skip
+        rows = [_bytes(row, source) for row, source in zip(answer, [*sources, Source.ORACLE], strict=True)]
+        return MemoryLedger(tuple(rows[:-1]), rows[-1], HostDetail(None, None, None, None, None))
+
+
+def _needs_stand_in(device: Device, machine: Machine) -> bool:
+    """Say whether a throwaway worker takes this device's part: it is not here, or asking it could hang or kill it."""
+    return machine.what_if or device.kind is DeviceKind.RPC
+
+
+def _bytes(row: list[int], source: Source) -> DeviceBytes:
+    model, context, compute = (Figure(value, source) for value in row)
+    return DeviceBytes(model, context, compute)
+
+
+def _run(question: dict[str, Any]) -> list[list[int]] | None:
+    """Return the answer of the child, None where it failed or took too long. No process of it is left behind."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "planner.oracle_child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"},
+        cwd=Path(__file__).parents[1],
+    )
+    try:
+        output, _ = child.communicate(json.dumps(question).encode(), TIMEOUT_S)
+        return json.loads(output) if child.returncode == 0 else None
+    except (subprocess.TimeoutExpired, ValueError):
+        return None
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End the child and the worker that it may have started, which are a process group of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
