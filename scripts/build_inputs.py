@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,22 +168,23 @@ def toolchain_variables(backend: str) -> dict[str, str]:
             return {}
 
 
-def detect_backend() -> tuple[str, tuple[str, ...]]:
+def detect_backend(
+    dev: Path = Path("/dev"), find: Callable[[str], str | None] = find_toolchain
+) -> tuple[str, tuple[str, ...]]:
     """Return the best backend for this machine's GPUs that can be built here, and a warning for each GPU left out."""
     warnings = []
-    nvidia = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
-    amd = Path("/dev/kfd").exists()
-    for backend, vendor, present in (("cuda", "NVIDIA", nvidia), ("hip", "AMD", amd)):
-        if not present:
-            continue
-        if find_toolchain(backend):
+    gpus = {
+        "cuda": ("NVIDIA", (dev / "nvidiactl").exists() or (dev / "dxg").exists()),  # dxg: Windows' subsystem
+        "hip": ("AMD", (dev / "kfd").exists()),
+    }
+    for backend, (vendor, present) in gpus.items():
+        if present and find(backend):
             return backend, ()
-        compiler, _, package = TOOLCHAINS[backend]
-        warnings.append(
-            f"WARNING: there is an {vendor} GPU, but no {compiler} to build llama.cpp for it. "
-            f"Install {package}, then run: make llama BACKEND={backend}"
-        )
-    any_gpu = nvidia or amd or any(Path("/dev/dri").glob("renderD*"))
-    has_headers = any(Path(folder, "vulkan/vulkan.h").exists() for folder in ("/usr/include", "/usr/local/include"))
-    backend = "vulkan" if any_gpu and has_headers and find_toolchain("vulkan") else "cpu"
-    return backend, tuple(warnings)
+        if present:
+            compiler, _, package = TOOLCHAINS[backend]
+            warnings.append(
+                f"WARNING: there is an {vendor} GPU, but no {compiler} to build llama.cpp for it. "
+                f"Install {package}, then run: make llama BACKEND={backend}"
+            )
+    any_gpu = bool(warnings) or any((dev / "dri").glob("renderD*"))
+    return "vulkan" if any_gpu and find("vulkan") else "cpu", tuple(warnings)

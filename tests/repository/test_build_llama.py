@@ -73,6 +73,35 @@ def test_a_missing_compiler_is_named_with_the_package_that_has_it() -> None:
         build_inputs.gather_inputs("cpu", {"PATH": "/nonexistent"})
 
 
+@pytest.mark.parametrize(
+    "devices,toolchains,backend",
+    [
+        ([], ["cuda", "hip", "vulkan"], "cpu"),
+        (["nvidiactl"], ["cuda", "vulkan"], "cuda"),
+        (["kfd", "dri/renderD128"], ["hip", "vulkan"], "hip"),
+        (["kfd", "dri/renderD128"], ["vulkan"], "vulkan"),
+        (["dri/renderD128"], ["vulkan"], "vulkan"),
+        (["nvidiactl"], [], "cpu"),
+    ],
+)
+def test_the_backend_follows_the_gpus_and_the_toolchains(
+    tmp_path: Path, devices: list[str], toolchains: list[str], backend: str
+) -> None:
+    for device in devices:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    found, _ = build_inputs.detect_backend(tmp_path, lambda name: "/usr/bin/x" if name in toolchains else None)
+    assert found == backend
+
+
+def test_a_gpu_that_no_toolchain_serves_is_named_with_the_package_to_install(tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    _, (warning,) = build_inputs.detect_backend(tmp_path, lambda _: None)
+    assert "NVIDIA GPU" in warning
+    assert "apt install nvidia-cuda-toolkit" in warning
+    assert warning.endswith("make llama BACKEND=cuda")
+
+
 def test_a_second_process_waits_for_the_lock_and_says_so(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     program = (
