@@ -41,6 +41,7 @@ TOOLCHAINS: Mapping[str, tuple[str, str, str]] = {
     "hip": ("hipcc", "/opt/rocm/bin", "ROCm's compiler and BLAS (Debian, Ubuntu: apt install hipcc libhipblas-dev)"),
     "vulkan": ("glslc", "/usr/bin", "Vulkan's (Debian, Ubuntu: apt install glslc libvulkan-dev spirv-headers)"),
 }
+INCLUDE_FOLDERS = ("/usr/include", "/usr/local/include")
 # How to ask for the architectures that a native build is made for: another card needs another build.
 DEVICE_QUERIES: Mapping[str, tuple[str, ...]] = {
     "cuda": ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"),
@@ -142,8 +143,10 @@ def probe(command: tuple[str, ...]) -> str:
 
 
 def find_toolchain(backend: str) -> str | None:
-    """Return the path of the backend's compiler."""
+    """Return the path of the backend's compiler; None without it, or without the headers that it needs."""
     compiler, usual_folder, _ = TOOLCHAINS[backend]
+    if backend == "vulkan" and not any(Path(folder, "vulkan/vulkan.h").exists() for folder in INCLUDE_FOLDERS):
+        return None
     return shutil.which(compiler) or shutil.which(compiler, path=usual_folder)
 
 
@@ -152,7 +155,7 @@ def require_toolchain(backend: str) -> str:
     if path := find_toolchain(backend):
         return path
     compiler, _, package = TOOLCHAINS[backend]
-    raise BuildError(f"BACKEND={backend} needs {compiler}, which was not found: install {package}")
+    raise BuildError(f"BACKEND={backend} needs {compiler} and its libraries, which were not found: install {package}")
 
 
 def toolchain_variables(backend: str) -> dict[str, str]:
@@ -172,19 +175,21 @@ def detect_backend(
     dev: Path = Path("/dev"), find: Callable[[str], str | None] = find_toolchain
 ) -> tuple[str, tuple[str, ...]]:
     """Return the best backend for this machine's GPUs that can be built here, and a warning for each GPU left out."""
-    warnings = []
-    gpus = {
-        "cuda": ("NVIDIA", (dev / "nvidiactl").exists() or (dev / "dxg").exists()),  # dxg: Windows' subsystem
-        "hip": ("AMD", (dev / "kfd").exists()),
-    }
-    for backend, (vendor, present) in gpus.items():
+    nvidia = (dev / "nvidiactl").exists() or (dev / "dxg").exists()  # dxg: Windows' subsystem for Linux
+    amd = (dev / "kfd").exists()
+    any_gpu = nvidia or amd or any((dev / "dri").glob("renderD*"))
+    warnings: list[str] = []
+    for backend, gpu, present in (
+        ("cuda", "an NVIDIA GPU", nvidia),
+        ("hip", "an AMD GPU", amd),
+        ("vulkan", "a GPU", any_gpu),
+    ):
         if present and find(backend):
-            return backend, ()
-        if present:
+            return backend, tuple(warnings)
+        if present and not (backend == "vulkan" and warnings):  # that GPU has been named already
             compiler, _, package = TOOLCHAINS[backend]
             warnings.append(
-                f"WARNING: there is an {vendor} GPU, but no {compiler} to build llama.cpp for it. "
+                f"WARNING: there is {gpu}, but no {compiler} to build llama.cpp for it. "
                 f"Install {package}, then run: make llama BACKEND={backend}"
             )
-    any_gpu = bool(warnings) or any((dev / "dri").glob("renderD*"))
-    return "vulkan" if any_gpu and find("vulkan") else "cpu", tuple(warnings)
+    return "cpu", tuple(warnings)
