@@ -57,7 +57,7 @@ def account(
     everything = list(params.not_built)
     if params.split_mode == "tensor":
         everything.append("splitting tensors over devices (--split-mode tensor)")
-    weights_reason = weights.not_built(model, params, placement)
+    weights_reason = weights.not_built(model, params, placement, machine)
     cache_reason = cache.not_built(model)
     unknown = (UNKNOWN_FIGURE,) * n_devices
     models, host_model, detail = unknown, UNKNOWN_FIGURE, HostDetail(None, None, None, None, None)

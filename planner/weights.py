@@ -130,11 +130,12 @@ class WeightBytes:
     certain_devices: tuple[bool, ...]
 
 
-def not_built(model: ModelFacts, params: ContextParams, placement: Placement) -> str | None:
+def not_built(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> str | None:
     """Return why the weights of this placement cannot be computed, or None."""
     if model.hparams.architecture not in ARCHITECTURES:
         return f"the weights of the unknown architecture {model.hparams.architecture}"
-    places = {_device_name(buffer) for _, buffer in params.overrides}
+    devices = [machine.device(name) for name in placement.devices]
+    places = {_place(buffer, devices) for _, buffer in params.overrides}
     if elsewhere := sorted(places - {*placement.devices, *_HOST_BUFFERS}):
         return f"overrides to {elsewhere[0]}, which is not among the devices"
     if unknown := _slots(model)[1]:
@@ -148,7 +149,7 @@ def weight_bytes(
     """Return where the weights of this placement lie. ``not_built`` must be None."""
     devices = [machine.device(name) for name in placement.devices]
     rule = _host_rule(params, devices, machine, build)
-    overrides = tuple((pattern, _device_name(place)) for pattern, place in params.overrides)
+    overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
     places = tuple((device.name, buffer_type(device)) for device in devices) if overrides else ()
     tables = [_shares(model, buffer_type(device), device.kind, rule, overrides, places) for device in devices]
     on_host = _shares(model, None, DeviceKind.HOST, rule, overrides, places)
@@ -320,6 +321,10 @@ def _keep(host: HostShare, weight: _Weight, keeping: _Keeping, rule: HostRule) -
         host.certain = False
 
 
-def _device_name(buffer: str) -> str:
-    """Return the device whose default buffer type is meant; an RPC buffer's name ends in its worker's address."""
-    return buffer.partition("[")[0]
+def _place(buffer: str, devices: Sequence[Device]) -> str:
+    """Return the name of the device whose default buffer type is meant, or the buffer's own where none is.
+
+    Buffers of RPC workers are told apart by address alone: the number counts the devices of one worker (ggml-rpc.cpp).
+    """
+    endpoint = buffer.partition("[")[2].rstrip("]")
+    return next((device.name for device in devices if endpoint and device.endpoint == endpoint), buffer)
