@@ -1,0 +1,223 @@
+"""The whole machine: cards, their names on llama-server's command line, memory, and what cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_server import CUDA_LIST, NO_DEVICES, calls, write_server
+from file_trees import write_tree
+from test_nvml import RTX3060, RTX4090
+from test_rocm import TWO_CARDS
+
+from config.values import RpcServer
+from gpu import show
+from gpu.card import Card, Vendor
+from gpu.detect import detect, match
+from gpu.llama import parse_list
+from gpu.visible import visible_cuda
+from planner.types import HOST, HOST_POOL, DeviceKind
+
+MIB = 1024**2
+GIB = 1024**3
+MEMINFO = "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 33554432 kB\nBuffers: 0 kB\nCached: 0 kB"
+
+CODE = """
+import json, os
+from pathlib import Path
+from gpu import detect, show
+found = detect.detect(os.environ, llama_server=Path(SERVER))
+print(json.dumps(show.as_json(found.machine)))
+"""
+
+
+@pytest.fixture
+def nvidia(python: Callable[..., str], nvml_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a function from the stub's cards and a server's path to what ``planner devices --json`` would show."""
+
+    def devices(cards: str, server: Path, **variables: str) -> dict[str, Any]:
+        fixture = tmp_path / "nvml.txt"
+        fixture.write_text(cards)
+        stub = {"LD_LIBRARY_PATH": str(nvml_folder), "FAKE_NVML": str(fixture), "XDG_CACHE_HOME": str(tmp_path / "c")}
+        code = CODE.replace("SERVER", repr(str(server)))
+        result: dict[str, Any] = json.loads(python(code, **stub, **variables))
+        return result
+
+    return devices
+
+
+def test_two_unequal_cards_carry_llama_servers_names_and_the_smaller_free_figure(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    server = write_server(tmp_path / "a", CUDA_LIST, backends=("cpu", "cuda"))
+    found = nvidia(RTX4090 + RTX3060, server)
+    first, second, host = found["devices"]
+    assert (first["name"], first["uuid"]) == ("CUDA0", "GPU-bbbb")
+    assert (second["name"], second["uuid"]) == ("CUDA1", "GPU-aaaa")
+    assert first["free_bytes"] == 11000 * MIB, "llama-server saw less than NVML"
+    assert second["free_bytes"] == 25757220864 - 393216000 - GIB, "NVML saw less than llama-server"
+    assert second["bandwidth_bytes_per_s"] == pytest.approx(1008e9, rel=0.001)
+    assert all(device["usable"] for device in found["devices"])
+    assert (host["name"], host["kind"]) == ("Host", "host")
+    assert found["warnings"] == []
+
+
+def test_the_second_time_llama_server_is_not_started_and_its_old_figures_are_not_used(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    server = write_server(tmp_path / "a", CUDA_LIST, backends=("cpu", "cuda"))
+    nvidia(RTX4090 + RTX3060, server)
+    found = nvidia(RTX4090 + RTX3060, server)
+    assert calls(tmp_path / "a") == ["--version", "--list-devices"]
+    assert found["devices"][0]["free_bytes"] == 12884901888 - 134217728
+
+
+def test_a_card_that_the_server_cannot_use_is_named_with_the_command_that_would_change_it(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    server = write_server(tmp_path / "a", NO_DEVICES)
+    found = nvidia(RTX4090, server)
+    card = found["devices"][0]
+    assert not card["usable"]
+    assert card["name"] == "CUDA0"
+    assert card["why_not"] == f"{server} was built without CUDA; build one with: make llama BACKEND=cuda"
+    assert found["warnings"] == [f"CUDA0 (NVIDIA GeForce RTX 4090) is left idle: {card['why_not']}"]
+
+
+def test_a_card_that_is_hidden_from_cuda_is_not_taken_for_the_one_that_is_shown(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    two_alike = RTX3060 + RTX3060.replace("GPU-bbbb 0 1 0", "GPU-cccc 0 2 0")
+    only_one = "Available devices:\n  CUDA0: NVIDIA GeForce RTX 3060 (12000 MiB, 11000 MiB free)\n"
+    server = write_server(tmp_path / "a", only_one, backends=("cpu", "cuda"))
+    found = nvidia(two_alike, server, CUDA_VISIBLE_DEVICES="1")
+    shown, hidden, _ = found["devices"]
+    assert (shown["uuid"], shown["usable"]) == ("GPU-cccc", True)
+    assert (hidden["uuid"], hidden["usable"]) == ("GPU-bbbb", False)
+    assert "CUDA_VISIBLE_DEVICES" in hidden["why_not"]
+
+
+def test_a_unified_part_is_counted_in_the_hosts_pool(nvidia: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    listing = "Available devices:\n  CUDA0: NVIDIA GB10 (124610 MiB, 120000 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "cuda"))
+    card, host = nvidia("card NVIDIA_GB10 GPU-cccc f 1 0\ncapability 12 1\n", server)["devices"]
+    assert card["pool"] == host["pool"] == "host"
+    assert card["free_bytes"] == host["free_bytes"]
+
+
+@pytest.fixture
+def amd_machine(tmp_path: Path) -> Path:
+    """Return a root folder with two AMD cards, device files that may be opened, and 64 GiB of memory."""
+    files: dict[str, str | int] = {"proc/meminfo": MEMINFO, "dev/kfd": "", "dev/dri/renderD128": ""}
+    write_tree(tmp_path / "root", TWO_CARDS | files | {"dev/dri/renderD129": ""})
+    return tmp_path / "root"
+
+
+def test_amds_cards_are_matched_by_order_and_believed_before_hip(
+    amd_machine: Path, rocm_path: Path, tmp_path: Path
+) -> None:
+    listing = """Available devices:
+  ROCm0: AMD Radeon RX 7900 XTX (24560 MiB, 24560 MiB free)
+  ROCm1: AMD Instinct MI210 (16368 MiB, 16368 MiB free)
+"""
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "hip"))
+    environ = {"ROCM_PATH": str(rocm_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    machine = detect(environ, llama_server=server, root=amd_machine).machine
+    first, second = machine.devices
+    assert (first.name, first.kind, first.pci_bus_id) == ("ROCm0", DeviceKind.ROCM, "0000:03:00.0")
+    assert first.free_bytes == 23 * GIB, "HIP does not see what other programs hold"
+    assert first.description == "AMD Radeon RX 7900 XTX"
+    assert second.description == "AMD Instinct MI210"
+    assert machine.host.free_bytes == 32 * GIB
+    assert {pool.id for pool in machine.pools} == {HOST_POOL, first.pool, second.pool}
+
+
+def test_amds_cards_without_a_server_for_them_are_named_by_pyrsmi(
+    amd_machine: Path, rocm_path: Path, tmp_path: Path
+) -> None:
+    server = write_server(tmp_path / "a", NO_DEVICES)
+    environ = {"ROCM_PATH": str(rocm_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    machine = detect(environ, llama_server=server, root=amd_machine).machine
+    assert machine.devices[0].description == "AMD Radeon RX 7900 XTX"
+    assert "BACKEND=hip" in str(machine.devices[0].why_not)
+    assert len(machine.warnings) == 2
+
+
+def test_a_device_that_only_the_server_knows_is_asked_about_each_time(tmp_path: Path) -> None:
+    listing = "Available devices:\n  Vulkan0: Intel(R) Arc(tm) A770 Graphics (16032 MiB, 15000 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "vulkan"))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    detect(environ, llama_server=server)
+    (tmp_path / "a/listing").write_text(listing.replace("15000", "9000"))
+    (device,) = detect(environ, llama_server=server).machine.devices
+    assert (device.name, device.kind) == ("Vulkan0", DeviceKind.VULKAN)
+    assert device.free_bytes == 9000 * MIB
+
+
+def test_workers_come_before_the_cards_of_this_machine(rpc_workers: Callable[[int], Any], tmp_path: Path) -> None:
+    (worker,) = rpc_workers(1)
+    name, _, port = worker.endpoint.rpartition(":")
+    listing = "Available devices:\n  Vulkan0: Some card (16032 MiB, 15000 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "vulkan", "rpc"))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    found = detect(environ, llama_server=server, rpc_servers=[RpcServer(name, int(port), GIB)])
+    assert [device.name for device in found.machine.devices] == ["RPC0", "Vulkan0"]
+    assert found.machine.device("RPC0").free_bytes == GIB
+    again = detect(environ, rpc_servers=[RpcServer(name, int(port), GIB)], leased={worker.endpoint}, previous=found)
+    assert again.machine.device("RPC0") == found.machine.device("RPC0")
+    assert again.llama == found.llama
+
+
+def test_this_machine_is_detected_with_its_host_last(llama_tools: Path, tmp_path: Path) -> None:
+    found = detect({"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"})
+    assert found.llama.build.path is not None
+    shown = show.as_json(found.machine)
+    assert shown["devices"][-1]["kind"] == "host"
+    assert shown["devices"][-1]["name"] == HOST
+    assert any("llama-server" in place for place in shown["looked_for"])
+    json.dumps(shown, allow_nan=False)
+
+
+def _card(name: str, uuid: str, vendor: Vendor = Vendor.NVIDIA) -> Card:
+    return Card(vendor, name, pci_bus_id=None, uuid=uuid)
+
+
+ALIKE = [_card("NVIDIA GeForce RTX 3090", "GPU-1"), _card("NVIDIA GeForce RTX 3090", "GPU-2")]
+
+
+@pytest.mark.parametrize(
+    "variable,expected",
+    [
+        (None, ["GPU-1", "GPU-2"]),
+        ("1,0", ["GPU-2", "GPU-1"]),
+        ("GPU-2", ["GPU-2"]),
+        ("", []),
+        ("-1,0", []),
+        ("0,7,1", ["GPU-1"]),
+        ("0,0", ["GPU-1"]),
+        ("GPU-", []),
+    ],
+)
+def test_cuda_shows_what_its_variable_names_until_the_first_bad_entry(
+    variable: str | None, expected: list[str]
+) -> None:
+    environ = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
+    assert [card.uuid for card in visible_cuda(ALIKE, environ)] == expected
+
+
+def test_one_card_seen_by_two_backends_is_one_device() -> None:
+    listed = parse_list(
+        "Available devices:\n"
+        "  CUDA0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n"
+        "  Vulkan0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n"
+    )
+    pairs = match(listed, ALIKE[:1], {})
+    assert [(device.name, card) for device, card in pairs] == [("CUDA0", ALIKE[0])]
+
+
+def test_vulkan_alone_may_use_a_card_of_nvidias() -> None:
+    listed = parse_list("Available devices:\n  Vulkan0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n")
+    assert match(listed, ALIKE[:1], {}) == ((listed[0], ALIKE[0]),)

@@ -1,0 +1,110 @@
+"""NVIDIA's cards, through the real pynvml over a stub of the driver's library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MIB = 1024**2
+GIB = 1024**3
+
+RTX4090 = """card NVIDIA_GeForce_RTX_4090 GPU-aaaa 0 41 0
+memory 25757220864 393216000 1073741824
+capability 8 9
+bus_bits 384
+clock_mhz 10501
+cores 16384
+process 1 536870912
+"""
+RTX3060 = """card NVIDIA_GeForce_RTX_3060 GPU-bbbb 0 1 0
+memory 12884901888 134217728 0
+capability 8 6
+bus_bits 192
+clock_mhz 7501
+cores 3584
+"""
+CODE = "import dataclasses, json; from gpu import nvml; print(json.dumps(dataclasses.asdict(nvml.probe())))"
+
+Ask = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture
+def ask(python: Callable[..., str], nvml_folder: Path, tmp_path: Path) -> Ask:
+    """Return a function from the stub's fixture text to what the probe found."""
+
+    def probe(text: str) -> dict[str, Any]:
+        fixture = tmp_path / "nvml.txt"
+        fixture.write_text(text)
+        result: dict[str, Any] = json.loads(python(CODE, LD_LIBRARY_PATH=str(nvml_folder), FAKE_NVML=str(fixture)))
+        return result
+
+    return probe
+
+
+def test_two_unequal_cards_are_listed_in_pci_order_with_what_is_free(ask: Ask) -> None:
+    found = ask(RTX4090 + RTX3060)
+    assert [card["name"] for card in found["cards"]] == ["NVIDIA GeForce RTX 3060", "NVIDIA GeForce RTX 4090"]
+    assert [card["pci_bus_id"] for card in found["cards"]] == ["0000:01:00.0", "0000:41:00.0"]
+    rtx4090 = found["cards"][1]
+    assert rtx4090["total_bytes"] == 25757220864 - 393216000
+    assert rtx4090["free_bytes"] == 25757220864 - 393216000 - GIB
+    assert rtx4090["uuid"] == "GPU-aaaa"
+    assert rtx4090["arch"] == "8.9"
+    assert rtx4090["multiprocessors"] == 128
+    assert rtx4090["bandwidth_bytes_per_s"] == pytest.approx(1008e9, rel=0.001)
+    assert found["warnings"] == []
+
+
+def test_the_processes_on_a_card_are_named(ask: Ask) -> None:
+    (card,) = ask(RTX4090)["cards"]
+    own_first = Path("/proc/1/comm").read_text().strip()
+    assert card["processes"] == [{"pid": 1, "name": own_first, "used_bytes": 512 * MIB}]
+
+
+def test_an_old_driver_without_the_second_memory_call_still_gives_what_is_free(ask: Ask) -> None:
+    (card,) = ask(RTX3060 + "only_v1\n")["cards"]
+    assert card["free_bytes"] == 12884901888 - 134217728
+
+
+def test_a_lost_card_is_one_warning_and_the_others_go_on(ask: Ask) -> None:
+    found = ask(RTX4090 + "error 15\n" + RTX3060)
+    assert [card["uuid"] for card in found["cards"]] == ["GPU-bbbb"]
+    assert found["warnings"] == ["NVIDIA card 0: the card has fallen off the bus: reboot; it is left out"]
+
+
+def test_a_driver_that_was_upgraded_under_us_asks_for_a_reboot(ask: Ask) -> None:
+    found = ask("init_error 18\n")
+    assert found["cards"] == []
+    assert "reboot" in found["warnings"][0]
+
+
+def test_a_library_that_finds_no_driver_is_no_warning(ask: Ask) -> None:
+    assert ask("init_error 12\n")["warnings"] == []
+
+
+def test_a_unified_part_has_no_figure_of_its_own(ask: Ask) -> None:
+    (card,) = ask("card NVIDIA_GB10 GPU-cccc f 1 0\ncapability 12 1\n")["cards"]
+    assert card["unified"]
+    assert card["total_bytes"] is None
+    assert card["free_bytes"] is None
+    assert card["pci_bus_id"] == "000f:01:00.0"
+
+
+def test_missing_memory_on_any_other_card_is_unknown_and_not_unified(ask: Ask) -> None:
+    (card,) = ask("card NVIDIA_RTX_9999 GPU-dddd 0 1 0\n")["cards"]
+    assert not card["unified"]
+    assert card["free_bytes"] is None
+
+
+def test_no_library_means_no_card_and_no_warning(python: Callable[..., str]) -> None:
+    found = json.loads(python(CODE))
+    assert found["cards"] == []
+    assert found["warnings"] == []
+
+
+def test_the_probe_leaves_pynvml_alone_where_there_is_no_driver(python: Callable[..., str]) -> None:
+    assert python("import sys; from gpu import nvml; nvml.probe(); print('pynvml' in sys.modules)").strip() == "False"

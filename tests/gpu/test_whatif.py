@@ -1,0 +1,107 @@
+"""Machines that the user names."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from gpu import host, show, whatif
+from gpu.card import overhead_bytes
+from planner.types import HOST_POOL, DeviceKind
+
+MIB = 1024**2
+GIB = 1024**3
+
+
+def test_devices_keep_their_order_kind_and_free_memory() -> None:
+    specs = ["CUDA0=24GiB", "rocm1=11500MiB", "RPC0@10.0.0.2:50052=1000"]
+    machine = whatif.machine(specs, host_memory_bytes=64 * GIB)
+    assert [(d.name, d.kind, d.free_bytes) for d in machine.devices] == [
+        ("CUDA0", DeviceKind.CUDA, 24 * GIB),
+        ("ROCm1", DeviceKind.ROCM, 11500 * MIB),
+        ("RPC0", DeviceKind.RPC, 1000),
+    ]
+    assert machine.devices[2].endpoint == "10.0.0.2:50052"
+    assert machine.host.free_bytes == 64 * GIB
+    assert machine.what_if
+    assert {pool.id for pool in machine.pools} == {HOST_POOL, "CUDA0", "ROCm1", "RPC0"}
+
+
+def test_cards_come_from_the_catalogue_with_their_bandwidth() -> None:
+    machine = whatif.machine([], ["rtx4090:2"])
+    assert [device.name for device in machine.devices] == ["CUDA0", "CUDA1"]
+    card = machine.devices[0]
+    assert card.bandwidth_bytes_per_s == 1008 * 10**9
+    assert card.free_bytes is not None
+    assert 23 * GIB < card.free_bytes < 24 * GIB
+    assert card.compute_capability == "8.9"
+
+
+def test_cards_are_numbered_after_devices_that_have_their_names() -> None:
+    machine = whatif.machine(["CUDA0=8G", "CUDA2=8G"], ["rtx3060:2", "rx7900xtx"], host_memory_bytes=GIB)
+    assert [device.name for device in machine.devices] == ["CUDA0", "CUDA2", "CUDA1", "CUDA3", "ROCm0"]
+
+
+@pytest.mark.parametrize("spelling", ["rtx4090", "4090", "RTX 4090", "rtx-4090", "NVIDIA GeForce RTX 4090"])
+def test_a_card_may_be_spelled_as_people_do(spelling: str) -> None:
+    assert whatif.machine([], [spelling]).devices[0].description.startswith("GeForce RTX 4090")
+
+
+def test_a_unified_card_is_the_host_that_was_not_given() -> None:
+    machine = whatif.machine([], ["gb10"])
+    assert machine.devices[0].pool == HOST_POOL
+    assert machine.devices[0].free_bytes == machine.host.free_bytes == 128 * GIB
+
+
+def test_no_spec_is_a_machine_without_gpus_on_this_host() -> None:
+    machine = whatif.machine()
+    assert machine.devices == ()
+    assert machine.host.total_bytes == host.read().total_bytes
+
+
+@pytest.mark.parametrize(
+    "specs,cards,says",
+    [
+        (["CUDA0"], [], "NAME=SIZE"),
+        (["CUDA=1G"], [], "NAME=SIZE"),
+        (["GPU0=1G"], [], "known are CUDA0"),
+        (["CUDA0=lots"], [], "'lots' is not a size"),
+        (["CUDA0@h:1=1G"], [], "only an RPC device"),
+        (["CUDA0=1G", "cuda0=2G"], [], "CUDA0 is named twice"),
+        ([], ["rtx4095"], "nearest: rtx4090"),
+        ([], ["rtx4090:0"], "not a count"),
+        ([], ["rtx4090:16", "rtx3060"], "17 devices"),
+    ],
+)
+def test_a_bad_spec_is_one_line_that_says_what_is_wrong(specs: list[str], cards: list[str], says: str) -> None:
+    with pytest.raises(whatif.WhatIfError, match=re.escape(says)) as caught:
+        whatif.machine(specs, cards, host_memory_bytes=GIB)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_card_of_the_catalogue_makes_a_machine() -> None:
+    for key, card in whatif.catalogue().items():
+        (device,) = whatif.machine([], [key]).devices
+        assert device.description.startswith(card.name)
+        assert device.free_bytes
+
+
+def test_workers_and_the_host_have_no_overhead_and_cards_have_one() -> None:
+    assert overhead_bytes(DeviceKind.RPC, total_bytes=GIB) == 0
+    assert overhead_bytes(DeviceKind.HOST, total_bytes=GIB) == 0
+    for kind in (DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN):
+        assert overhead_bytes(kind, total_bytes=24 * GIB) > 0
+
+
+@pytest.mark.parametrize("multiprocessors,mib", [(34, 110), (188, 555)])
+def test_a_cuda_context_grows_with_the_card_as_it_was_measured(multiprocessors: int, mib: int) -> None:
+    overhead = overhead_bytes(DeviceKind.CUDA, total_bytes=GIB, arch="8.9", multiprocessors=multiprocessors)
+    assert overhead == (mib + 4) * MIB
+
+
+def test_the_table_shows_unknown_as_a_question_mark_and_names_what_cannot_be_used() -> None:
+    text = show.as_text(whatif.machine(["CUDA0=24GiB"], host_memory_bytes=64 * GIB))
+    lines = text.splitlines()
+    assert lines[1].split() == ["CUDA0", "cuda", "24.0", "GiB", "24.0", "GiB", "?", "what-if"]
+    assert lines[2].startswith("Host")
