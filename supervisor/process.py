@@ -42,7 +42,8 @@ def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
 class Child:
     """A running process and the read end of its stdout and stderr together.
 
-    Construction starts it and raises OSError where that is impossible. ``wait`` has to run to its end: it reaps.
+    Construction starts it and raises OSError where that is impossible. Whoever constructs it calls ``reap`` and
+    ``close`` in the end.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
@@ -79,7 +80,7 @@ class Child:
         self._exited.set()
 
     def reap(self) -> str:
-        """Kill what is left of the group, reap the ended process, return ``exit status N`` or ``killed by SIGNAME``."""
+        """Kill what is left of the group, reap the process, return ``exit status N`` or ``killed by SIGNAME``."""
         self._signal(signal.SIGKILL)
         returncode = self._process.wait()
         os.close(self._pidfd)

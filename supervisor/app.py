@@ -1,0 +1,164 @@
+"""The composition root: settings in, a running service out, everything undone in the right order."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import anyio
+import structlog
+from aiohttp import web
+from anyio import TASK_STATUS_IGNORED
+from anyio.abc import TaskStatus
+
+from config import render
+from config.resolve import ConfigError
+from config.settings import Loaded, Settings, load
+from supervisor import listener, lock, log_setup
+from supervisor.core.types import Limits
+from supervisor.gateway.app import build_app, make_runner
+from supervisor.gateway.options import GatewayOptions
+from supervisor.inventory import Inventory
+from supervisor.notify import Notifier
+from supervisor.planning import PlanningProcess
+from supervisor.runtime import RuntimeOptions, Supervisor
+
+EXIT_OK: Final = 0
+EXIT_CANNOT_RUN: Final = 1
+EXIT_BAD_SETTINGS: Final = 2
+# Streams had DRAIN_TIMEOUT before; this is for the error event that ends those which did not finish.
+LAST_BYTES_S: Final = 2.0
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.app")
+
+
+def serve(environ: Mapping[str, str]) -> int:
+    """Serve until told to stop, and return the exit status: 0 stopped, 1 cannot run, 2 bad settings.
+
+    Whatever keeps it from running is said in one line on stderr, each bad setting in one of its own. A missing
+    llama-server or models folder does not: the service starts, says so on ``/readyz``, and finds it once it is there.
+    """
+    try:
+        loaded = load(environ)
+    except ConfigError as error:
+        return _complain(str(error), EXIT_BAD_SETTINGS)
+    settings = loaded.settings
+    log_setup.configure(settings.log_format, debug=settings.debug > 0)
+    try:
+        with (
+            lock.held(settings.state_dir),
+            listener.bound(settings.host.host, settings.host.port) as bound,
+        ):
+            anyio.run(_serve, loaded, environ, bound)
+    except (lock.AlreadyRunning, listener.CannotListen) as error:
+        return _complain(str(error), EXIT_CANNOT_RUN)
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}; check PLANNER_STATE_DIR", EXIT_CANNOT_RUN)
+    return EXIT_OK
+
+
+async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socket) -> None:
+    """Start from the inside out; stop new work first, then streams, then children, then the listener."""
+    settings = loaded.settings
+    notifier = Notifier(environ)
+    _log.info("config.effective", **render.log_values(loaded.values))
+    for warning in loaded.warnings:
+        _log.warning("config.odd", warning=warning)
+    async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
+        inventory = Inventory(settings.models, planning)
+        supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
+        await tasks.start(supervisor.run)
+        await tasks.start(_obey_signals, supervisor, notifier)
+        runner = make_runner(build_app(supervisor, _gateway_options(settings)), shutdown_timeout_s=LAST_BYTES_S)
+        try:
+            await runner.setup()
+            await web.SockSite(runner, bound).start()
+            _log.info("serve.listening", url=_url(bound))
+            tasks.start_soon(_become_ready, inventory, notifier)
+            tasks.start_soon(_feed_watchdog, notifier)
+            await supervisor.wait_stopped()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await runner.cleanup()
+        tasks.cancel_scope.cancel()
+    _log.info("serve.stopped")
+
+
+async def _become_ready(inventory: Inventory, notifier: Notifier) -> None:
+    """Find out what there is, then tell systemd; what is missing is told on ``/readyz``."""
+    await inventory.look_around()
+    problems = inventory.not_ready
+    _log.info("serve.ready", models=len(inventory.entries), not_ready=list(problems))
+    notifier.ready("; ".join(problems) or f"{len(inventory.entries)} models, none loaded yet")
+
+
+async def _obey_signals(
+    supervisor: Supervisor, notifier: Notifier, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED
+) -> None:
+    """Stop on SIGTERM and SIGINT; a second one hurries."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            _log.info("serve.stopping", signal=signal.Signals(number).name)
+            notifier.stopping()
+            supervisor.shut_down()
+
+
+async def _feed_watchdog(notifier: Notifier) -> None:
+    """Tell systemd that the event loop turns, for as long as it does."""
+    while notifier.watchdog_interval_s is not None:
+        notifier.alive()
+        await anyio.sleep(notifier.watchdog_interval_s)
+
+
+def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptions:
+    settings = loaded.settings
+    limits = Limits(
+        max_loaded_models=settings.max_loaded_models or None,
+        max_queue=max(1, settings.max_queue),  # the request that causes a load waits for it
+        keep_alive_s=None if math.isinf(settings.keep_alive) else settings.keep_alive,
+        load_timeout_s=settings.load_timeout,
+        drain_timeout_s=settings.drain_timeout,
+    )
+    return RuntimeOptions(
+        version=_version(),
+        limits=limits,
+        state_dir=settings.state_dir,
+        stop_grace_s=settings.stop_grace,
+        n_ctx_per_slot=settings.context_length,
+        environ=environ,
+        warnings=loaded.warnings,
+    )
+
+
+def _gateway_options(settings: Settings) -> GatewayOptions:
+    return GatewayOptions(
+        version=_version(),
+        api_keys=settings.api_keys,
+        origins=settings.origins,
+        loopback_only=settings.host.is_loopback,
+        max_body_bytes=settings.max_body,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("loadmaster")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _url(bound: socket.socket) -> str:
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _complain(text: str, status: int) -> int:
+    for line in text.splitlines():
+        sys.stderr.write(f"planner: error: {line}\n")
+    return status

@@ -1,0 +1,134 @@
+"""The llama-server children: started with a plan, listened to until they end, stopped when asked.
+
+What a child does becomes an event. Its last word is always ``ProcessExited``, sent once it is reaped.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from supervisor import strays
+from supervisor.core.commands import Spawn
+from supervisor.core.events import BecameReady, Event, LoadProgressed, ProcessExited, ProcessSpawned, SpawnFailed
+from supervisor.core.loglines import Listening
+from supervisor.core.types import ModelId
+from supervisor.health import wait_healthy
+from supervisor.logs import ChildLog
+from supervisor.process import Child, scrubbed
+
+LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
+PROGRESS_EVERY_S: Final = 1.0  # signs of progress count in minutes
+KEY_BYTES: Final = 32
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.children")
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A live child, what a client has to show it, and what it said."""
+
+    child: Child
+    api_key: str
+    log: ChildLog
+
+
+class Children:
+    """Every live child. ``post`` takes the events; ``environ`` is what children inherit, after scrubbing.
+
+    ``state_dir`` holds the records of who runs, and the empty folder that is a child's whole configuration.
+    """
+
+    def __init__(
+        self, post: Callable[[Event], None], *, state_dir: Path, environ: Mapping[str, str], stop_grace_s: float
+    ) -> None:
+        self._post = post
+        self._records = state_dir / "runners"
+        self._no_config = state_dir / "no-config"
+        self._environ = scrubbed(environ)
+        self._stop_grace_s = stop_grace_s
+        self._running: dict[tuple[ModelId, int], _Running] = {}
+
+    def prepare(self) -> None:
+        """Make the folders, and end what an earlier life left behind. Raises OSError."""
+        self._no_config.mkdir(parents=True, exist_ok=True)
+        for stray in strays.end_all(self._records):
+            _log.warning("stray.ended", pid=stray.pid, model=stray.model)
+
+    def api_key(self, model: ModelId, generation: int) -> str:
+        """Return what a client has to show to this child."""
+        return self._running[model, generation].api_key
+
+    def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
+        """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
+        about = {"model": command.model, "runner": command.runner, "generation": command.generation}
+        launch = command.plan.plan.launch
+        api_key = secrets.token_urlsafe(KEY_BYTES)
+        env = {**self._environ, **launch.env, "LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
+        # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
+        argv = [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model]
+        _log.info("plan.final", **about, plan=command.plan.document)
+        try:
+            child = Child(argv, env)
+        except OSError as error:
+            self._post(SpawnFailed(command.model, command.generation, f"cannot start {argv[0]}: {error.strerror}"))
+            return
+        strays.record(self._records, child.pid, command.model)
+        log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
+        self._running[command.model, command.generation] = running = _Running(child, api_key, log)
+        tasks.start_soon(self._tend, command.model, command.generation, running)
+        self._post(ProcessSpawned(command.model, command.generation, child.pid))
+
+    async def stop(self, model: ModelId, generation: int) -> None:
+        """End this child, by force in the end; its exit is told as any other."""
+        if (running := self._running.get((model, generation))) is not None:
+            await running.child.stop(self._stop_grace_s)
+
+    async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
+        """Listen until the child has ended, then reap it and tell. Cancelled, it kills the child."""
+        child, log = running.child, running.log
+        exit_: str | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                silent = anyio.Event()
+                tasks.start_soon(self._listen, model, generation, running, tasks, silent)
+                await child.wait_exit()
+                exit_ = child.reap()
+                with anyio.move_on_after(LAST_WORDS_S):
+                    await silent.wait()
+                tasks.cancel_scope.cancel()
+            log.close()
+        finally:
+            if exit_ is None:
+                child.reap()
+            child.close()
+            strays.forget(self._records, child.pid)
+            del self._running[model, generation]
+        self._post(ProcessExited(model, generation, exit_, log.last_error, log.tail))
+
+    async def _listen(
+        self, model: ModelId, generation: int, running: _Running, tasks: TaskGroup, silent: anyio.Event
+    ) -> None:
+        """Read what the child says; what it says of its progress and its address becomes events."""
+        told_at = time.monotonic()
+        while data := await running.child.read():
+            for fact in running.log.feed(data):
+                if isinstance(fact, Listening):
+                    tasks.start_soon(self._confirm, model, generation, running, fact.url)
+            if time.monotonic() > told_at + PROGRESS_EVERY_S:
+                told_at = time.monotonic()
+                self._post(LoadProgressed(model, generation))
+        silent.set()
+
+    async def _confirm(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
+        """Tell that the child is ready once it says so itself."""
+        await wait_healthy(url)
+        self._post(BecameReady(model, generation, url, running.log.measured_bytes))

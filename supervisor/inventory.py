@@ -1,0 +1,129 @@
+"""What there is to serve and to serve it with, as the planning process last told: models, machine, llama-server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import anyio
+import structlog
+
+from planner.types import LlamaBuild, Machine, Role
+from supervisor.api import BadModel, UnknownModel, WrongRole
+from supervisor.catalogue import Catalogue, ModelEntry
+from supervisor.core.commands import PlanModel
+from supervisor.core.events import Planned
+from supervisor.core.types import PlanProblem
+from supervisor.planning import PlanningFailed, PlanningProcess
+from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Surroundings
+
+RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, must not keep the disk busy
+SHOWN_NAME: Final = 200  # characters of a name that is not ours, in an error line
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.inventory")
+
+
+class Inventory:
+    """Asks the planning process and remembers its answers. ``not_ready`` are the reasons why nothing can be served."""
+
+    def __init__(self, models: Path, planning: PlanningProcess) -> None:
+        self._models = models
+        self._planning = planning
+        self._catalogue = Catalogue()
+        self._scanning = anyio.Lock()
+        self._scanned_at: float | None = None
+        self._problems = {"llama-server": "llama-server has not been looked for yet", "models": "not scanned yet"}
+        self.llama: LlamaBuild | None = None
+        self.machine: Machine | None = None
+
+    @property
+    def entries(self) -> tuple[ModelEntry, ...]:
+        """Return the models of the last scan."""
+        return self._catalogue.entries
+
+    @property
+    def not_ready(self) -> tuple[str, ...]:
+        """Return one line for each thing that is missing."""
+        return tuple(self._problems.values())
+
+    async def look_around(self) -> None:
+        """Find the machine, llama-server and the models; what is missing is remembered and logged, no more."""
+        try:
+            answer = await self._planning.ask(LookAround())
+        except PlanningFailed as error:
+            answer = Failed(str(error))
+        match answer:
+            case Surroundings(machine, llama, not_found):
+                self.machine, self.llama = machine, llama if not_found is None else None
+                self._note("llama-server", not_found)
+                for warning in machine.warnings:
+                    _log.warning("machine.warning", warning=warning)
+            case Failed(reason):
+                self._note("llama-server", reason)
+        await self.scan()
+
+    async def scan(self) -> None:
+        """Read the models folder, unless that was done just now."""
+        async with self._scanning:
+            if self._scanned_at is not None and anyio.current_time() < self._scanned_at + RESCAN_AFTER_S:
+                return
+            try:
+                answer = await self._planning.ask(ScanModels(self._models))
+            except PlanningFailed as error:
+                answer = Failed(str(error))
+            self._scanned_at = anyio.current_time()
+            if isinstance(answer, Failed):
+                self._note("models", answer.reason)
+            elif isinstance(answer, tuple):
+                self._catalogue.replace(answer)
+                self._note("models", None)
+                broken = [entry.problem for entry in answer if entry.problem is not None]
+                _log.info("models.scanned", folder=str(self._models), models=len(answer), broken=broken)
+
+    async def find(self, name: str, role: Role) -> ModelEntry:
+        """Return the model of this name. Raises UnknownModel, BadModel, WrongRole.
+
+        The folder is read again before a name is called unknown or a file bad: it may have been mended since.
+        """
+        entry = self._catalogue.find(name)
+        if entry is None or entry.problem is not None:
+            await self.scan()
+            entry = self._catalogue.find(name)
+        if entry is None:
+            closest = self._catalogue.closest(name)
+            hint = f"did you mean {', '.join(closest)}?" if closest else "GET /v1/models lists the names"
+            raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r} in {self._models}; {hint}", closest=closest)
+        if entry.problem is not None:
+            raise BadModel(f"{entry.id} cannot be served: {entry.problem}")
+        if entry.role is not role:
+            raise WrongRole(f"{entry.id} is served for {entry.role} requests, not for {role}: ask another model")
+        return entry
+
+    async def plan(self, command: PlanModel) -> Planned:
+        """Return the plan that was asked for, or why there is none."""
+        entry = self._catalogue.find(command.model)
+        if entry is None:
+            problem = PlanProblem(f"it is no longer in {self._models}")
+            return Planned(command.model, command.revision, problem)
+        question = MakePlan(
+            entry.path, entry.role, entry.mmproj, command.held, command.promised, assume_empty=command.assume_empty
+        )
+        try:
+            answer = await self._planning.ask(question)
+        except PlanningFailed as error:
+            answer = Failed(str(error))
+        match answer:
+            case PlanAnswer(outcome, machine):
+                self.machine = machine or self.machine
+                return Planned(command.model, command.revision, outcome)
+            case _:
+                reason = answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}"
+                return Planned(command.model, command.revision, PlanProblem(reason, ours=True))
+
+    def _note(self, what: str, problem: str | None) -> None:
+        """Remember a problem, or that there is none any more."""
+        if problem is None:
+            self._problems.pop(what, None)
+        elif self._problems.get(what) != problem:
+            self._problems[what] = problem
+            _log.error("not_ready", what=what, reason=problem)

@@ -1,0 +1,91 @@
+"""What the service and its planning process say to each other: pickled values, each behind its length."""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, Final
+
+from planner.types import LlamaBuild, Machine, Role
+from supervisor.catalogue import ModelEntry
+from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+
+LENGTH_BYTES: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LookAround:
+    """Ask what machine this is and which llama-server it has; answered by ``Surroundings``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The machine and the llama-server that would be launched; ``not_found`` is the line where there is none."""
+
+    machine: Machine
+    llama: LlamaBuild
+    not_found: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScanModels:
+    """Ask for the models below a folder; answered by a tuple of ``ModelEntry``, or by ``Failed``."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``."""
+
+    path: str
+    role: Role
+    mmproj: str | None
+    held: Mapping[str, int]
+    promised: Mapping[str, int]
+    assume_empty: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlanAnswer:
+    """A plan or why there is none, and the machine that it was made for."""
+
+    outcome: LoadPlan | DoesNotFit | PlanProblem
+    machine: Machine | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The question could not be answered; one line."""
+
+    reason: str
+
+
+Question = LookAround | ScanModels | MakePlan
+Answer = Surroundings | tuple[ModelEntry, ...] | PlanAnswer | Failed
+
+
+def read_message(stream: BinaryIO) -> bytes | None:
+    """Return the next message, None at the end."""
+    head = stream.read(LENGTH_BYTES)
+    return stream.read(int.from_bytes(head, "little")) if len(head) == LENGTH_BYTES else None
+
+
+def pack(value: Question | Answer) -> bytes:
+    """Return a message: length, then the pickled value."""
+    body = io.BytesIO()
+    pickler = pickle.Pickler(body)
+    # the planner's values hold read-only mappings, which pickle does not know
+    pickler.dispatch_table = {**copyreg.dispatch_table, MappingProxyType: lambda view: (read_only, (dict(view),))}
+    pickler.dump(value)
+    return body.tell().to_bytes(LENGTH_BYTES, "little") + body.getvalue()
+
+
+def read_only(mapping: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a read-only view; named, since a pickle has to name what restores it."""
+    return MappingProxyType(mapping)

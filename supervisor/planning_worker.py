@@ -1,0 +1,187 @@
+"""The process that plans: reads headers, asks the machine, searches. A question in, an answer out, one at a time.
+
+Planning is pure Python that may take 150 ms, and a driver that is asked may take seconds or hang; neither may hold up a
+stream, so both happen here. What was read of a file is kept until the file changes. Started by ``supervisor.planning``,
+it ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from config import light
+from gpu.detect import Detected, detect
+from planner import explain, launch, oracle, placement
+from planner.errors import ModelFileError, PlannerError
+from planner.model import ModelFacts, read_model
+from planner.policy import from_settings
+from planner.types import (
+    Device,
+    DeviceKind,
+    Machine,
+    NoFit,
+    Plan,
+    PlanRequest,
+    Refused,
+)
+from supervisor.catalogue import scan
+from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.planning_messages import (
+    Answer,
+    Failed,
+    LookAround,
+    MakePlan,
+    PlanAnswer,
+    Question,
+    ScanModels,
+    Surroundings,
+    pack,
+    read_message,
+)
+
+MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
+
+
+class Worker:
+    """Answers questions, with what it remembers of files and of the machine."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self._settings = light.read(environ).settings
+        self._headers: dict[tuple[str, int, int], ModelFacts] = {}
+        self._detected: Detected | None = None
+
+    def answer(self, question: Question) -> Answer:
+        """Return the answer to this question."""
+        match question:
+            case LookAround():
+                detected = self._detect(frozenset())
+                return Surroundings(detected.machine, detected.llama.build, detected.llama.not_found())
+            case ScanModels(folder):
+                return self._scan(folder)
+            case MakePlan():
+                return self._plan(question)
+
+    def _scan(self, folder: Path) -> Answer:
+        try:
+            return scan(folder, self._read)
+        except OSError as error:
+            return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
+
+    def _read(self, path: str) -> ModelFacts:
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise ModelFileError(path, f"cannot be read ({error.strerror})", "scan the folder again") from error
+        key = (path, status.st_mtime_ns, status.st_size)
+        if key not in self._headers:
+            facts = read_model(path)
+            while len(self._headers) >= MAX_KEPT_HEADERS:
+                self._headers.pop(next(iter(self._headers)))
+            self._headers[key] = facts
+        return self._headers[key]
+
+    def _detect(self, leased: frozenset[str]) -> Detected:
+        self._detected = detect(
+            self._environ,
+            llama_server=self._settings.llama_server,
+            rpc_servers=self._settings.rpc_servers,
+            leased=leased,
+            previous=self._detected,
+        )
+        return self._detected
+
+    def _plan(self, question: MakePlan) -> PlanAnswer:
+        known = self._detected.machine.devices if self._detected is not None else ()
+        leased = frozenset(
+            device.endpoint for device in known if device.endpoint is not None and device.name in question.held
+        )
+        detected = self._detect(leased)
+        if (not_found := detected.llama.not_found()) is not None:
+            return PlanAnswer(PlanProblem(not_found, ours=True), detected.machine)
+        machine = _emptied(detected.machine, question.held) if question.assume_empty else detected.machine
+        machine = machine if question.assume_empty else _without_workers(machine, leased)
+        held, promised = ({}, {}) if question.assume_empty else (question.held, question.promised)
+        policy = from_settings(self._settings, held=held, promised=promised)
+        request = PlanRequest(role=question.role, mmproj=question.mmproj)
+        try:
+            facts = self._read(question.path)
+            build = detected.llama.build
+            outcome = placement.search(facts, request, machine, policy, build, oracle.ask(build))
+        except PlannerError as error:
+            return PlanAnswer(PlanProblem(str(error)), detected.machine)
+        match outcome:
+            case Plan():
+                return PlanAnswer(_load_plan(outcome, machine), detected.machine)
+            case NoFit(causes=causes):
+                return PlanAnswer(DoesNotFit(explain.headline(outcome), causes), detected.machine)
+            case Refused():
+                return PlanAnswer(PlanProblem(explain.headline(outcome)), detected.machine)
+
+
+def _load_plan(plan: Plan, machine: Machine) -> LoadPlan:
+    names = launch.buffer_names(plan.placement.devices, machine)
+    return LoadPlan(
+        plan=plan,
+        document=explain.to_json(plan),
+        buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
+    )
+
+
+def _emptied(machine: Machine, held: Mapping[str, int]) -> Machine:
+    """Return the machine as if our runners were gone. A leased worker's figure is from before its lease already."""
+    given_back = {
+        device.pool: held.get(device.name, 0)
+        for device in (*machine.devices, machine.host)
+        if device.kind is not DeviceKind.RPC
+    }
+    return replace(
+        machine,
+        devices=tuple(_grown(device, given_back.get(device.pool, 0)) for device in machine.devices),
+        host=_grown(machine.host, given_back.get(machine.host.pool, 0)),
+        pools=tuple(_grown(pool, given_back.get(pool.id, 0)) for pool in machine.pools),
+    )
+
+
+def _grown(memory: Any, given_back: int) -> Any:
+    if memory.free_bytes is None:
+        return memory
+    free_bytes = memory.free_bytes + given_back
+    return replace(memory, free_bytes=free_bytes if memory.total_bytes is None else min(free_bytes, memory.total_bytes))
+
+
+def _without_workers(machine: Machine, leased: frozenset[str]) -> Machine:
+    """Return the machine without the workers that serve a runner: each serves one client at a time."""
+
+    def free_for_us(device: Device) -> Device:
+        if device.endpoint not in leased:
+            return device
+        return replace(device, usable=False, why_not=f"the worker {device.endpoint} serves another runner")
+
+    return replace(machine, devices=tuple(free_for_us(device) for device in machine.devices))
+
+
+def main() -> None:
+    """Answer what comes in on standard input until it ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not end up among the answers
+    worker = Worker(os.environ)
+    while (message := read_message(sys.stdin.buffer)) is not None:
+        question: Question = pickle.loads(message)  # noqa: S301 - from the process that started this one
+        try:
+            answer = worker.answer(question)
+        except Exception as error:  # noqa: BLE001 - a defect ends one plan, not the service; its story is told
+            answer = Failed(f"the planner failed on {question}: {type(error).__name__}: {error}")
+        answers.write(pack(answer))
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

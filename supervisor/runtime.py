@@ -1,0 +1,215 @@
+"""The single writer: every event goes through ``scheduler.step``, every command is carried out here.
+
+Events are handled to the end in the order in which they come, without a wait in between: whoever reads the state reads
+a settled one. What takes time (a child, a plan) runs as a task of the one task group and comes back as an event.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import assert_never
+
+import anyio
+import structlog
+from anyio import TASK_STATUS_IGNORED
+from anyio.abc import TaskGroup, TaskStatus
+
+from planner.types import Role
+from supervisor import views
+from supervisor.api import Endpoint, ModelCounters, Snapshot
+from supervisor.children import Children
+from supervisor.core import scheduler
+from supervisor.core.commands import Command, Grant, LoseLeases, PlanModel, Reject, ReportFailure, Spawn, StopProcess
+from supervisor.core.events import (
+    Event,
+    RequestAbandoned,
+    RequestArrived,
+    RequestFinished,
+    ShutdownRequested,
+    TimePassed,
+)
+from supervisor.core.pool import Pool
+from supervisor.core.types import Limits, ModelId, TicketId
+from supervisor.errors import error_of
+from supervisor.inventory import Inventory
+from supervisor.leases import ChildLease, Waiter
+from supervisor.timers import Alarm
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """What the composition root tells the runtime.
+
+    ``environ`` is what children inherit, after scrubbing. ``n_ctx_per_slot`` is what every conversation was promised,
+    None where the planner decides by model.
+    """
+
+    version: str
+    limits: Limits
+    state_dir: Path
+    stop_grace_s: float
+    n_ctx_per_slot: int | None
+    environ: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+class Supervisor:
+    """The runtime behind ``supervisor.api.Runtime``. ``run`` has to run for anything to happen."""
+
+    def __init__(self, options: RuntimeOptions, inventory: Inventory) -> None:
+        self._options = options
+        self._inventory = inventory
+        self._children = Children(
+            self._post, state_dir=options.state_dir, environ=options.environ, stop_grace_s=options.stop_grace_s
+        )
+        self._pool = Pool(options.limits)
+        self._inbox: deque[Event] = deque()
+        self._handling = False
+        self._alarm = Alarm()
+        self._tasks: TaskGroup | None = None
+        self._stopped = anyio.Event()
+        self._next_ticket = 1
+        self._waiters: dict[TicketId, Waiter] = {}
+        self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
+        self._counters: Mapping[str, ModelCounters] = MappingProxyType({})
+        self._started_at = time.time()
+
+    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Serve until ``shut_down`` was called and every child is gone. Cancelled, it takes its children with it."""
+        await anyio.to_thread.run_sync(self._children.prepare)
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            tasks.start_soon(self._keep_time)
+            task_status.started()
+            await self._stopped.wait()
+            tasks.cancel_scope.cancel()
+
+    async def wait_stopped(self) -> None:
+        """Return once ``shut_down`` was called and every child is gone."""
+        await self._stopped.wait()
+
+    def shut_down(self) -> None:
+        """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""
+        self._post(ShutdownRequested())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # supervisor.api.Runtime
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of everything, at once."""
+        now, pool, inventory = anyio.current_time(), self._pool, self._inventory
+        clock = views.Clock(now)
+        return Snapshot(
+            version=self._options.version,
+            started_at=self._started_at,
+            now=clock.at(now),
+            draining=pool.draining,
+            not_ready=(*inventory.not_ready, *(("the service is shutting down",) if pool.draining else ())),
+            llama_server=None if inventory.llama is None else inventory.llama.path,
+            llama_version=None if inventory.llama is None else inventory.llama.version,
+            machine=inventory.machine,
+            runners=views.runner_views(pool, clock),
+            models=views.model_views(inventory.entries, pool, self._options.n_ctx_per_slot),
+            queue_length=len(pool.waiting),
+            queue_limit=pool.limits.max_queue,
+            counters=self._counters,
+            warnings=self._options.warnings,
+        )
+
+    @asynccontextmanager
+    async def acquire(self, model: str, role: Role) -> AsyncIterator[ChildLease]:
+        """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
+        entry = await self._inventory.find(model, role)
+        ticket = TicketId(self._next_ticket)
+        self._next_ticket += 1
+        waiter = self._waiters[ticket] = Waiter()
+        try:
+            self._post(RequestArrived(ticket, entry.id))
+            await waiter.wait_settled()
+            if waiter.refusal is not None:
+                raise error_of(waiter.refusal)
+            assert waiter.lease is not None  # noqa: S101 - settled is one or the other
+            yield waiter.lease
+        finally:
+            del self._waiters[ticket]
+            if waiter.lease is not None:
+                self._give_back(entry.id, waiter.lease)
+            elif waiter.refusal is None:
+                self._post(RequestAbandoned(ticket))
+
+    def _give_back(self, model: ModelId, lease: ChildLease) -> None:
+        holders = self._leases.get((model, lease.generation), set())
+        holders.discard(lease)
+        if not holders:
+            self._leases.pop((model, lease.generation), None)
+        self._post(RequestFinished(model, lease.generation))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Events in, commands out
+
+    def _post(self, event: Event) -> None:
+        self._inbox.append(event)
+        if self._handling:  # a command of an earlier event caused this one: it is handled when that is done
+            return
+        self._handling = True
+        try:
+            while self._inbox:
+                self._handle(self._inbox.popleft())
+        finally:
+            self._handling = False
+        self._alarm.set(scheduler.next_deadline(self._pool))
+        if self._pool.draining and not self._pool.has_children:
+            self._stopped.set()
+
+    def _handle(self, event: Event) -> None:
+        before = self._pool
+        self._pool, commands = scheduler.step(before, event, anyio.current_time())
+        for runner in self._pool.runners.values():
+            was = before.runner(runner.model).state
+            if was is not runner.state:
+                about = {"model": runner.model, "runner": runner.id, "generation": runner.generation}
+                _log.info(f"runner.{runner.state}", was=str(was), pid=runner.pid, **about)
+        for command in commands:
+            self._counters = views.count(self._counters, command)
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        assert self._tasks is not None  # noqa: S101 - nobody asks for anything before ``run`` has started
+        match command:
+            case PlanModel():
+                self._tasks.start_soon(self._plan, command)
+            case Spawn():
+                self._children.spawn(command, self._tasks)
+            case StopProcess(model, generation, reason):
+                _log.info("runner.stop", model=model, generation=generation, reason=reason)
+                self._tasks.start_soon(self._children.stop, model, generation)
+            case Grant(ticket, model, generation, url):
+                lease = ChildLease(model, generation, Endpoint(url, self._children.api_key(model, generation)))
+                self._leases.setdefault((model, generation), set()).add(lease)
+                self._waiters[ticket].settle(lease)
+            case Reject(ticket, _, refusal):
+                self._waiters[ticket].settle(refusal)
+            case LoseLeases(model, generation, story):
+                for lease in self._leases.pop((model, generation), set()):
+                    lease.lose(story)
+            case ReportFailure(model, generation, failure, while_loading):
+                event = "load.failed" if while_loading else "runner.crashed"
+                _log.error(event, model=model, generation=generation, reason=failure.reason)
+            case _:
+                assert_never(command)
+
+    async def _plan(self, command: PlanModel) -> None:
+        self._post(await self._inventory.plan(command))
+
+    async def _keep_time(self) -> None:
+        while True:
+            await self._alarm.wait()
+            self._post(TimePassed())

@@ -1,0 +1,125 @@
+"""The pool as others may see it: an immutable snapshot in calendar time, and counters taken from the commands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import assert_never
+
+from planner.types import HOST
+from supervisor.api import DeviceUse, FailureView, ModelCounters, ModelView, RunnerView
+from supervisor.catalogue import ModelEntry
+from supervisor.core.commands import Command, Grant, LoseLeases, PlanModel, Reject, ReportFailure, Spawn, StopProcess
+from supervisor.core.pool import Pool
+from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
+from supervisor.core.types import LoadPlan
+
+
+class Clock:
+    """Turns the core's monotonic times into seconds since the epoch."""
+
+    def __init__(self, now: float) -> None:
+        self._offset = time.time() - now
+
+    def at(self, moment: float) -> float:
+        """Return a moment since the epoch."""
+        return moment + self._offset
+
+
+def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[str, ModelCounters]:
+    """Return the counters after this command."""
+    before = counters.get(command.model, ModelCounters())
+    match command:
+        case Spawn():
+            after = replace(before, launches=before.launches + 1)
+        case Grant():
+            after = replace(before, requests_granted=before.requests_granted + 1)
+        case Reject():
+            after = replace(before, requests_refused=before.requests_refused + 1)
+        case ReportFailure(while_loading=True):
+            after = replace(before, load_failures=before.load_failures + 1)
+        case ReportFailure():
+            after = replace(before, crashes=before.crashes + 1)
+        case StopProcess():
+            after = replace(before, unloads=before.unloads + 1)
+        case PlanModel() | LoseLeases():
+            return counters
+        case _:
+            assert_never(command)
+    return MappingProxyType({**counters, command.model: after})
+
+
+def runner_views(pool: Pool, clock: Clock) -> tuple[RunnerView, ...]:
+    """Return every runner that has a child, or had one that failed."""
+    return tuple(
+        _runner_view(one, one.plan, len(pool.waiting_for(one.model)), clock)
+        for one in pool.runners.values()
+        if one.plan is not None and (one.state is not RunnerState.STOPPED or one.last_failure is not None)
+    )
+
+
+def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> RunnerView:
+    return RunnerView(
+        id=one.id,
+        model=one.model,
+        role=plan.plan.request.role,
+        state=str(one.state),
+        pid=one.pid,
+        url=one.url,
+        since=clock.at(one.since),
+        in_flight=one.in_flight,
+        waiting=waiting,
+        restarts=one.restarts,
+        n_ctx_per_slot=plan.plan.n_ctx_per_slot,
+        n_parallel=plan.n_parallel,
+        expires_at=_deadline(one, clock, RunnerState.READY),
+        retry_at=_deadline(one, clock, RunnerState.BACKOFF, RunnerState.FAILED),
+        load_seconds=one.load_seconds,
+        plan=plan.document,
+        uses=_uses(one, plan),
+        last_failure=_failure(one, clock),
+    )
+
+
+def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int | None) -> tuple[ModelView, ...]:
+    """Return every model of the folder; the context is the plan's, else what every conversation was promised."""
+    return tuple(
+        ModelView(
+            id=entry.id,
+            path=entry.path,
+            role=entry.role,
+            architecture=entry.architecture,
+            file_bytes=entry.file_bytes,
+            modified_at=entry.modified_at,
+            n_ctx_train=entry.n_ctx_train,
+            n_ctx_per_slot=n_ctx_per_slot if plan is None else plan.plan.n_ctx_per_slot,
+            problem=entry.problem,
+        )
+        for entry in entries
+        for plan in [pool.runner(entry.id).plan]
+    )
+
+
+def _deadline(one: Runner, clock: Clock, *states: RunnerState) -> float | None:
+    return clock.at(one.deadline) if one.state in states and one.deadline is not None else None
+
+
+def _uses(one: Runner, plan: LoadPlan) -> tuple[DeviceUse, ...]:
+    """Return what the runner takes, device by device; nothing where no child of it can hold anything."""
+    if one.state not in HAS_CHILD:
+        return ()
+    used = {*plan.plan.placement.devices, HOST}
+    return tuple(
+        DeviceUse(usage.name, usage.planned_bytes, one.measured_bytes.get(usage.name))
+        for usage in plan.plan.usages
+        if usage.name in used
+    )
+
+
+def _failure(one: Runner, clock: Clock) -> FailureView | None:
+    failure = one.last_failure
+    if failure is None:
+        return None
+    return FailureView(clock.at(failure.at), failure.reason, failure.exit, failure.log_tail)
