@@ -8,7 +8,7 @@ from typing import Final
 from planner.build import is_pinned
 from planner.context import ContextParams
 from planner.estimate import estimate_buffers
-from planner.graphs import FAMILIES
+from planner.graphs import SHAPES
 from planner.model import ModelFacts
 from planner.replay import replay
 from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
@@ -53,7 +53,7 @@ def compute_buffers(
 def _replayable(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> bool:
     kinds = {machine.device(name).kind for name in placement.devices}
     return (
-        model.hparams.architecture in FAMILIES
+        model.hparams.architecture in SHAPES
         and not params.embeddings
         and params.split_mode in {"layer", "none"}
         and kinds <= _REPLAYED_KINDS

@@ -12,7 +12,7 @@ from planner.context import ContextParams
 from planner.estimate import OFFLOAD_MIN_ROWS, OFFLOADING_KINDS, pipeline_copies, reserved_tokens
 from planner.ggml import pad, row_bytes
 from planner.graph import Node
-from planner.graphs import FAMILIES
+from planner.graphs import build_graph
 from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
 from planner.model import ModelFacts
 from planner.scheduler import Offloads, schedule
@@ -34,7 +34,6 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
 
     Raises KeyError where the family's graph is not built here or the file lacks one of its tensors.
     """
-    family = FAMILIES[model.hparams.architecture]
     places = _places(model, params, placement)
     tensors = {tensor.name: tensor for tensor in model.tensors}
     devices = [machine.device(name) for name in placement.devices]
@@ -43,7 +42,7 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
     for n_tokens, n_outputs in _passes(params):
         pins = placement.n_gpu_layers > model.hparams.n_layer_all or n_tokens < PIN_BELOW_TOKENS
         blocks = Blocks(model.hparams, tensors, params, places, Batch(n_tokens, n_outputs, pins))
-        graph = family(blocks, model.metadata)
+        graph = build_graph(blocks, model.metadata)
         plan = schedule(graph, len(sizes), n_copies, _offloads(devices, params))
         allocator = GraphAllocator([_alignment(device) for device in devices] + [CPU_ALIGNMENT], _alloc_sizes(devices))
         sizes = [max(pair) for pair in zip(sizes, allocator.reserve(plan.nodes, plan.leafs), strict=True)]
@@ -73,6 +72,8 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement) -> P
                 home = layers[int(name[4 : name.index(".", 4)])]
             else:
                 home = output if name.startswith("output") else cpu
+                if name.startswith("token_embd_norm"):  # normalized on the first layer (src/llama-arch.cpp)
+                    home = layers[0]
         weights[name] = home
     caches = layers if params.kv_offload else (cpu,) * len(layers)
     return Places(weights, layers, caches, output, cpu)

@@ -2,38 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Final
 
 from planner.graph import Graph
-from planner.graphs.blocks import Blocks, Moe
-from planner.graphs.decoder import Shape, decoder
-from planner.graphs.latent import latent_decoder
+from planner.graphs.blocks import Blocks
+from planner.graphs.decoder import Decoder
+from planner.graphs.latent import LatentDecoder
+from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, When
 from planner.model import MetadataValue
 
-Family = Callable[[Blocks, Mapping[str, MetadataValue]], Graph]
+_GELU: Final = ("unary",)
+_RELU_SQUARED: Final = ("unary", "sqr")
+_FUSED_GATE: Final = ("glu",)
+_HEADER_MOE: Final = Moe(normalizes=None, scales=None)
+_SCALED_MOE: Final = Moe(uses_scales=True)
+_GRANITE: Final = Shape(rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS)
+_GEMMA: Final = Shape(embedding_scale=When.ALWAYS, scaled_query=True)
 
-FAMILIES: Final[Mapping[str, Family]] = {
-    "llama": partial(decoder, shape=Shape(rope_factors=True)),
-    "deepseek2": latent_decoder,
-    "qwen2": partial(decoder, shape=Shape()),
-    "qwen3": partial(decoder, shape=Shape()),
-    "qwen3moe": partial(decoder, shape=Shape()),
-    "gemma": partial(decoder, shape=Shape(scaled_embedding=True, scaled_query=True)),
-    "gemma2": partial(
-        decoder,
-        shape=Shape(scaled_embedding=True, scaled_query=True, post_norms=True, capped_scores=True, capped_logits=True),
+SHAPES: Final[Mapping[str, Shape]] = {
+    "arcee": Shape(rope_factors=True, ffn=_RELU_SQUARED),
+    "baichuan": Shape(rope=Rope.IF_32_LAYERS),
+    "bailingmoe": Shape(rope_factors=True, moe=_HEADER_MOE),
+    "bailingmoe2": Shape(moe=_HEADER_MOE),
+    "bloom": Shape(norm="norm", rope=Rope.NONE, embedding_norm=True, ffn=_GELU),
+    "chatglm": Shape(ffn=_FUSED_GATE),
+    "codeshell": Shape(norm="norm", ffn=_GELU),
+    "cohere2": Shape(
+        norm="norm",
+        rope=Rope.WINDOWED,
+        rope_factors=True,
+        residual=Residual.INPUT_FIRST,
+        ffn_norm=None,
+        logit_scale=When.IF_SET,
     ),
-    "gemma3": partial(decoder, shape=Shape(scaled_embedding=True, scaled_query=True, post_norms=True)),
-    "phi3": partial(decoder, shape=Shape(scaled_query=True, fused_gate=True, rope_factors=True)),
-    "gpt-oss": partial(
-        decoder,
-        shape=Shape(
-            ffn_norm="post_attention_norm",
-            sinks=True,
-            rows_last=True,
-            moe=Moe(normalizes=False, softmax_after=True),
-        ),
+    "command-r": Shape(
+        norm="norm",
+        residual=Residual.INPUT_FIRST,
+        ffn_norm=None,
+        logit_scale=When.IF_SET,
     ),
+    "dbrx": Shape(norm="norm", clamps=True, ffn_norm="attn_output_norm"),
+    "deci": Shape(rope_factors=True),
+    "deepseek": Shape(rope_factors=True, moe=Moe(normalizes=False, scales=None)),
+    "deepseek2": Shape(moe=_HEADER_MOE),
+    "dots1": Shape(moe=_HEADER_MOE),
+    "ernie4_5": Shape(),
+    "ernie4_5-moe": Shape(),
+    "exaone": Shape(rope_factors=True),
+    "exaone-moe": Shape(rope=Rope.WINDOWED, rope_factors=True, moe=_HEADER_MOE),
+    "exaone4": Shape(attention_norm=False, rope=Rope.WINDOWED, rope_factors=True, post_norms=True, ffn_norm=None),
+    "falcon": Shape(norm="norm", residual=Residual.ATTENTION_FIRST, ffn_norm=None, ffn=_GELU),
+    "gemma": _GEMMA,
+    "gemma2": Shape(
+        embedding_scale=When.ALWAYS,
+        scaled_query=True,
+        post_norms=True,
+        capped_scores=True,
+        capped_logits=When.ALWAYS,
+    ),
+    "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=True, capped_logits=When.IF_SET),
+    "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=True, ffn=_FUSED_GATE),
+    "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
+    "gpt-oss": Shape(
+        sinks=True,
+        ffn_norm="post_attention_norm",
+        moe=Moe(normalizes=False, softmax_after=True),
+        rows=Rows.BEFORE_NORM,
+    ),
+    "gpt2": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
+    "gptneox": Shape(norm="norm", ffn=_GELU),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granite_swa": Shape(
+        rope=Rope.BY_PATTERN,
+        rope_factors=True,
+        sinks=True,
+        residual_scale=When.IF_SET,
+        logit_scale=When.ALWAYS,
+    ),
+    "hunyuan-dense": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
+    "hunyuan-moe": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
+    "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
+    "hy_v3": Shape(rope_factors=True, moe=Moe(normalizes=None, scales=None, uses_scales=True), rows=Rows.AFTER_NORM),
+    "internlm2": Shape(),
+    "jais": Shape(norm="norm", rope=Rope.NONE),
+    "jais2": Shape(norm="norm", ffn=_RELU_SQUARED),
+    "llama": Shape(rope_factors=True, moe=_SCALED_MOE),
+    "maincoder": Shape(query_norm=QueryNorm.AFTER_ROPE),
+    "maple": Shape(rope=Rope.WINDOWED),
+    "mellum": Shape(moe=_SCALED_MOE),
+    "mimo2": Shape(sinks=True, moe=Moe()),
+    "minicpm": Shape(
+        embedding_scale=When.ALWAYS,
+        rope_factors=True,
+        residual_scale=When.ALWAYS,
+        logit_scale=When.ALWAYS,
+    ),
+    "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
+    "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
+    "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
+    "mpt": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU),
+    "nanbeige": Shape(rope_factors=True),
+    "nemotron": Shape(norm="norm", ffn=_RELU_SQUARED),
+    "olmo": Shape(norm="norm", clamps=True),
+    "olmo2": Shape(attention_norm=False, query_norm=QueryNorm.ROWS, post_norms=True, ffn_norm=None),
+    "olmoe": Shape(query_norm=QueryNorm.ROWS, moe=Moe(normalizes=False)),
+    "orion": Shape(norm="norm"),
+    "paddleocr": Shape(four_positions=When.ALWAYS),
+    "pangu-embedded": Shape(),
+    "phi2": Shape(norm="norm", scaled_query=True, residual=Residual.FEED_FORWARD_LAST, ffn_norm=None, ffn=_GELU),
+    "phi3": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True, ffn=_FUSED_GATE),
+    "phimoe": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True),
+    "plamo": Shape(residual=Residual.ATTENTION_FIRST, ffn_norm=None),
+    "plamo3": Shape(pins_last_norm=True, post_norms=True, ffn=_FUSED_GATE),
+    "pockettts": Shape(norm="norm", ffn=_GELU),
+    "qwen": Shape(),
+    "qwen2": Shape(),
+    "qwen2moe": Shape(moe=Moe(normalizes=False, shared_gate=True)),
+    "qwen2vl": Shape(four_positions=When.ALWAYS),
+    "qwen3": Shape(),
+    "qwen3moe": Shape(moe=_SCALED_MOE),
+    "qwen3tts": Shape(four_positions=When.ALWAYS),
+    "qwen3vl": Shape(four_positions=When.ALWAYS),
+    "qwen3vlmoe": Shape(four_positions=When.ALWAYS),
+    "refact": Shape(rope=Rope.NONE, moe=None),
+    "seed_oss": Shape(ffn_norm="post_attention_norm"),
+    "smollm3": Shape(rope=Rope.BUT_EVERY_FOURTH),
+    "stablelm": Shape(norm="norm"),
+    "starcoder": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
+    "starcoder2": Shape(norm="norm", ffn=_GELU),
+    "xverse": Shape(),
 }
+
+_BUILDERS: Final[Mapping[str, type[Decoder]]] = {"deepseek2": LatentDecoder, "mistral4": LatentDecoder}
+
+
+def build_graph(blocks: Blocks, metadata: Mapping[str, MetadataValue]) -> Graph:
+    """Return the graph of one batch. Raises KeyError for an architecture or a file whose graph is not built here."""
+    architecture = blocks.hparams.architecture
+    builder = _BUILDERS.get(architecture, Decoder)
+    return builder(blocks, Settings(architecture, metadata), SHAPES[architecture]).build()

@@ -14,6 +14,7 @@ from planner.context import ContextParams
 from planner.estimate import window_cells
 from planner.ggml import BY_NAME, TYPES, GgmlType
 from planner.graph import F16, F32, I32, I64, Graph, Node
+from planner.graphs.shape import Moe, Settings
 from planner.model import HParams, Tensor
 
 # Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
@@ -53,16 +54,6 @@ class CacheInputs:
     k_rotation: Node | None
     v_rotation: Node | None
     n_cells: int
-
-
-@dataclass(frozen=True, slots=True)
-class Moe:
-    """How a block chooses and weighs its experts (``build_moe_ffn``)."""
-
-    normalizes: bool = True
-    scales: bool = False
-    softmax_after: bool = False  # softmax over the chosen experts' weights only
-    gated: bool = True
 
 
 class Blocks:
@@ -142,13 +133,11 @@ class Blocks:
 
     def k_width(self, il: int) -> int:
         """Return the elements that one cell of a layer's K holds."""
-        head = self.hparams.head_k_swa if self.hparams.swa_layers[il] else self.hparams.head_k
-        return head * self.hparams.n_head_kv[il]
+        return self.hparams.n_embd_k_gqa(il)
 
     def v_width(self, il: int) -> int:
         """Return the elements that one cell of a layer's V holds."""
-        head = self.hparams.head_v_swa if self.hparams.swa_layers[il] else self.hparams.head_v
-        return head * self.hparams.n_head_kv[il]
+        return self.hparams.n_embd_v_gqa(il)
 
     def window_cells(self) -> int:
         """Return the cells per stream of the sliding window's cache."""
@@ -159,7 +148,7 @@ class Blocks:
 
     def norm(self, x: Node, name: str, il: int, op: str = "rms_norm") -> Node:
         """Return a normalized tensor, scaled and shifted by the weights that the file has."""
-        weight, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        weight, bias = self.weight(f"{name}.weight") or self.weight(name), self.weight(f"{name}.bias")
         x = self.graph.same(op, x)
         if il >= 0 and self.batch.pins_norms and (weight or bias):
             x.backend = self.places.layers[il]
@@ -178,19 +167,28 @@ class Blocks:
         bias = self.weight(f"{name}.bias")
         return self.graph.same("add", x, bias) if bias else x
 
-    def qkv(self, x: Node, il: int) -> tuple[Node, Node, Node]:
-        """Return query, key and value as heads (``build_qkv``): from one fused product, or from three."""
-        graph, hparams, n_tokens = self.graph, self.hparams, self.batch.n_tokens
-        swa = hparams.swa_layers[il]
-        head_k = hparams.head_k_swa if swa else hparams.head_k
-        head_v = hparams.head_v_swa if swa else hparams.head_v
+    def qkv(self, x: Node, il: int, *, clamps: bool = False, rows_normed: bool = False) -> tuple[Node, Node, Node]:
+        """Return query, key and value as heads (``build_qkv``): from one fused product, or from three.
+
+        With ``rows_normed``, query and key are normalized as whole rows first.
+        """
+        graph, hparams, n_tokens, prefix = self.graph, self.hparams, self.batch.n_tokens, f"blk.{il}.attn_"
+        head_k, head_v = hparams.head_k_of(il), hparams.head_v_of(il)
         heads = ((head_k, hparams.n_head[il]), (head_k, hparams.n_head_kv[il]), (head_v, hparams.n_head_kv[il]))
-        prefix = f"blk.{il}.attn_"
         if f"{prefix}qkv.weight" in self._tensors:
             fused = self.biased(self.project(x, f"{prefix}qkv"), f"{prefix}qkv")
-            views = [graph.view(fused, (head, n, n_tokens), (F32.block_bytes * head, fused.nb[1])) for head, n in heads]
-            return views[0], views[1], views[2]
-        parts = [self.biased(self.project(x, prefix + part), prefix + part) for part in "qkv"]
+            if clamps:
+                fused = graph.same("clamp", fused)
+            if not rows_normed:
+                q, k, v = (graph.view(fused, (head, n, n_tokens), (4 * head, fused.nb[1])) for head, n in heads)
+                return q, k, v
+            parts = [graph.cont(graph.view(fused, (head * n, n_tokens), (fused.nb[1],))) for head, n in heads]
+        else:
+            parts = [self.biased(self.project(x, prefix + part), prefix + part) for part in "qkv"]
+            if clamps:
+                parts = [graph.same("clamp", part) for part in parts]
+        if rows_normed:
+            parts = [self.norm(parts[0], f"{prefix}q_norm", il), self.norm(parts[1], f"{prefix}k_norm", il), parts[2]]
         q, k, v = (graph.reshape(part, head, n, n_tokens) for part, (head, n) in zip(parts, heads, strict=True))
         return q, k, v
 
@@ -200,7 +198,8 @@ class Blocks:
 
     def rope_factors(self, il: int) -> Node | None:
         """Return the frequency factors, of which every layer has its copy on its own device."""
-        return self.weight("rope_freqs.weight", self.places.layers[il])
+        home = self.places.layers[il]
+        return self.weight("rope_freqs.weight", home) or self.weight("rope_factors_long.weight", home)
 
     def gated_ffn(self, x: Node, il: int, suffix: str = "") -> Node:
         """Return a feed-forward part with gate and up in parallel (``build_ffn``, LLM_FFN_PAR)."""
@@ -343,21 +342,25 @@ class Blocks:
     # -----------------------------------------------------------------------------------------------------------------
     # Experts
 
-    def moe(self, x: Node, il: int, how: Moe) -> Node:
+    def moe(self, x: Node, il: int, how: Moe, settings: Settings) -> Node:
         """Return the weighted sum of the chosen experts (``build_moe_ffn``)."""
         graph, prefix = self.graph, f"blk.{il}.ffn_"
         n_embd, n_tokens, _, _ = x.ne
-        chosen, weights = self._route(x, il, how)
+        chosen, weights = self._route(x, il, how, settings)
         graph.expand(weights)
         x = graph.reshape(x, n_embd, 1, n_tokens)
+        if how.weighs_input:
+            x = graph.same("mul", graph.repeat(x, (n_embd, chosen.ne[0], n_tokens, 1)), weights)
         if f"{prefix}gate_up_exps.weight" in self._tensors:
-            both = self._experts(x, f"{prefix}gate_up_exps", chosen)
+            both = self._experts(x, f"{prefix}gate_up_exps", chosen, how)
             half = (both.ne[0] // 2, *both.ne[1:3])
             hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
         else:
-            up = self._experts(x, f"{prefix}up_exps", chosen)
-            hidden = graph.glu(self._experts(x, f"{prefix}gate_exps", chosen), up) if how.gated else up
-        experts = graph.same("mul", self._experts(hidden, f"{prefix}down_exps", chosen), weights)
+            up = self._experts(x, f"{prefix}up_exps", chosen, how)
+            hidden = graph.glu(self._experts(x, f"{prefix}gate_exps", chosen, how), up) if how.gated else up
+        experts = self._experts(hidden, f"{prefix}down_exps", chosen, how)
+        if not how.weighs_input:
+            experts = graph.same("mul", experts, weights)
         graph.expand(experts)
         views = [graph.view(experts, (n_embd, n_tokens), (experts.nb[2],)) for _ in range(experts.ne[1])]
         for view in views:
@@ -368,34 +371,46 @@ class Blocks:
             graph.expand(total)
         return graph.cont(total) if len(views) == 1 else total
 
-    def _route(self, x: Node, il: int, how: Moe) -> tuple[Node, Node]:
-        graph, prefix, used = self.graph, f"blk.{il}.ffn_", self.hparams.n_expert_used
-        n_tokens = x.ne[1]
-        scores = self.biased(self.project(x, f"{prefix}gate_inp"), f"{prefix}gate_inp")
-        if not how.softmax_after:
-            scores = graph.same("soft_max", scores)
-        selection = scores
-        bias = self.weight(f"blk.{il}.exp_probs_b.bias")
-        if bias:
-            selection = graph.same("add", scores, bias)
+    def _route(self, x: Node, il: int, how: Moe, settings: Settings) -> tuple[Node, Node]:
+        """Return the chosen experts and their weights."""
+        graph, used, n_tokens = self.graph, self.hparams.n_expert_used, x.ne[1]
+        scores = self.biased(self.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
+        probabilities = scores if how.softmax_after else graph.same("soft_max", scores)
+        bias = self.weight(f"blk.{il}.exp_probs_b.bias") or self.weight(f"blk.{il}.exp_probs_b")
+        selection = graph.same("add", probabilities, bias) if bias else probabilities
+        selection = self._grouped(scores if how.weighs_input else selection, settings)
         chosen = graph.top_k(selection, used)
-        weights = graph.get_rows(graph.reshape(scores, 1, scores.ne[0], n_tokens), chosen)
+        weights = graph.get_rows(graph.reshape(probabilities, 1, probabilities.ne[0], n_tokens), chosen)
         if how.softmax_after:
             weights = graph.same("soft_max", graph.reshape(weights, used, n_tokens))
             weights = graph.reshape(weights, 1, used, n_tokens)
-        if how.normalizes:
+        normalizes = how.normalizes
+        if bool(settings.get("expert_weights_norm")) if normalizes is None else normalizes:
             flat = graph.reshape(weights, used, n_tokens)
             total = graph.same("clamp", graph.sum_rows(flat))
             weights = graph.reshape(graph.same("div", flat, total), 1, used, n_tokens)
-        if how.scales:
-            weights = graph.same("scale", weights)
-        return chosen, weights
+        scales = settings.number("expert_weights_scale") not in {0.0, 1.0} if how.scales is None else how.scales
+        return chosen, graph.same("scale", weights) if scales else weights
 
-    def _experts(self, x: Node, name: str, chosen: Node) -> Node:
+    def _grouped(self, selection: Node, settings: Settings) -> Node:
+        """Return the scores with all but the best groups of experts masked, where the header groups them."""
+        graph, (n_expert, n_tokens, _, _) = self.graph, selection.ne
+        n_groups, n_used = int(settings.number("expert_group_count")), int(settings.number("expert_group_used_count"))
+        if n_groups <= 1:
+            return selection
+        groups = graph.reshape(selection, n_expert // n_groups, n_groups, n_tokens)
+        best = graph.top_k(groups, 2)
+        best = graph.get_rows(graph.reshape(groups, 1, *groups.ne[:3]), best)
+        best = graph.sum_rows(graph.reshape(best, *best.ne[1:]))
+        kept = graph.top_k(graph.reshape(best, *best.ne[1:3]), n_used)
+        masked = graph.set_rows(graph.same("fill", groups), graph.get_rows(groups, kept), kept)
+        return graph.reshape(masked, n_expert, n_tokens)
+
+    def _experts(self, x: Node, name: str, chosen: Node, how: Moe) -> Node:
         """Return one product per chosen expert, scaled and shifted where the file says so (``build_lora_mm_id``)."""
         graph = self.graph
         out = graph.mul_mat_id(self.needed(f"{name}.weight"), x, chosen)
-        scale = self.weight(f"{name}.scale")
+        scale = self.weight(f"{name}.scale") if how.uses_scales else None
         if scale:
             per_expert = graph.repeat(graph.reshape(scale, 1, scale.ne[0], 1), (1, scale.ne[0], x.ne[2], 1))
             out = graph.same("mul", out, graph.get_rows(per_expert, chosen))

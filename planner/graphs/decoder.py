@@ -1,98 +1,225 @@
-"""Decoders in the shape of llama: norm, attention, norm, feed-forward, each added to what came in.
-
-``Shape`` says what a family does differently; the rest follows from which tensors the file has.
-"""
+"""Decoders in the shape of llama: norm, attention, norm, feed-forward, each added to what came in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from planner.graph import F32, I32, Graph, Node
+from planner.graphs.blocks import Blocks, CacheInputs
+from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, When
 
-from planner.graph import I32, Graph, Node
-from planner.graphs.blocks import Blocks, CacheInputs, Moe
-from planner.model import MetadataValue
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What a decoder's graph does beside the common way (src/models/llama.cpp)."""
-
-    scaled_embedding: bool = False
-    scaled_query: bool = False
-    fused_gate: bool = False  # ffn_up holds gate and up side by side
-    rope_factors: bool = False
-    post_norms: bool = False  # after attention and after the feed-forward part
-    ffn_norm: str = "ffn_norm"
-    sinks: bool = False
-    capped_scores: bool = False
-    capped_logits: bool = False
-    rows_last: bool = False  # output rows are picked after the last layer, not inside it
-    moe: Moe = Moe()
+_MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
+_MEDIUM_LAYERS = 32  # what src/models/baichuan.cpp takes for the smaller model
+_NO_ROPE_STEP = 4  # n_no_rope_layer_step, src/llama-hparams.h, src/models/smollm3.cpp
 
 
-def decoder(blocks: Blocks, metadata: Mapping[str, MetadataValue], shape: Shape) -> Graph:
-    """Return the graph of one batch."""
-    del metadata
-    graph, hparams = blocks.graph, blocks.hparams
-    x = blocks.embedded_tokens()
-    if shape.scaled_embedding:
-        x = graph.same("scale", x)
-    positions = graph.input(I32, blocks.batch.n_tokens)
-    caches = _caches(blocks)
-    rows = graph.input(I32, blocks.batch.n_outputs)
-    for il in range(hparams.n_layer):
-        picked = rows if il == hparams.n_layer - 1 and not shape.rows_last else None
-        x = _layer(blocks, shape, caches[hparams.swa_layers[il]], positions, x, il, picked)
-    if shape.rows_last:
-        x = graph.get_rows(x, rows)
-    x = blocks.norm(x, "output_norm", -1)
-    x = graph.mul_mat(blocks.output_weight(), x)
-    x = blocks.biased(x, "output")
-    for op in ("scale", "unary", "scale") if shape.capped_logits else ():
-        x = graph.same(op, x)
-    graph.expand(x)
-    return graph
+class Decoder:
+    """One graph of one batch. A family with layers of its own overrides the method that differs."""
 
+    def __init__(self, blocks: Blocks, settings: Settings, shape: Shape) -> None:
+        self.blocks = blocks
+        self.graph = blocks.graph
+        self.hparams = blocks.hparams
+        self.settings = settings
+        self.shape = shape
+        self._caches: dict[bool, CacheInputs] = {}
+        self._positions: Node | None = None
+        self._temperature: Node | None = None
 
-def _caches(blocks: Blocks) -> dict[bool, CacheInputs]:
-    caches = {False: blocks.cache_inputs(blocks.params.n_ctx_seq)}
-    if any(blocks.hparams.swa_layers):
-        caches[True] = blocks.cache_inputs(blocks.window_cells())
-    return caches
+    def build(self) -> Graph:
+        """Return the graph, from the batch's tokens to its logits."""
+        graph, blocks, shape = self.graph, self.blocks, self.shape
+        x = self.embedding()
+        positions = graph.input(I32, blocks.batch.n_tokens * self._n_positions())
+        self._positions = positions
+        if shape.temperature and self.settings.number("attention.temperature_scale"):
+            self._temperature = graph.input(F32, 1, 1, blocks.batch.n_tokens)
+        self._caches = self.caches()
+        rows = graph.input(I32, blocks.batch.n_outputs)
+        learned = blocks.weight("position_embd.weight") if shape.learned_positions else None
+        if learned:
+            x = graph.same("add", x, graph.get_rows(learned, positions))
+        if shape.embedding_norm:
+            x = blocks.norm(x, "token_embd_norm", 0, shape.norm)
+        last = self.hparams.n_layer - 1
+        for il in range(self.hparams.n_layer):
+            x = self.layer(x, il, rows if il == last and shape.rows is Rows.IN_LAST_LAYER else None)
+        graph.expand(self.logits(self.output_rows(x, rows)))
+        return graph
 
+    def output_rows(self, x: Node, rows: Node) -> Node:
+        """Return the normalized rows that yield outputs; what a draft model could read is an output too."""
+        if self.shape.rows is Rows.BEFORE_NORM:
+            x.is_output = True
+            x = self.graph.get_rows(x, rows)
+        x = self.blocks.norm(x, "output_norm", -1, self.shape.norm)
+        x.is_output = True
+        if self.shape.rows is Rows.AFTER_NORM:
+            x = self.graph.get_rows(x, rows)
+            x.is_output = True
+        return x
 
-def _layer(
-    blocks: Blocks, shape: Shape, cache: CacheInputs, positions: Node, x: Node, il: int, picked: Node | None
-) -> Node:
-    graph, prefix = blocks.graph, f"blk.{il}."
-    residual = x
-    x = blocks.norm(x, f"{prefix}attn_norm", il)
-    q, k, v = blocks.qkv(x, il)
-    factors = blocks.rope_factors(il) if shape.rope_factors else None
-    if blocks.weight(f"{prefix}attn_q_norm.weight"):
-        q = blocks.rope(blocks.norm(q, f"{prefix}attn_q_norm", il), positions, factors)
-        k = blocks.rope(blocks.norm(k, f"{prefix}attn_k_norm", il), positions, factors)
-    else:
-        q, k = blocks.rope(q, positions, factors), blocks.rope(k, positions, factors)
-    if shape.scaled_query:
-        q = graph.same("scale", q)
-    sinks = blocks.weight(f"{prefix}attn_sinks.weight") if shape.sinks else None
-    x = blocks.attention(cache, q, k, v, il, sinks=sinks, capped=shape.capped_scores)
-    x = blocks.biased(blocks.project(x, f"{prefix}attn_output"), f"{prefix}attn_output")
-    if picked:
-        x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
-    if shape.post_norms:
-        x = blocks.norm(x, f"{prefix}post_attention_norm", il)
-    residual = x = graph.same("add", x, residual)
-    x = _feed_forward(blocks, shape, blocks.norm(x, f"{prefix}{shape.ffn_norm}", il), il)
-    if shape.post_norms:
-        x = blocks.norm(x, f"{prefix}post_ffw_norm", -1)
-    return graph.same("add", x, residual)
+    def embedding(self) -> Node:
+        """Return the tokens' rows, scaled where the family does."""
+        x = self.blocks.embedded_tokens()
+        if not self.settings.has(self.shape.embedding_scale, "embedding_scale"):
+            return x
+        return self.graph.same("scale", x)
 
+    def caches(self) -> dict[bool, CacheInputs]:
+        """Return the inputs of the full cache and, where layers are windowed, of theirs."""
+        caches = {False: self.blocks.cache_inputs(self.blocks.params.n_ctx_seq)}
+        if any(self.hparams.swa_layers):
+            caches[True] = self.blocks.cache_inputs(self.blocks.window_cells())
+        return caches
 
-def _feed_forward(blocks: Blocks, shape: Shape, x: Node, il: int) -> Node:
-    if blocks.weight(f"blk.{il}.ffn_gate_inp.weight"):
-        return blocks.moe(x, il, shape.moe)
-    if shape.fused_gate:
-        return blocks.sequential_ffn(x, il, ("glu",))
-    return blocks.gated_ffn(x, il)
+    def logits(self, x: Node) -> Node:
+        """Return the output rows' logits."""
+        x = self.blocks.biased(self.graph.mul_mat(self.blocks.output_weight(), x), "output")
+        if self.settings.has(self.shape.logit_scale, "logit_scale"):
+            x = self.graph.same("scale", x)
+        if self.settings.has(self.shape.capped_logits, "final_logit_softcapping"):
+            for op in ("scale", "unary", "scale"):
+                x = self.graph.same(op, x)
+        x.is_output = True
+        return x
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Layers
+
+    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return a layer's output; ``picked`` are the rows to keep after the last one's attention."""
+        graph, blocks, shape, prefix = self.graph, self.blocks, self.shape, f"blk.{il}."
+        if shape.residual is not Residual.SEQUENTIAL:
+            return self.parallel_layer(x, il, picked)
+        residual = x
+        if shape.attention_norm:
+            x = blocks.norm(x, f"{prefix}attn_norm", il, shape.norm)
+        x = self.attention(x, il)
+        if picked:
+            x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
+        if shape.post_norms:
+            x = blocks.norm(x, f"{prefix}post_attention_norm", il)
+        residual = x = graph.same("add", self.scaled(x), residual)
+        if shape.ffn_norm:
+            x = blocks.norm(x, prefix + shape.ffn_norm, il, shape.norm)
+        x = self.feed_forward(x, il)
+        if shape.post_norms:
+            x = blocks.norm(x, f"{prefix}post_ffw_norm", il if shape.pins_last_norm else -1)
+        x = self.scaled(x)
+        return graph.same("add", residual, x) if shape.adds_onto_residual else graph.same("add", x, residual)
+
+    def parallel_layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return the output of a layer whose attention and feed-forward part read the same input."""
+        graph, blocks, shape = self.graph, self.blocks, self.shape
+        normed = blocks.norm(x, f"blk.{il}.attn_norm", il, shape.norm)
+        second = blocks.weight(f"blk.{il}.attn_norm_2.weight")
+        attention_input = blocks.norm(x, f"blk.{il}.attn_norm_2", il, shape.norm) if second else normed
+        attended = self.attention(attention_input, il)
+        if picked:
+            attended, x = graph.get_rows(attended, picked), graph.get_rows(x, picked)
+            normed = graph.get_rows(normed, picked) if shape.ffn_norm is None else normed
+        if shape.ffn_norm:
+            normed = blocks.norm(x, f"blk.{il}.{shape.ffn_norm}", il, shape.norm)
+        hidden = self.feed_forward(normed, il)
+        if shape.residual is Residual.INPUT_FIRST:
+            return graph.same("add", graph.same("add", hidden, x), attended)
+        if shape.residual is Residual.ATTENTION_FIRST:
+            return graph.same("add", graph.same("add", hidden, attended), x)
+        return graph.same("add", graph.same("add", attended, hidden), x)
+
+    def scaled(self, x: Node) -> Node:
+        """Return a branch scaled before it is added, where the family does."""
+        return self.graph.same("scale", x) if self.settings.has(self.shape.residual_scale, "residual_scale") else x
+
+    def attention(self, x: Node, il: int) -> Node:
+        """Return a layer's attention, projected."""
+        blocks, shape, prefix = self.blocks, self.shape, f"blk.{il}."
+        q, k, v = self.query_key_value(x, il)
+        if shape.scaled_query:
+            q = self.graph.same("scale", q)
+        sinks = blocks.weight(f"{prefix}attn_sinks.weight") if shape.sinks else None
+        x = blocks.attention(self.cache(il), q, k, v, il, sinks=sinks, capped=shape.capped_scores)
+        return blocks.biased(blocks.project(x, f"{prefix}attn_output"), f"{prefix}attn_output")
+
+    def cache(self, il: int) -> CacheInputs:
+        """Return the inputs of the cache that a layer uses."""
+        return self._caches[self.hparams.swa_layers[il]]
+
+    def query_key_value(self, x: Node, il: int) -> tuple[Node, Node, Node]:
+        """Return query, key and value, normalized and with positions turned in."""
+        blocks, how, prefix = self.blocks, self.shape.query_norm, f"blk.{il}.attn_"
+        clamps = self.shape.clamps and self.settings.number("attention.clamp_kqv") > 0
+        q, k, v = blocks.qkv(x, il, clamps=clamps, rows_normed=how is QueryNorm.ROWS)
+        if how is not QueryNorm.AFTER_ROPE:
+            q, k = self.turned(*self.normed_heads(q, k, prefix, il, skip=how is QueryNorm.ROWS), il)
+        else:
+            q, k = self.normed_heads(*self.turned(q, k, il), prefix, il, skip=False)
+        return self.tempered(q, il), k, v
+
+    def tempered(self, q: Node, il: int) -> Node:
+        """Return the query scaled by position, where the family does; with layers without rope, only in those."""
+        if self._temperature is None or (self.shape.rope is Rope.BUT_EVERY_FOURTH and self._uses_rope(il)):
+            return q
+        return self.graph.same("mul", q, self._temperature)
+
+    def needed_positions(self) -> Node:
+        """Return the positions' input. Raises KeyError where the family has none."""
+        if self._positions is None:
+            raise KeyError("positions")
+        return self._positions
+
+    def normed_heads(self, q: Node, k: Node, prefix: str, il: int, *, skip: bool) -> tuple[Node, Node]:
+        """Return query and key with each head normalized, where the file has weights for it."""
+        if skip:
+            return q, k
+        norm = self.shape.norm
+        if self.blocks.weight(f"{prefix}q_norm.weight"):
+            q = self.blocks.norm(q, f"{prefix}q_norm", il, norm)
+        if self.blocks.weight(f"{prefix}k_norm.weight"):
+            k = self.blocks.norm(k, f"{prefix}k_norm", il, norm)
+        return q, k
+
+    def turned(self, q: Node, k: Node, il: int) -> tuple[Node, Node]:
+        """Return query and key with positions turned in, where the layer does that."""
+        if self._positions is None or not self._uses_rope(il):
+            return q, k
+        factors = self.blocks.rope_factors(il) if self.shape.rope_factors else None
+        return self.blocks.rope(q, self._positions, factors), self.blocks.rope(k, self._positions, factors)
+
+    def _uses_rope(self, il: int) -> bool:
+        rope, windowed = self.shape.rope, self.hparams.swa_layers
+        if rope is Rope.WINDOWED:
+            return windowed[il] or not any(windowed)
+        if rope is Rope.BUT_EVERY_FOURTH:
+            return (il + 1) % _NO_ROPE_STEP != 0
+        if rope is Rope.BY_PATTERN:
+            pattern = self.settings.get("attention.rope_pattern")
+            return not isinstance(pattern, tuple) or bool(pattern[il])
+        if rope is Rope.IF_32_LAYERS:
+            return self.hparams.n_layer_all == _MEDIUM_LAYERS
+        return rope is Rope.ALL
+
+    def _n_positions(self) -> int:
+        """Return the positions of one token (``n_pos_per_embd``): one, or one per dimension of a picture."""
+        sections = self.settings.get("rope.dimension_sections")
+        in_use = isinstance(sections, tuple) and len(sections) > 1 and all(sections[:2])
+        when = self.shape.four_positions
+        return _MROPE_POSITIONS if when is When.ALWAYS or (when is When.IF_SET and in_use) else 1
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Feed-forward parts
+
+    def feed_forward(self, x: Node, il: int) -> Node:
+        """Return a feed-forward part: experts, with shared ones beside them where the file has some, or dense."""
+        blocks, shape = self.blocks, self.shape
+        if not blocks.weight(f"blk.{il}.ffn_gate_inp.weight"):
+            return blocks.sequential_ffn(x, il, shape.ffn) if shape.ffn else blocks.gated_ffn(x, il)
+        if shape.moe is None:
+            raise KeyError(f"blk.{il}.ffn_up.weight")
+        routed = blocks.moe(x, il, shape.moe, self.settings)
+        if not blocks.weight(f"blk.{il}.ffn_up_shexp.weight"):
+            return routed
+        shared = blocks.gated_ffn(x, il, "_shexp")
+        if shape.moe.shared_gate:
+            score = blocks.project(x, f"blk.{il}.ffn_gate_inp_shexp")
+            shared = self.graph.same("mul", shared, self.graph.same("div", self.graph.same("unary", score), score))
+        return self.graph.same("add", routed, shared)
