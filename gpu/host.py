@@ -7,6 +7,7 @@ alone.
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,7 +52,10 @@ def read(root: Path = Path("/")) -> HostMemory:
     # psutil's own way to read another tree.
     before, psutil.PROCFS_PATH = psutil.PROCFS_PATH, str(root / "proc")
     try:
-        memory = psutil.virtual_memory()
+        with warnings.catch_warnings():
+            # A sandbox's /proc/meminfo lacks fields that nobody here asks for.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            memory = psutil.virtual_memory()
     finally:
         psutil.PROCFS_PATH = before
     total, available, limited_by = memory.total, memory.available, None
