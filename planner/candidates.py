@@ -93,20 +93,37 @@ class Finder:
             return attempt
         if request.tensor_split is not None:
             return self._most_with_split(request, request.tensor_split)
-        best: Candidate | None = None
-        seen: set[tuple[int, ...]] = set()
-        latest = attempt
+        group = tuple(self.machine.device(name) for name in attempt.placement.devices)
+        return self._grown(request, group, self._filled_from_the_end(request, group, attempt))
+
+    def _filled_from_the_end(self, request: PlanRequest, group: Sequence[Device], attempt: Candidate) -> Candidate:
+        """Return the best of a few rounds of packing, each by what the one before showed; the host alone at worst."""
+        best = self.on_host(request)
+        latest, seen = attempt, set[tuple[int, ...]]()
         for _ in range(MAX_ROUNDS):
-            room, costs = self._room(latest, attempt.placement.devices)
-            counts = packing.most_from_the_end(costs, room)
+            costs = self._costs(latest)
+            counts = packing.most_from_the_end(costs, self._room(group, latest, costs))
             if counts in seen or sum(counts) == 0:
                 break
             seen.add(counts)
-            group = tuple(self.machine.device(name) for name in attempt.placement.devices)
             latest = self._try(request, group, sum(counts), counts)
-            if latest.fits and (best is None or sum(counts) > best.placement.n_gpu_layers):
+            if latest.fits and sum(counts) > best.placement.n_gpu_layers:
                 best = latest
-        return best or self.on_host(request)
+        return best
+
+    def _grown(self, request: PlanRequest, group: Sequence[Device], best: Candidate) -> Candidate:
+        """Add layers while that fits, in growing steps and then in shrinking ones.
+
+        The rounds before go by compute buffers of other splits; where those outweigh the layers, they stop too early.
+        """
+        step, limit = 1, self.n_slots  # of which it is known that it does not fit
+        while (n_slots := best.placement.n_gpu_layers + step) < limit or step > 1:
+            attempt = self._pack(request, group, n_slots) if n_slots < limit else None
+            if attempt is not None and attempt.fits:
+                best, step = attempt, step * 2
+            else:
+                limit, step = min(limit, n_slots), max(step // 2, 1)
+        return best
 
     def on_host(self, request: PlanRequest) -> Candidate:
         """Return the placement that uses no device at all."""
@@ -137,12 +154,11 @@ class Finder:
         weights = self._weights[-n_slots:]
         counts = packing.balanced(weights, budgets) or _proportional(n_slots, budgets)
         attempt = self._try(request, group, n_slots, counts)
-        names = tuple(device.name for device in group)
         for _ in range(MAX_ROUNDS if len(group) > 1 else 0):
             if attempt.fits or attempt.unknown:
                 break
-            room, costs = self._room(attempt, names)
-            again = packing.balanced(costs[-n_slots:], room)
+            costs = self._costs(attempt)
+            again = packing.balanced(costs[-n_slots:], self._room(group, attempt, costs))
             if again is None or again == counts:
                 break
             counts = again
@@ -187,21 +203,23 @@ class Finder:
         short = budget.shortfalls(self.machine, rows, ledger, self.limits)
         return Candidate(request, params, placement, ledger, rows, short)
 
-    def _room(self, attempt: Candidate, names: Sequence[str]) -> tuple[list[int], list[float]]:
-        """Return what each device has for layers, and what each layer costs, both as this attempt showed them.
-
-        What a device took beyond the costs of its layers (compute buffers, alignment, overhead) is taken off its room.
-        """
+    def _costs(self, attempt: Candidate) -> list[float]:
+        """Return what each layer costs, the output last: its weights, and its part of the cache in this attempt."""
         caches = self._cache_share(attempt)
-        costs = [weight + cache for weight, cache in zip(self._weights, caches, strict=True)]
-        rows = {row.name: row for row in attempt.usages}
-        room = []
-        for name in names:
-            row = rows[name]
+        return [weight + cache for weight, cache in zip(self._weights, caches, strict=True)]
+
+    def _room(self, group: Sequence[Device], attempt: Candidate, costs: Sequence[float]) -> list[int]:
+        """Return what each device has for layers: its budget less what it took beyond its layers' costs.
+
+        That is compute buffers, alignment and overhead. A device without layers is taken to need as much of it as any.
+        """
+        beyond = {}
+        for row in attempt.usages:
             own = [*row.layers, *((self.n_slots - 1,) if row.output else ())]
-            beyond = (row.planned_bytes or 0) - int(sum(costs[slot] for slot in own))
-            room.append(self._budget(self.machine.device(name)) - max(beyond, 0))
-        return room, costs
+            if own:
+                beyond[row.name] = max((row.planned_bytes or 0) - int(sum(costs[slot] for slot in own)), 0)
+        most = max((beyond.get(device.name, 0) for device in group), default=0)
+        return [self._budget(device) - beyond.get(device.name, most) for device in group]
 
     @staticmethod
     def _cache_share(attempt: Candidate) -> list[float]:
