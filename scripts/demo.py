@@ -1,6 +1,6 @@
 """The whole path once, on this machine: make a model, explain it, serve it, ask it, look at the status, stop.
 
-Run it with `make demo`, which prepares what it needs. Everything is written below `.demo/`.
+Run it with `make demo`, which prepares what it needs. Everything is written below `.demo/`, or the folder named.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / ".demo"
 MODEL = "tiny-chat"
 QUESTION = "Who are you?"
 CONTEXT = "4096"  # what the small model was made for
@@ -37,14 +36,14 @@ class DemoError(Exception):
     """What went wrong, in one line."""
 
 
-def main() -> int:
-    """Run the demo, and return its exit status."""
+def main(folder: Path) -> int:
+    """Run the demo with its files in this folder, and return its exit status."""
     planner = Path(sys.executable).with_name("planner")
-    models = FOLDER / "models"
+    models = folder / "models"
     models.mkdir(parents=True, exist_ok=True)
     model_path = models / f"{MODEL}.gguf"
-    large_path = FOLDER / "header-of-8b.gguf"
-    log_path = FOLDER / "serve.log"
+    large_path = folder / "header-of-8b.gguf"
+    log_path = log_of(folder)
     try:
         narrate("writes a small model that really tokenizes and generates")
         run([sys.executable, str(ROOT / "fixtures" / "tiny_models.py"), "--chat", str(model_path)])
@@ -55,7 +54,7 @@ def main() -> int:
         run(
             [str(planner), "explain", str(large_path), "-c", "8192", "--device", "CUDA0=4GiB", "--device", "CUDA1=3GiB"]
         )
-        with served(planner, models, log_path) as address:
+        with served(planner, folder) as address:
             narrate(f"asks the service at http://{address}: {QUESTION}")
             ask(address)
             narrate("GET /status, the plan left out")
@@ -69,6 +68,11 @@ def main() -> int:
             print(f"the end of {log_path}:", *tail, sep="\n  ", file=sys.stderr)
         return 1
     return 0
+
+
+def log_of(folder: Path) -> Path:
+    """Return where the service's log is written."""
+    return folder / "serve.log"
 
 
 def narrate(text: str) -> None:
@@ -91,18 +95,18 @@ def run(command: list[str]) -> None:
 
 
 @contextmanager
-def served(planner: Path, models: Path, log_path: Path) -> Iterator[str]:
+def served(planner: Path, folder: Path) -> Iterator[str]:
     """Run the service on a free port of loopback, yield its address when it is ready, and stop it."""
     address = f"127.0.0.1:{free_port()}"
     settings = {
-        "PLANNER_MODELS": str(models),
+        "PLANNER_MODELS": str(folder / "models"),
         "PLANNER_HOST": address,
         "PLANNER_CONTEXT_LENGTH": CONTEXT,
-        "PLANNER_STATE_DIR": str(FOLDER / "state"),
+        "PLANNER_STATE_DIR": str(folder / "state"),
     }
     narrate("starts the service")
     print("$", *(f"{name}={value}" for name, value in settings.items()), "planner serve", flush=True)
-    with log_path.open("w") as log:
+    with log_of(folder).open("w") as log:
         process = subprocess.Popen(
             [str(planner), "serve"],
             env=own_environment() | settings,
@@ -198,4 +202,4 @@ def shortened(status: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(*sys.argv[1:]) if sys.argv[1:] else ROOT / ".demo"))

@@ -13,9 +13,9 @@ DEMO = Path(__file__).resolve().parents[2] / "scripts" / "demo.py"
 
 @pytest.mark.llama
 @pytest.mark.usefixtures("llama_tools")
-def test_the_demo_explains_serves_answers_and_stops(free_environment: dict[str, str]) -> None:
+def test_the_demo_explains_serves_answers_and_stops(free_environment: dict[str, str], tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, DEMO],
+        [sys.executable, DEMO, tmp_path],
         env=free_environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
