@@ -95,19 +95,21 @@ class Children:
     async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
         """Listen until the child has ended, then reap it and tell. Cancelled, it kills the child."""
         child, log = running.child, running.log
-        exit_: str | None = None
+        structlog.contextvars.clear_contextvars()  # the child outlives the request that caused it
+        reaped = False
         try:
             async with anyio.create_task_group() as tasks:
                 silent = anyio.Event()
                 tasks.start_soon(self._listen, model, generation, running, tasks, silent)
                 await child.wait_exit()
                 exit_ = child.reap()
+                reaped = True
                 with anyio.move_on_after(LAST_WORDS_S):
                     await silent.wait()
                 tasks.cancel_scope.cancel()
             log.close()
         finally:
-            if exit_ is None:
+            if not reaped:
                 child.reap()
             child.close()
             strays.forget(self._records, child.pid)

@@ -40,7 +40,8 @@ def _holder(port: int) -> str:
     """Return who listens on this port, as far as this user may know."""
     try:
         connections = psutil.net_connections("tcp")
-        pid = next(one.pid for one in connections if one.status == psutil.CONN_LISTEN and one.laddr.port == port)
+        listening = (one for one in connections if one.status == psutil.CONN_LISTEN)
+        pid = next(one.pid for one in listening if getattr(one.laddr, "port", None) == port)
         return "a process of another user" if pid is None else f"process {pid} ({psutil.Process(pid).name()})"
     except (psutil.Error, OSError, StopIteration):
         return "another process"
