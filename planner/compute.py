@@ -37,7 +37,7 @@ def compute_buffers(
     Simulated where the architecture's graph is replayed for the build that it mirrors; estimated upwards for another
     build, or where only a closed form bounds the graph; else unknown.
     """
-    replayed = replay(model, params, placement, machine) if _replayable(model, params, placement, machine) else None
+    replayed = _replayed(model, params, placement, machine)
     if replayed is not None and is_pinned(build):
         return _buffers(replayed, Source.SIMULATED)
     bound = estimate_buffers(model, params, placement, machine)
@@ -50,14 +50,18 @@ def compute_buffers(
     return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
 
 
-def _replayable(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> bool:
+def _replayed(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
+) -> tuple[int, ...] | None:
     kinds = {machine.device(name).kind for name in placement.devices}
-    return (
-        model.hparams.architecture in SHAPES
-        and not params.embeddings
-        and params.split_mode in {"layer", "none"}
-        and kinds <= _REPLAYED_KINDS
-    )
+    if model.hparams.architecture not in SHAPES or params.embeddings or params.split_mode not in {"layer", "none"}:
+        return None
+    if not kinds <= _REPLAYED_KINDS:
+        return None
+    try:
+        return replay(model, params, placement, machine)
+    except KeyError:  # a tensor that the family's graph reads is not in this file: a variant that is not built here
+        return None
 
 
 def _buffers(sizes_bytes: tuple[int, ...], source: Source) -> ComputeBuffers:

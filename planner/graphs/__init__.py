@@ -10,17 +10,46 @@ from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.latent import LatentDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, When
+from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder
 from planner.model import MetadataValue
 
 _GELU: Final = ("unary",)
 _RELU_SQUARED: Final = ("unary", "sqr")
 _FUSED_GATE: Final = ("glu",)
+_POST_NORMS: Final = ("post_attention_norm", "post_ffw_norm")
 _HEADER_MOE: Final = Moe(normalizes=None, scales=None)
 _SCALED_MOE: Final = Moe(uses_scales=True)
 _GRANITE: Final = Shape(rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS)
 _GEMMA: Final = Shape(embedding_scale=When.ALWAYS, scaled_query=True)
 
 SHAPES: Final[Mapping[str, Shape]] = {
+    "afmoe": Shape(
+        embedding_scale=When.ALWAYS,
+        rope=Rope.BUT_EVERY_FOURTH,
+        post_norms=_POST_NORMS,
+        pins_last_norm=True,
+        picks_after_norm=True,
+        moe=_HEADER_MOE,
+    ),
+    "arctic": Shape(),
+    "grok": Shape(
+        embedding_scale=When.ALWAYS,
+        capped_scores=True,
+        post_norms=("attn_output_norm", "layer_output_norm"),
+        pins_last_norm=True,
+        logit_scale=When.ALWAYS,
+        capped_logits=When.IF_SET,
+    ),
+    "laguna": Shape(moe=_HEADER_MOE),
+    "llama4": Shape(
+        rope=Rope.BUT_EVERY_FOURTH,
+        rope_factors=True,
+        query_norm=QueryNorm.PLAIN_AFTER_ROPE,
+        temperature=True,
+        moe=Moe(normalizes=False, weighs_input=True),
+    ),
+    "openelm": Shape(),
+    "spark2_5": Shape(),
     "arcee": Shape(rope_factors=True, ffn=_RELU_SQUARED),
     "baichuan": Shape(rope=Rope.IF_32_LAYERS),
     "bailingmoe": Shape(rope_factors=True, moe=_HEADER_MOE),
@@ -51,18 +80,20 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "ernie4_5-moe": Shape(),
     "exaone": Shape(rope_factors=True),
     "exaone-moe": Shape(rope=Rope.WINDOWED, rope_factors=True, moe=_HEADER_MOE),
-    "exaone4": Shape(attention_norm=False, rope=Rope.WINDOWED, rope_factors=True, post_norms=True, ffn_norm=None),
+    "exaone4": Shape(
+        attention_norm=False, rope=Rope.WINDOWED, rope_factors=True, post_norms=_POST_NORMS, ffn_norm=None
+    ),
     "falcon": Shape(norm="norm", residual=Residual.ATTENTION_FIRST, ffn_norm=None, ffn=_GELU),
     "gemma": _GEMMA,
     "gemma2": Shape(
         embedding_scale=When.ALWAYS,
         scaled_query=True,
-        post_norms=True,
+        post_norms=_POST_NORMS,
         capped_scores=True,
         capped_logits=When.ALWAYS,
     ),
-    "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=True, capped_logits=When.IF_SET),
-    "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=True, ffn=_FUSED_GATE),
+    "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=_POST_NORMS, capped_logits=When.IF_SET),
+    "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
     "gpt-oss": Shape(
         sinks=True,
@@ -106,7 +137,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "nanbeige": Shape(rope_factors=True),
     "nemotron": Shape(norm="norm", ffn=_RELU_SQUARED),
     "olmo": Shape(norm="norm", clamps=True),
-    "olmo2": Shape(attention_norm=False, query_norm=QueryNorm.ROWS, post_norms=True, ffn_norm=None),
+    "olmo2": Shape(attention_norm=False, query_norm=QueryNorm.ROWS, post_norms=_POST_NORMS, ffn_norm=None),
     "olmoe": Shape(query_norm=QueryNorm.ROWS, moe=Moe(normalizes=False)),
     "orion": Shape(norm="norm"),
     "paddleocr": Shape(four_positions=When.ALWAYS),
@@ -115,7 +146,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "phi3": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True, ffn=_FUSED_GATE),
     "phimoe": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True),
     "plamo": Shape(residual=Residual.ATTENTION_FIRST, ffn_norm=None),
-    "plamo3": Shape(pins_last_norm=True, post_norms=True, ffn=_FUSED_GATE),
+    "plamo3": Shape(pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "pockettts": Shape(norm="norm", ffn=_GELU),
     "qwen": Shape(),
     "qwen2": Shape(),
@@ -135,7 +166,16 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "xverse": Shape(),
 }
 
-_BUILDERS: Final[Mapping[str, type[Decoder]]] = {"deepseek2": LatentDecoder, "mistral4": LatentDecoder}
+_BUILDERS: Final[Mapping[str, type[Decoder]]] = {
+    "afmoe": GatedAttentionDecoder,
+    "arctic": ArcticDecoder,
+    "deepseek2": LatentDecoder,
+    "grok": GrokDecoder,
+    "laguna": GatedAttentionDecoder,
+    "mistral4": LatentDecoder,
+    "openelm": OpenElmDecoder,
+    "spark2_5": GatedAttentionDecoder,
+}
 
 
 def build_graph(blocks: Blocks, metadata: Mapping[str, MetadataValue]) -> Graph:

@@ -8,6 +8,7 @@ from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shap
 
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
 _MEDIUM_LAYERS = 32  # what src/models/baichuan.cpp takes for the smaller model
+_PLAIN_NORM_NOT_WITH = 128  # experts, src/models/llama4.cpp
 _NO_ROPE_STEP = 4  # n_no_rope_layer_step, src/llama-hparams.h, src/models/smollm3.cpp
 
 
@@ -94,16 +95,18 @@ class Decoder:
         if shape.attention_norm:
             x = blocks.norm(x, f"{prefix}attn_norm", il, shape.norm)
         x = self.attention(x, il)
+        if shape.post_norms and shape.picks_after_norm:
+            x = blocks.norm(x, prefix + shape.post_norms[0], il)
         if picked:
             x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
-        if shape.post_norms:
-            x = blocks.norm(x, f"{prefix}post_attention_norm", il)
+        if shape.post_norms and not shape.picks_after_norm:
+            x = blocks.norm(x, prefix + shape.post_norms[0], il)
         residual = x = graph.same("add", self.scaled(x), residual)
         if shape.ffn_norm:
             x = blocks.norm(x, prefix + shape.ffn_norm, il, shape.norm)
         x = self.feed_forward(x, il)
         if shape.post_norms:
-            x = blocks.norm(x, f"{prefix}post_ffw_norm", il if shape.pins_last_norm else -1)
+            x = blocks.norm(x, prefix + shape.post_norms[1], il if shape.pins_last_norm else -1)
         x = self.scaled(x)
         return graph.same("add", residual, x) if shape.adds_onto_residual else graph.same("add", x, residual)
 
@@ -149,11 +152,15 @@ class Decoder:
         blocks, how, prefix = self.blocks, self.shape.query_norm, f"blk.{il}.attn_"
         clamps = self.shape.clamps and self.settings.number("attention.clamp_kqv") > 0
         q, k, v = blocks.qkv(x, il, clamps=clamps, rows_normed=how is QueryNorm.ROWS)
-        if how is not QueryNorm.AFTER_ROPE:
-            q, k = self.turned(*self.normed_heads(q, k, prefix, il, skip=how is QueryNorm.ROWS), il)
-        else:
+        if how is QueryNorm.AFTER_ROPE:
             q, k = self.normed_heads(*self.turned(q, k, il), prefix, il, skip=False)
-        return self.tempered(q, il), k, v
+            return self.tempered(q, il), k, v
+        q, k = self.turned(*self.normed_heads(q, k, prefix, il, skip=how is not QueryNorm.HEADS), il)
+        q = self.tempered(q, il)
+        plain = how is QueryNorm.PLAIN_AFTER_ROPE and self.hparams.n_expert != _PLAIN_NORM_NOT_WITH
+        if plain and self._uses_rope(il):
+            q, k = self.graph.same("rms_norm", q), self.graph.same("rms_norm", k)
+        return q, k, v
 
     def tempered(self, q: Node, il: int) -> Node:
         """Return the query scaled by position, where the family does; with layers without rope, only in those."""
@@ -190,7 +197,8 @@ class Decoder:
         if rope is Rope.WINDOWED:
             return windowed[il] or not any(windowed)
         if rope is Rope.BUT_EVERY_FOURTH:
-            return (il + 1) % _NO_ROPE_STEP != 0
+            step = _NO_ROPE_STEP if any(windowed) or not self.shape.temperature else self.hparams.n_layer
+            return (il + 1) % step != 0
         if rope is Rope.BY_PATTERN:
             pattern = self.settings.get("attention.rope_pattern")
             return not isinstance(pattern, tuple) or bool(pattern[il])

@@ -34,6 +34,7 @@ class QueryNorm(StrEnum):
     HEADS = "each head, before rope"
     ROWS = "the whole row, before it is cut into heads"
     AFTER_ROPE = "each head, after rope"
+    PLAIN_AFTER_ROPE = "each head, after rope and without weights, unless there are 128 experts"
 
 
 class Residual(StrEnum):
@@ -84,7 +85,8 @@ class Shape:
     temperature: bool = False  # the query is scaled by position, where the header says so
     sinks: bool = False
     capped_scores: bool = False
-    post_norms: bool = False  # after attention and after the feed-forward part
+    post_norms: tuple[str, str] | None = None  # after attention and after the feed-forward part
+    picks_after_norm: bool = False  # the last layer's rows, after the norm behind attention
     pins_last_norm: bool = False  # the norm after the feed-forward part knows its layer
     residual: Residual = Residual.SEQUENTIAL
     residual_scale: When = When.NEVER
