@@ -15,7 +15,7 @@ from gpu import host, llama, nvml, rocm
 from gpu.card import Card, Vendor, overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.rpc_devices import RpcServer, rpc_devices
-from gpu.visible import visible_cuda
+from gpu.visible import visible_cuda, visible_hip
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 Environ = Mapping[str, str]
@@ -51,7 +51,7 @@ def detect(
     cards = (*nvidia.cards, *_with_names(amd.cards, environ))
     machine_key = _machine_key(cards, root)
     if previous is not None and previous.llama.server is not None:
-        search = previous.llama
+        search = replace(previous.llama, server=previous.llama.server.without_free())
     else:
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
@@ -107,7 +107,7 @@ def _local_devices(
 ) -> tuple[tuple[Device, ...], list[str]]:
     listed = search.server.listed if search.server else ()
     matched = match(listed, cards, environ)
-    if search.server and any(card is None and device.free_bytes is None for device, card in matched):
+    if search.server and any(device.free_bytes is None and _nobody_knows_free(card) for device, card in matched):
         # Nobody but llama-server knows what is free there, and its cached answer does not.
         fresh = llama.refresh(search.server, environ, machine_key=machine_key)
         matched = match(fresh.listed, cards, environ)
@@ -124,6 +124,10 @@ def _local_devices(
     return tuple(devices), warnings
 
 
+def _nobody_knows_free(card: Card | None) -> bool:
+    return card is None or (card.free_bytes is None and not card.unified)
+
+
 def match(
     listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Environ
 ) -> tuple[tuple[ListedDevice, Card | None], ...]:
@@ -134,7 +138,7 @@ def match(
     """
     of_vendor = {
         DeviceKind.CUDA: visible_cuda([card for card in cards if card.vendor is Vendor.NVIDIA], environ),
-        DeviceKind.ROCM: [card for card in cards if card.vendor is Vendor.AMD],
+        DeviceKind.ROCM: visible_hip([card for card in cards if card.vendor is Vendor.AMD], environ),
     }
     pairs: list[tuple[ListedDevice, Card | None]] = []
     taken: list[Card] = []
@@ -171,9 +175,20 @@ def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory) ->
             overhead_bytes=overhead_bytes(listed.kind, total_bytes=listed.total_bytes),
         )
     device = _card_device(listed.name, listed.kind, card, memory)
-    if device.free_bytes is None or (listed.free_bytes is not None and listed.free_bytes < device.free_bytes):
-        device = replace(device, free_bytes=listed.free_bytes)
-    return replace(device, total_bytes=device.total_bytes or listed.total_bytes, description=listed.description)
+    # The smaller figure is the true one: HIP does not see what other programs hold, NVML not that a device is a part
+    # of its card.
+    return replace(
+        device,
+        total_bytes=_smallest(device.total_bytes, listed.total_bytes),
+        free_bytes=_smallest(
+            device.free_bytes, listed.free_bytes, listed.total_bytes if device.free_bytes is not None else None
+        ),
+        description=listed.description,
+    )
+
+
+def _smallest(*figures: int | None) -> int | None:
+    return min((figure for figure in figures if figure is not None), default=None)
 
 
 def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemory) -> Device:

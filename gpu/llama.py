@@ -74,6 +74,10 @@ class Server:
     build: LlamaBuild
     listed: tuple[ListedDevice, ...]
 
+    def without_free(self) -> Server:
+        """Return the server without its devices' free memory, which is true only while the answer is new."""
+        return replace(self, listed=tuple(replace(device, free_bytes=None) for device in self.listed))
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
@@ -163,9 +167,8 @@ def ask(path: Path, environ: Environ, *, machine_key: Sequence[str] = (), fresh:
         llama_cache.store(environ, key, answers)
         fresh = True
     listed = parse_list(answers.list_devices)
-    if not fresh:
-        listed = tuple(replace(device, free_bytes=None) for device in listed)
-    return Server(_build(path, real, answers, listed), listed)
+    server = Server(_build(path, real, answers, listed), listed)
+    return server if fresh else server.without_free()
 
 
 def refresh(server: Server, environ: Environ, *, machine_key: Sequence[str] = ()) -> Server:

@@ -17,6 +17,7 @@ from gpu.card import Card, Probe, Vendor
 from planner.types import ProcessUse
 
 LIBRARY: Final = "libnvidia-ml.so.1"
+TIMEOUT_S: Final = 15.0  # without persistence mode a driver brings up each idle card first, in seconds
 _LOOKED_FOR: Final = (f"NVIDIA: {LIBRARY}",)
 
 # NVML's return codes, as far as they decide what to do (nvml.h, nvmlReturn_t).
@@ -56,6 +57,20 @@ def probe() -> Probe:
             import pynvml  # noqa: PLC0415 - only a machine with NVIDIA's driver pays for it
         except ImportError:
             return Probe(warnings=("NVIDIA: the nvidia-ml-py package is missing",), looked_for=_LOOKED_FOR)
+    # A wedged driver blocks in the kernel, where nothing can interrupt it: then its thread is left behind.
+    from queue import Empty, SimpleQueue  # noqa: PLC0415 - as pynvml, for machines with NVIDIA's driver only
+    from threading import Thread  # noqa: PLC0415
+
+    answers: SimpleQueue[Probe] = SimpleQueue()
+    Thread(target=lambda: answers.put(_ask(pynvml)), name="nvml", daemon=True).start()
+    try:
+        return answers.get(timeout=TIMEOUT_S)
+    except Empty:
+        line = f"NVIDIA: the driver gave no answer within {TIMEOUT_S:.0f} s; see nvidia-smi and the kernel log"
+        return Probe(warnings=(line,), looked_for=_LOOKED_FOR)
+
+
+def _ask(pynvml: Any) -> Probe:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

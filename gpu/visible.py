@@ -1,4 +1,8 @@
-"""Which NVIDIA cards CUDA shows, in its order, under the variable that restricts it."""
+"""Which cards CUDA and HIP show, in their order, under the variables that restrict them.
+
+All of these variables list numbers or UUIDs, and the first entry that names no card, or one that was named before,
+hides itself and all that follow (CUDA C++ programming guide, environment variables; ROCm documentation, GPU isolation).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,20 @@ from gpu.card import Card
 
 
 def visible_cuda(cards: Sequence[Card], environ: Mapping[str, str]) -> list[Card]:
-    """Return the cards in the order of CUDA's numbers, given cards in PCI order.
+    """Return NVIDIA's cards in the order of CUDA's numbers, given cards in PCI order."""
+    return _shown(cards, environ.get("CUDA_VISIBLE_DEVICES"))
 
-    ``CUDA_VISIBLE_DEVICES`` lists numbers or beginnings of UUIDs; the first entry that names no card, or one that was
-    named before, hides itself and all that follow (CUDA C++ programming guide, environment variables).
+
+def visible_hip(cards: Sequence[Card], environ: Mapping[str, str]) -> list[Card]:
+    """Return AMD's cards in the order of HIP's numbers, given cards in KFD's order.
+
+    The runtime below HIP filters first, HIP numbers what is left; without a variable of its own it reads CUDA's.
     """
-    wanted = environ.get("CUDA_VISIBLE_DEVICES")
+    left = _shown(cards, environ.get("ROCR_VISIBLE_DEVICES"))
+    return _shown(left, environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def _shown(cards: Sequence[Card], wanted: str | None) -> list[Card]:
     if wanted is None:
         return list(cards)
     shown: list[Card] = []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 VERSION = "version: 0.5.0-dev (build 1, commit 0c1e570)"
 CUDA_LIST = """Available devices:
-  CUDA0: NVIDIA GeForce RTX 3060 (12000 MiB, 11000 MiB free)
-  CUDA1: NVIDIA GeForce RTX 4090 (24080 MiB, 23600 MiB free)
+  CUDA0: NVIDIA GeForce RTX 3060 (12160 MiB, 11000 MiB free)
+  CUDA1: NVIDIA GeForce RTX 4090 (24189 MiB, 23600 MiB free)
 """
 NO_DEVICES = "Available devices:\n  (none)\n"
 

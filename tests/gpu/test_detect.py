@@ -18,7 +18,7 @@ from gpu import show
 from gpu.card import Card, Vendor
 from gpu.detect import detect, match
 from gpu.llama import parse_list
-from gpu.visible import visible_cuda
+from gpu.visible import visible_cuda, visible_hip
 from planner.types import HOST, HOST_POOL, DeviceKind
 
 MIB = 1024**2
@@ -157,6 +157,27 @@ def test_a_device_that_only_the_server_knows_is_asked_about_each_time(tmp_path: 
     assert device.free_bytes == 9000 * MIB
 
 
+def test_a_later_look_does_not_take_the_first_ones_figures_for_new(tmp_path: Path) -> None:
+    listing = "Available devices:\n  Vulkan0: Some card (16032 MiB, 1000 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "vulkan"))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    first = detect(environ, llama_server=server)
+    (tmp_path / "a/listing").write_text(listing.replace(" 1000", " 9000"))
+    (device,) = detect(environ, llama_server=server, previous=first).machine.devices
+    assert device.free_bytes == 9000 * MIB
+
+
+def test_a_part_of_a_card_has_no_more_than_llama_server_sees_of_it(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    listing = "Available devices:\n  CUDA0: NVIDIA GeForce RTX 4090 MIG 1g.10gb (9728 MiB, 9700 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "cuda"))
+    first = nvidia(RTX4090, server)["devices"][0]
+    assert (first["total_bytes"], first["free_bytes"]) == (9728 * MIB, 9700 * MIB)
+    second = nvidia(RTX4090, server)["devices"][0]
+    assert (second["total_bytes"], second["free_bytes"]) == (9728 * MIB, 9728 * MIB)
+
+
 def test_workers_come_before_the_cards_of_this_machine(rpc_workers: Callable[[int], Any], tmp_path: Path) -> None:
     (worker,) = rpc_workers(1)
     name, _, port = worker.endpoint.rpartition(":")
@@ -166,9 +187,11 @@ def test_workers_come_before_the_cards_of_this_machine(rpc_workers: Callable[[in
     found = detect(environ, llama_server=server, rpc_servers=[RpcServer(name, int(port), GIB)])
     assert [device.name for device in found.machine.devices] == ["RPC0", "Vulkan0"]
     assert found.machine.device("RPC0").free_bytes == GIB
-    again = detect(environ, rpc_servers=[RpcServer(name, int(port), GIB)], leased={worker.endpoint}, previous=found)
+    again = detect(
+        environ, rpc_servers=[RpcServer(name, int(port), GIB)], leased=frozenset({worker.endpoint}), previous=found
+    )
     assert again.machine.device("RPC0") == found.machine.device("RPC0")
-    assert again.llama == found.llama
+    assert again.llama.build == found.llama.build
 
 
 def test_this_machine_is_detected_with_its_host_last(llama_tools: Path, tmp_path: Path) -> None:
@@ -206,6 +229,19 @@ def test_cuda_shows_what_its_variable_names_until_the_first_bad_entry(
 ) -> None:
     environ = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
     assert [card.uuid for card in visible_cuda(ALIKE, environ)] == expected
+
+
+@pytest.mark.parametrize(
+    "environ,expected",
+    [
+        ({"ROCR_VISIBLE_DEVICES": "1"}, ["GPU-2"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["GPU-1"]),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, ["GPU-2"]),
+        ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, ["GPU-1"]),
+    ],
+)
+def test_hip_filters_after_its_runtime_and_reads_cudas_variable(environ: dict[str, str], expected: list[str]) -> None:
+    assert [card.uuid for card in visible_hip(ALIKE, environ)] == expected
 
 
 def test_one_card_seen_by_two_backends_is_one_device() -> None:
