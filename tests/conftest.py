@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
 import pytest
 import tiny_models
+from rpc_worker import RpcWorker, start_worker
 
 # Real children and two busy cores make single examples slow now and then; that is no failure.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -22,10 +20,6 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 LLAMA_TOOLS = ("llama-server", "ggml-rpc-server", "llama-fit-params")
 SCRUBBED_PREFIXES = ("LLAMA_ARG_", "PLANNER_", "OLLAMA_")
-WORKER_BIND_ATTEMPTS = 5  # a port found free can be taken before the worker binds it; five in a row is no accident
-WORKER_READY_POLL_S = 0.01  # how long to wait for a worker's early death before knocking again
-WORKER_READY_KNOCKS = 1000  # ten seconds, for a machine that does something else
-WORKER_STOP_TIMEOUT_S = 5.0
 
 
 @pytest.fixture(scope="session")
@@ -88,25 +82,6 @@ def free_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[st
     return dict(os.environ)
 
 
-@dataclass(frozen=True, slots=True)
-class RpcWorker:
-    """One ``ggml-rpc-server`` on loopback: to llama.cpp a GPU of its own, RPC0, RPC1, ... in order of ``--rpc``."""
-
-    endpoint: str
-    process: subprocess.Popen[str]
-
-    def stop(self) -> None:
-        """End the worker and reap it; one that is dead already is only reaped."""
-        self.process.terminate()
-        try:
-            self.process.wait(WORKER_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
 @pytest.fixture
 def rpc_workers(llama_tools: Path) -> Iterator[Callable[[int], tuple[RpcWorker, ...]]]:
     """Return a function that starts n workers, ready to be used; they are stopped after the test."""
@@ -115,35 +90,8 @@ def rpc_workers(llama_tools: Path) -> Iterator[Callable[[int], tuple[RpcWorker, 
         def start(count: int) -> tuple[RpcWorker, ...]:
             workers = []
             for _ in range(count):
-                workers.append(_start_worker(llama_tools))
+                workers.append(start_worker(llama_tools))
                 stack.callback(workers[-1].stop)
             return tuple(workers)
 
         yield start
-
-
-def _start_worker(tools: Path) -> RpcWorker:
-    """Start a worker on a port that the system chose; take another one where somebody was faster."""
-    for _ in range(WORKER_BIND_ATTEMPTS):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [str(tools / "ggml-rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", "1"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={})
-        worker = RpcWorker(f"127.0.0.1:{port}", process)
-        if _knock(process, port):
-            return worker
-        worker.stop()
-    pytest.fail(f"ggml-rpc-server did not start in {WORKER_BIND_ATTEMPTS} attempts, the last on port {port}")
-
-
-def _knock(process: subprocess.Popen[str], port: int) -> bool:
-    """Say whether the worker accepted a connection and is free again; it writes no line before the first client."""
-    for _ in range(WORKER_READY_KNOCKS):
-        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            break
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(WORKER_READY_POLL_S)
-            return False  # it has exited: the port was taken
-    assert process.stdout is not None
-    return any(line.startswith("Client connection closed") for line in process.stdout)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RpcWorker
 from gguf_files import write_header
 from machines import machine_of, placement_on
+from rpc_worker import RpcWorker
 
 from planner import flags
 from planner.accounting import account
