@@ -14,8 +14,8 @@ from typing import Final
 from gpu import host, llama, nvml, rocm
 from gpu.card import Card, Vendor, overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
+from gpu.matching import match, unmatched
 from gpu.rpc_devices import RpcServer, rpc_devices
-from gpu.visible import visible_cuda, visible_hip
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 Environ = Mapping[str, str]
@@ -48,7 +48,7 @@ def detect(
     their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept.
     """
     nvidia, amd = nvml.probe(), rocm.probe(root)
-    cards = (*nvidia.cards, *_with_names(amd.cards, environ))
+    cards = (*nvidia.cards, *amd.cards)
     machine_key = _machine_key(cards, root)
     if previous is not None and previous.llama.server is not None:
         search = replace(previous.llama, server=previous.llama.server.without_free())
@@ -80,16 +80,6 @@ def _looked_for(search: Search, rpc_servers: Sequence[RpcServer]) -> tuple[str, 
     return (*(f"llama-server: {line}" for line in search.tried), *workers)
 
 
-def _with_names(cards: Sequence[Card], environ: Environ) -> tuple[Card, ...]:
-    """Give AMD's cards the names that only AMD's library knows."""
-    if not cards:
-        return ()
-    from gpu import rocm_names  # noqa: PLC0415 - only a machine with AMD's cards starts the child
-
-    known = rocm_names.ask(environ)
-    return tuple(replace(card, name=known.get(card.pci_bus_id or "", {}).get("name") or card.name) for card in cards)
-
-
 def _machine_key(cards: Sequence[Card], root: Path) -> tuple[str, ...]:
     """Return what a cached device list depends on beside the binary: the cards and their drivers."""
     drivers = []
@@ -114,9 +104,7 @@ def _local_devices(
     devices = [_device(device, card, memory) for device, card in matched]
     warnings: list[str] = []
     names = {device.name for device in devices}
-    for card in cards:
-        if any(card is other for _, other in matched):
-            continue
+    for card in _with_names(unmatched(matched, cards), environ):
         device = _unusable(card, names, search.server, memory)
         names.add(device.name)
         devices.append(device)
@@ -128,39 +116,14 @@ def _nobody_knows_free(card: Card | None) -> bool:
     return card is None or (card.free_bytes is None and not card.unified)
 
 
-def match(
-    listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Environ
-) -> tuple[tuple[ListedDevice, Card | None], ...]:
-    """Pair each device that llama-server lists with the card it is, None where no library of ours knows it.
+def _with_names(cards: Sequence[Card], environ: Environ) -> tuple[Card, ...]:
+    """Give AMD's cards the names that only AMD's library knows, where llama-server does not say them."""
+    if not any(card.vendor is Vendor.AMD for card in cards):
+        return tuple(cards)
+    from gpu import rocm_names  # noqa: PLC0415 - only a machine with idle AMD cards starts the child
 
-    The list has neither PCI ids nor UUIDs, but with ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` its order is NVML's, and HIP's is
-    KFD's; a name that contradicts the order wins. A card that a better backend has taken is not listed twice.
-    """
-    of_vendor = {
-        DeviceKind.CUDA: visible_cuda([card for card in cards if card.vendor is Vendor.NVIDIA], environ),
-        DeviceKind.ROCM: visible_hip([card for card in cards if card.vendor is Vendor.AMD], environ),
-    }
-    pairs: list[tuple[ListedDevice, Card | None]] = []
-    taken: list[Card] = []
-    for device in listed:
-        own_kind = device.kind in of_vendor
-        same_name = [card for card in of_vendor.get(device.kind, cards) if _is_named(device, card)]
-        free = [card for card in same_name if card not in taken]
-        if not free and own_kind and device.kind is DeviceKind.ROCM:
-            free = [card for card in of_vendor[device.kind] if card not in taken]  # sysfs rarely knows the name
-        if not free and same_name and not own_kind:
-            continue  # Vulkan's or SYCL's view of a card that CUDA or ROCm lists already
-        card = free[0] if free else None
-        if card is not None:
-            taken.append(card)
-        pairs.append((device, card))
-    return tuple(pairs)
-
-
-def _is_named(device: ListedDevice, card: Card) -> bool:
-    """Say whether the two names mean one card: Vulkan adds the driver's name in brackets."""
-    ours, theirs = card.name.lower(), device.description.lower()
-    return ours in theirs or theirs in ours
+    known = rocm_names.ask(environ)
+    return tuple(replace(card, name=known.get(card.pci_bus_id or "", {}).get("name") or card.name) for card in cards)
 
 
 def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory) -> Device:

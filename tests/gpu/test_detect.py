@@ -15,10 +15,7 @@ from test_rocm import TWO_CARDS
 
 from config.values import RpcServer
 from gpu import show
-from gpu.card import Card, Vendor
-from gpu.detect import detect, match
-from gpu.llama import parse_list
-from gpu.visible import visible_cuda, visible_hip
+from gpu.detect import detect
 from planner.types import HOST, HOST_POOL, DeviceKind
 
 MIB = 1024**2
@@ -202,58 +199,3 @@ def test_this_machine_is_detected_with_its_host_last(llama_tools: Path, tmp_path
     assert shown["devices"][-1]["name"] == HOST
     assert any("llama-server" in place for place in shown["looked_for"])
     json.dumps(shown, allow_nan=False)
-
-
-def _card(name: str, uuid: str, vendor: Vendor = Vendor.NVIDIA) -> Card:
-    return Card(vendor, name, pci_bus_id=None, uuid=uuid)
-
-
-ALIKE = [_card("NVIDIA GeForce RTX 3090", "GPU-1"), _card("NVIDIA GeForce RTX 3090", "GPU-2")]
-
-
-@pytest.mark.parametrize(
-    "variable,expected",
-    [
-        (None, ["GPU-1", "GPU-2"]),
-        ("1,0", ["GPU-2", "GPU-1"]),
-        ("GPU-2", ["GPU-2"]),
-        ("", []),
-        ("-1,0", []),
-        ("0,7,1", ["GPU-1"]),
-        ("0,0", ["GPU-1"]),
-        ("GPU-", []),
-    ],
-)
-def test_cuda_shows_what_its_variable_names_until_the_first_bad_entry(
-    variable: str | None, expected: list[str]
-) -> None:
-    environ = {} if variable is None else {"CUDA_VISIBLE_DEVICES": variable}
-    assert [card.uuid for card in visible_cuda(ALIKE, environ)] == expected
-
-
-@pytest.mark.parametrize(
-    "environ,expected",
-    [
-        ({"ROCR_VISIBLE_DEVICES": "1"}, ["GPU-2"]),
-        ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["GPU-1"]),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, ["GPU-2"]),
-        ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, ["GPU-1"]),
-    ],
-)
-def test_hip_filters_after_its_runtime_and_reads_cudas_variable(environ: dict[str, str], expected: list[str]) -> None:
-    assert [card.uuid for card in visible_hip(ALIKE, environ)] == expected
-
-
-def test_one_card_seen_by_two_backends_is_one_device() -> None:
-    listed = parse_list(
-        "Available devices:\n"
-        "  CUDA0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n"
-        "  Vulkan0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n"
-    )
-    pairs = match(listed, ALIKE[:1], {})
-    assert [(device.name, card) for device, card in pairs] == [("CUDA0", ALIKE[0])]
-
-
-def test_vulkan_alone_may_use_a_card_of_nvidias() -> None:
-    listed = parse_list("Available devices:\n  Vulkan0: NVIDIA GeForce RTX 3090 (24000 MiB, 23000 MiB free)\n")
-    assert match(listed, ALIKE[:1], {}) == ((listed[0], ALIKE[0]),)
