@@ -1,11 +1,12 @@
 """The settings as a text table, JSON, Markdown and a dict for the start-up log. Secrets are never shown.
 
-``python -m config.render`` prints the Markdown tables of the documentation.
+``python -m config.render`` prints ``docs/settings.md``.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,7 +81,25 @@ def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def markdown_page() -> str:
+    """Return the page of settings of the documentation, as a file's whole text."""
+    return f"""# Settings
+
+Every setting is an environment variable. An empty one counts as unset. A value that is not allowed stops the start, with
+every such value listed; an unknown `PLANNER_` name is warned about. `planner config` prints the effective values and
+where each came from. Sizes are binary: `8G`, `8GB` and `8GiB` are the same. This page is printed by
+`python -m config.render`.
+
+{markdown_table()}
+
+## Ollama's variables
+
+Where one of ours is unset, Ollama's variable of the same meaning is taken, so that an existing deployment carries over.
+A bad value of Ollama's is warned about once and the default is taken, as Ollama does.
+
+{ollama_markdown_table()}
+"""
+
+
 if __name__ == "__main__":
-    print(markdown_table())  # noqa: T201 - the documentation is made from it
-    print()  # noqa: T201
-    print(ollama_markdown_table())  # noqa: T201
+    sys.stdout.write(markdown_page())

@@ -80,7 +80,22 @@ def resolve(environ: Environ, *, light: bool = False) -> Resolved:
         values.append(value)
         if setting.ollama_note.startswith("not taken") and environ.get(setting.ollama_variable):
             warnings.append(f"{setting.ollama_variable} is {setting.ollama_note}; set {setting.variable}")
+    if not light:
+        problems += _contradictions(values)
     return Resolved(tuple(values), tuple(problems), tuple(warnings))
+
+
+def _contradictions(values: Iterable[Value]) -> list[Problem]:
+    """Refuse what each setting allows alone but not together."""
+    by_name = {value.setting.name: value for value in values}
+    host = by_name["HOST"]
+    if host.value.is_loopback or by_name["API_KEYS"].value or by_name["ALLOW_REMOTE"].value:
+        return []
+    allowed = (
+        "allowed while no API key is set, since anyone who reaches it could use it: "
+        "set PLANNER_API_KEYS, or PLANNER_ALLOW_REMOTE=true to allow it all the same"
+    )
+    return [Problem(host.origin, f"listening on {host.value}", allowed)]
 
 
 def _one(setting: Setting, environ: Environ, problems: list[Problem], warnings: list[str]) -> Value:

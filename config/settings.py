@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from config.light import PlacementSettings
-from config.resolve import ConfigError, Problem, Resolved, Value, resolve
+from config.resolve import ConfigError, Value, resolve
 from config.table import Environ
 from config.values import Address, DeviceBytes, RpcServer
 
@@ -86,21 +86,6 @@ def load(environ: Environ | None = None) -> Loaded:
     Raises ConfigError with every bad ``PLANNER_`` value and every contradiction between settings.
     """
     resolved = resolve(os.environ if environ is None else environ)
-    problems = resolved.problems + _contradictions(resolved)
-    if problems:
-        raise ConfigError(problems)
+    if resolved.problems:
+        raise ConfigError(resolved.problems)
     return Loaded(Settings(**resolved.by_field()), resolved.values, resolved.warnings)
-
-
-def _contradictions(resolved: Resolved) -> tuple[Problem, ...]:
-    """Refuse what each setting allows alone but not together."""
-    fields = resolved.by_field()
-    address: Address = fields["host"]
-    if address.is_loopback or fields["api_keys"] or fields["allow_remote"]:
-        return ()
-    origin = next(value.origin for value in resolved.values if value.setting.field == "host")
-    allowed = (
-        "allowed while no API key is set, since anyone who reaches it could use it: "
-        "set PLANNER_API_KEYS, or PLANNER_ALLOW_REMOTE=true to allow it all the same"
-    )
-    return (Problem(origin, f"listening on {address}", allowed),)

@@ -246,7 +246,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     Setting(
         "MAX_QUEUE",
-        whole_number(0, MAX_QUEUE),
+        whole_number(1, MAX_QUEUE),
         512,
         "Requests that may wait for a model; one more is answered 503.",
         unit="requests",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from config.render import as_json, log_values, markdown_table, ollama_markdown_table, text_table
+from config.render import as_json, log_values, markdown_page, markdown_table, ollama_markdown_table, text_table
 from config.settings import load
 from config.table import SETTINGS
 
@@ -48,3 +49,8 @@ def test_the_documentation_has_a_row_for_every_setting() -> None:
 def test_the_map_to_ollama_says_what_is_not_taken() -> None:
     models = next(line for line in ollama_markdown_table().splitlines() if "PLANNER_MODELS" in line)
     assert "not taken" in models
+
+
+def test_the_page_of_settings_is_the_tables() -> None:
+    page = Path(__file__).parents[2] / "docs/settings.md"
+    assert page.read_text() == markdown_page(), "print it again: python -m config.render > docs/settings.md"
