@@ -54,6 +54,15 @@ def layer_bytes(model: ModelFacts, params: ContextParams, buffer: BufferType) ->
     return tuple(sizes)
 
 
+def window_cells(hparams: HParams, params: ContextParams) -> int:
+    """Return the cells of one stream of a windowed cache (llama-kv-cache-iswa.cpp)."""
+    if params.swa_full:
+        return params.n_ctx_seq
+    sequences = params.n_seq_max if params.kv_unified else 1
+    wanted = hparams.n_swa * sequences + params.n_ubatch
+    return ggml.pad(min(params.n_ctx_seq, wanted), _CELL_MULTIPLE)
+
+
 def cache_tensors(model: ModelFacts, params: ContextParams) -> tuple[CacheTensor, ...]:
     """Return every cache tensor of a context of this model, in no particular order."""
     rules = ARCHITECTURES[model.hparams.architecture]
@@ -82,13 +91,7 @@ class _Context:
 
     @property
     def window_cells(self) -> int:
-        """Cells of one stream of a windowed cache (llama-kv-cache-iswa.cpp)."""
-        params = self.params
-        if params.swa_full:
-            return params.n_ctx_seq
-        sequences = params.n_seq_max if params.kv_unified else 1
-        wanted = self.hparams.n_swa * sequences + params.n_ubatch
-        return ggml.pad(min(params.n_ctx_seq, wanted), _CELL_MULTIPLE)
+        return window_cells(self.hparams, self.params)
 
     def integer(self, key: str) -> int:
         """Return a number of the file's metadata, 0 where it is absent."""

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from planner.cache import window_cells
 from planner.context import ContextParams
 from planner.ggml import BY_NAME, pad
+from planner.graphs import SHAPES
+from planner.graphs.shape import Rows
 from planner.model import HParams, ModelFacts, Tensor
 from planner.types import DeviceKind, Machine, Placement
 
 F16_BYTES: Final = 2
 F32_BYTES: Final = 4
-CACHE_PAD: Final = 256  # cells; src/llama-kv-cache-iswa.cpp pads the window's cache for speed
 PIPELINE_COPIES: Final = 4  # GGML_SCHED_MAX_COPIES, ggml/src/ggml-backend.cpp
 OFFLOAD_MIN_ROWS: Final = 32  # GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu
 SMALL_TENSORS_BYTES: Final = 384 * 1024  # index inputs, router outputs, rotations: many, each a few KiB
@@ -30,19 +32,6 @@ OFFLOADING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKin
 F16_ATTENTION_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(.+)")
-
-# Architectures whose graphs these forms were held against: every figure at or above llama.cpp's own.
-_CHECKED: Final = frozenset(
-    """
-    afmoe arcee arctic baichuan bailingmoe bailingmoe2 bloom chatglm codeshell cohere2 command-r dbrx deci
-    deepseek deepseek2 dots1 ernie4_5-moe ernie4_5 exaone exaone-moe exaone4 falcon gemma gemma2 gemma3 glm4
-    glm4moe gpt-oss gptneox granite granite_swa granitemoe grovemoe hunyuan-dense hunyuan-moe hunyuan_vl internlm2
-    jais jais2 laguna llama llama4 maincoder maple mellum mimo2 minicpm minimax-m2 mistral3 mistral4 muse-glimmer
-    nanbeige nemotron olmo olmo2 olmoe openelm orion paddleocr pangu-embedded phi3 phimoe plamo plamo3 pockettts
-    qwen qwen2 qwen2moe qwen2vl qwen3 qwen3moe qwen3tts qwen3vl qwen3vlmoe refact seed_oss smallthinker smollm3
-    spark2_5 stablelm starcoder2 xverse
-    """.split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +72,11 @@ def reserved_tokens(params: ContextParams) -> int:
     return pad(min(params.n_ctx, params.n_ubatch), params.n_seq_max)
 
 
-def window_cells(hparams: HParams, params: ContextParams) -> int:
-    """Return the cells per stream of a sliding window's cache (src/llama-kv-cache-iswa.cpp)."""
-    if params.swa_full:
-        return params.n_ctx_seq
-    sequences = params.n_seq_max if params.kv_unified else 1
-    return pad(min(params.n_ctx_seq, hparams.n_swa * sequences + params.n_ubatch), CACHE_PAD)
-
-
 def estimate_buffers(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> BufferBytes | None:
     """Return compute buffers that err upwards, or None where the model's graph has no closed form here."""
-    if model.hparams.architecture not in _CHECKED or not model.hparams.causal:
+    if model.hparams.architecture not in SHAPES or not model.hparams.causal:
         return None
     form = _Form.of(model, params, placement)
     return BufferBytes(
@@ -125,6 +106,8 @@ class _Form:
     n_tokens: int
     copies: int
     n_vocab_rows: int
+    rows_late: bool  # whole activations reach the output's device, not only the rows that yield outputs
+    learned_positions: bool
 
     @classmethod
     def of(cls, model: ModelFacts, params: ContextParams, placement: Placement) -> _Form:
@@ -141,6 +124,8 @@ class _Form:
             n_tokens=reserved_tokens(params),
             copies=pipeline_copies(params, placement, model.hparams.n_layer_all),
             n_vocab_rows=output.shape[1] if output and len(output.shape) > 1 else model.hparams.n_vocab,
+            rows_late=SHAPES[model.hparams.architecture].rows is not Rows.IN_LAST_LAYER,
+            learned_positions=model.tensor("position_embd.weight") is not None,
         )
 
     def device_bytes(self, index: int, machine: Machine) -> int:
@@ -153,10 +138,13 @@ class _Form:
             if device == index or offloaded
         }
         output = self._output() if self.placement.output_device == index else 0
+        mixed = any(parts.on_host for parts in self.parts)
         if not blocks:
-            return 4 * self.copies * self._row(self._n_outputs()) + output + SMALL_TENSORS_BYTES if output else 0
+            whole_rows = (self.copies + 4) * self._row(self.n_tokens) if self.rows_late or mixed else 0
+            rows = 4 * self.copies * self._row(self._n_outputs()) + whole_rows
+            return rows + output + SMALL_TENSORS_BYTES if output else 0
         widest = max(self._block(il, kind, parts) for il, parts in blocks.items())
-        crossings = 1 if self.copies > 1 else 2 * any(parts.on_host for parts in self.parts)
+        crossings = 1 if self.copies > 1 else 2 * mixed
         boundary = crossings * self._row(self.n_tokens)
         return self.copies * (self._inputs() + boundary) + max(widest, output) + offloaded + SMALL_TENSORS_BYTES
 
@@ -186,7 +174,8 @@ class _Form:
         if any(hparams.swa_layers):
             caches = [params.n_ctx_seq, window_cells(hparams, params)]
         v_rows = max(width.kv for width in self.widths) if params.flash_attn == "off" else 1
-        return sum(self.n_tokens * (mask * cells + 8 * v_rows + 24) for cells in caches)
+        positions = self._row(self.n_tokens) if self.learned_positions else 0
+        return positions + sum(self.n_tokens * (mask * cells + 8 * v_rows + 24) for cells in caches)
 
     def _block(self, il: int, kind: DeviceKind, parts: frozenset[str]) -> int:
         attention = self._attention(il, self.widths[il], kind) if "attn" in parts else 0
@@ -212,7 +201,7 @@ class _Form:
         rows = 4 * row if width.q > self.hparams.n_embd else 3 * row
         if scores:
             return rows + scores + (2 * width.q + 2 * width.kv) * per_element
-        rotated = 2 * width.q + width.kv if BY_NAME[self.params.cache_type_k].quantized else 0
+        rotated = 3 * width.q + width.kv if BY_NAME[self.params.cache_type_k].quantized else 0
         return rows + (3 * width.q + rotated + 2 * width.kv) * per_element + self._f16_cache(il, cells, kind)
 
     def _f16_cache(self, il: int, cells: int, kind: DeviceKind) -> int:

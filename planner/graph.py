@@ -1,7 +1,7 @@
 """A compute graph as far as memory goes: tensors with shapes, strides and sources, built by ggml's own rules.
 
-Every method of ``Graph`` mirrors the ggml function of its name (ggml/src/ggml.c): the shape and type of the result, which
-tensors it reads and in which order, and whether it owns memory or looks into another tensor's. Values are of no concern.
+Every method of ``Graph`` mirrors the ggml function of its name (ggml/src/ggml.c): the result's shape and type, which
+tensors it reads and in which order, and whether it owns memory or looks into another tensor's. Values do not matter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ggml's backend scheduler, replayed (ggml/src/ggml-backend.cpp): which backend computes which node, and what is copied.
+"""ggml's backend scheduler, replayed (ggml/src/ggml-backend.cpp): which backend computes what, and what is copied.
 
 Backends are numbered in llama.cpp's order: the devices, then the CPU last. Every backend is taken to support every
 operation, which is what RPC workers and the CPU answer, and what graphics cards answer for the graphs built here.
@@ -40,8 +40,8 @@ class Schedule:
 def schedule(graph: Graph, n_backends: int, n_copies: int, offloads: Sequence[Offloads | None]) -> Schedule:
     """Return the graph as ``ggml_backend_sched_split_graph`` hands it to the allocator.
 
-    ``offloads[b]`` says whether backend ``b`` takes over an operation whose weights lie in host memory (``offload_op``),
-    None where it never does. Nodes that already have a backend keep it (``ggml_backend_sched_set_tensor_backend``).
+    ``offloads[b]`` says whether backend ``b`` takes an operation over whose weights lie in host memory
+    (``offload_op``), None where it never does. Nodes that already have a backend keep it (``ggml_backend_sched_set_tensor_backend``).
     """
     cpu = n_backends - 1
     _assign_from_locations(graph, cpu, offloads)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from planner.cache import window_cells
 from planner.context import ContextParams
-from planner.estimate import window_cells
 from planner.ggml import BY_NAME, TYPES, GgmlType
 from planner.graph import F16, F32, I32, I64, Graph, Node
 from planner.graphs.shape import Moe, Settings
@@ -75,7 +75,7 @@ class Blocks:
     # Leafs
 
     def weight(self, name: str, home: int | None = None) -> Node | None:
-        """Return a tensor of the file, or None where it has none of that name."""
+        """Return a tensor of the file, or None where it has none of that name; with ``home``, a copy of it there."""
         node = self._weights.get(name) if home is None else None
         if node is None:
             tensor = self._tensors.get(name)
@@ -88,16 +88,16 @@ class Blocks:
                 self._weights[name] = node
         return node
 
-    def needed(self, name: str) -> Node:
+    def needed(self, name: str, home: int | None = None) -> Node:
         """Return a tensor of the file. Raises KeyError where it has none of that name."""
-        node = self.weight(name)
+        node = self.weight(name, home)
         if node is None:
             raise KeyError(name)
         return node
 
     def output_weight(self) -> Node:
         """Return the output projection: the embedding again, in the output's buffer, where the file ties them."""
-        return self.weight("output.weight") or self.weight("token_embd.weight", self.places.output) or self.needed("")
+        return self.weight("output.weight") or self.needed("token_embd.weight", self.places.output)
 
     def embedded_tokens(self) -> Node:
         """Return the rows of the input batch (``build_inp_embd``): looked up, or given as vectors instead."""
