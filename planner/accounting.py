@@ -53,51 +53,52 @@ def account(
     of what is mapped, allocated and pinned for weights; its output buffer and prompt cache are in the detail alone,
     as llama.cpp's own breakdown leaves them out.
     """
-    n_devices = len(placement.devices)
-    everything = list(params.not_built)
+    reasons = list(params.not_built)
     if params.split_mode == "tensor":
-        everything.append("splitting tensors over devices (--split-mode tensor)")
-    weights_reason = weights.not_built(model, params, placement, machine)
-    cache_reason = cache.not_built(model)
-    unknown = (UNKNOWN_FIGURE,) * n_devices
-    models, host_model, detail = unknown, UNKNOWN_FIGURE, HostDetail(None, None, None, None, None)
-    contexts, host_context = unknown, UNKNOWN_FIGURE
-    computes, host_compute, missing = unknown, UNKNOWN_FIGURE, []
-    if not everything:
-        if weights_reason is None:
-            models, host_model, detail = _weights(model, params, placement, machine, build)
-        if cache_reason is None:
-            contexts, host_context = _caches(model, params, placement, machine, build)
+        reasons.append("splitting tensors over devices (--split-mode tensor)")
+    unknown = ((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE)
+    models, contexts, computes, placed = unknown, unknown, unknown, None
+    if not reasons:
+        if reason := weights.not_built(model, params, placement, machine):
+            reasons.append(reason)
+        else:
+            placed = weights.weight_bytes(model, params, placement, machine, build)
+            models = _weights(placed, build)
+        if reason := cache.not_built(model):
+            reasons.append(reason)
+        else:
+            contexts = _caches(model, params, placement, machine, build)
         buffers = compute_buffers(model, params, placement, machine, build)
-        computes, host_compute, missing = buffers.devices, buffers.host, list(buffers.not_built)
-    reasons = [*everything, *filter(None, (weights_reason, cache_reason)), *missing]
+        computes = buffers.devices, buffers.host
+        reasons += buffers.not_built
     return MemoryLedger(
-        devices=tuple(map(DeviceBytes, models, contexts, computes)),
-        host=DeviceBytes(host_model, host_context, host_compute),
-        host_detail=detail,
-        not_built=tuple(dict.fromkeys(reasons)),
+        devices=tuple(map(DeviceBytes, models[0], contexts[0], computes[0])),
+        host=DeviceBytes(models[1], contexts[1], computes[1]),
+        host_detail=_host_detail(model, params, placed.host if placed else None),
+        not_built=tuple(reasons),
     )
 
 
-def _weights(
-    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
-) -> tuple[tuple[Figure, ...], Figure, HostDetail]:
-    """Return the weights on each device and on the host, and the host's detail."""
-    placed = weights.weight_bytes(model, params, placement, machine, build)
-    host = placed.host
-    detail = HostDetail(
-        mapped_bytes=host.mapped_bytes,
-        allocated_bytes=host.allocated_bytes,
-        pinned_bytes=host.pinned_bytes,
-        output_buffer_bytes=output_buffer_bytes(model, params),
-        prompt_cache_bytes=None if params.cache_ram_mib < 0 else params.cache_ram_mib * MIB,
-    )
+def _weights(placed: weights.WeightBytes, build: LlamaBuild) -> tuple[tuple[Figure, ...], Figure]:
+    """Return the weights on each device and on the host."""
     on_devices = tuple(
         _figure(size, build, certain=certain)
         for size, certain in zip(placed.devices, placed.certain_devices, strict=True)
     )
+    host = placed.host
     total = host.mapped_bytes + host.allocated_bytes + host.pinned_bytes
-    return on_devices, _figure(total, build, certain=host.certain), detail
+    return on_devices, _figure(total, build, certain=host.certain)
+
+
+def _host_detail(model: ModelFacts, params: ContextParams, host: weights.HostShare | None) -> HostDetail:
+    """Return the host's account in detail; what its weights take is open where no rule places them."""
+    return HostDetail(
+        mapped_bytes=host.mapped_bytes if host else None,
+        allocated_bytes=host.allocated_bytes if host else None,
+        pinned_bytes=host.pinned_bytes if host else None,
+        output_buffer_bytes=None if params.not_built else _output_buffer_bytes(model, params),
+        prompt_cache_bytes=None if params.cache_ram_mib < 0 else params.cache_ram_mib * MIB,
+    )
 
 
 def _caches(
@@ -114,7 +115,7 @@ def _caches(
     return figures, _figure(sums[-1], build, certain=True)
 
 
-def output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
+def _output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
     """Return the largest output buffer that serving needs: logits, and embeddings where asked for.
 
     (src/llama-context.cpp, ``output_reserve``; llama.cpp leaves it out of its own breakdown.) A chat server keeps one

@@ -35,6 +35,8 @@ MAX_DIMS: Final = 4
 MAX_BYTES: Final = (1 << 63) - 1
 _READ_AHEAD_BYTES: Final = 1 << 18
 
+_FETCH_AGAIN: Final = "it is incomplete or damaged: fetch it again"
+
 _STRING: Final = 8
 _ARRAY: Final = 9
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -209,12 +211,10 @@ class _Cursor:
         if end > self.file_bytes:
             raise _BadHeader(
                 f"its header runs past the end of the file ({self.file_bytes:,} bytes)",
-                "it is incomplete or damaged: fetch it again",
+                _FETCH_AGAIN,
             )
         if end > MAX_HEADER_BYTES:
-            raise _BadHeader(
-                f"its header takes more than {MAX_HEADER_BYTES >> 20} MiB", "it is damaged: fetch it again"
-            )
+            raise _BadHeader(f"its header takes more than {MAX_HEADER_BYTES >> 20} MiB", _FETCH_AGAIN)
         target = min(self.file_bytes, MAX_HEADER_BYTES, max(end, len(self._data) * 5 // 4, _READ_AHEAD_BYTES))
         while len(self._data) < target:
             piece = self._file.read(target - len(self._data))
@@ -254,14 +254,14 @@ class _Cursor:
         """Return a 64-bit count that is at most ``limit``."""
         value = int(self.scalar("Q"))
         if value > limit:
-            raise _BadHeader(f"claims {value:,} {what}, more than any model has ({limit:,})", "it is damaged")
+            raise _BadHeader(f"claims {value:,} {what}, more than any model has ({limit:,})", _FETCH_AGAIN)
         return value
 
     def string(self, limit: int = MAX_HEADER_BYTES) -> str:
         """Return the next string; bytes that are not UTF-8 are replaced."""
         length = int(self.scalar("Q"))
         if length > limit:
-            raise _BadHeader(f"holds a string of {length:,} bytes where {limit:,} are allowed", "it is damaged")
+            raise _BadHeader(f"holds a string of {length:,} bytes where {limit:,} are allowed", _FETCH_AGAIN)
         return self.take(length).decode("utf-8", "replace")
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -279,18 +279,18 @@ class _Cursor:
     def skip_strings(self, count: int) -> None:
         """Pass over ``count`` strings: the loop that a vocabulary's 260,000 entries go through."""
         if self.position + 8 * count > self.file_bytes:
-            raise _BadHeader(f"claims an array of {count:,} strings, more than the file can hold", "it is damaged")
+            raise _BadHeader(f"claims an array of {count:,} strings, more than the file can hold", _FETCH_AGAIN)
         unpack = struct.Struct(self.order + "Q").unpack_from
         position, remaining = self.position, count
         while remaining:
             self._need(position + 8)
-            data, last = self._data, len(self._data) - 8
-            for done in range(remaining):
-                if position > last:
-                    remaining -= done
-                    break
-                position += 8 + unpack(data, position)[0]
-            else:
+            data, done = self._data, 0
+            try:
+                for done in range(remaining):  # noqa: B007  # read after the loop broke off
+                    (length,) = unpack(data, position)
+                    position += length + 8
                 remaining = 0
+            except (struct.error, OverflowError):  # beyond what has been read ahead
+                remaining -= done
         self._need(position)
         self.position = position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,12 +99,15 @@ def read_model(path: str) -> ModelFacts:
 
 def _open(path: str) -> gguf.Header:
     try:
+        mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ModelFileError(path, "is a directory", "give the .gguf file in it")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            raise ModelFileError(path, "is not a regular file", "give a .gguf file")
         with Path(path).open("rb") as file:
             return gguf.read_header(file, path)
     except FileNotFoundError as error:
         raise ModelFileError(path, "there is no such file", "check the path") from error
-    except IsADirectoryError as error:
-        raise ModelFileError(path, "is a directory", "give the .gguf file in it") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ModelFileError(path, f"cannot be read ({reason})", "check the path and its permissions") from error
