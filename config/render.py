@@ -85,9 +85,9 @@ def markdown_page() -> str:
     """Return the page of settings of the documentation, as a file's whole text."""
     return f"""# Settings
 
-Every setting is an environment variable. An empty one counts as unset. A value that is not allowed stops the start, with
-every such value listed; an unknown `PLANNER_` name is warned about. `planner config` prints the effective values and
-where each came from. Sizes are binary: `8G`, `8GB` and `8GiB` are the same. This page is printed by
+Every setting is an environment variable. An empty one counts as unset. A value that is not allowed stops the start,
+with every such value listed; an unknown `PLANNER_` name is warned about. `planner config` prints the effective values
+and where each came from. Sizes are binary: `8G`, `8GB` and `8GiB` are the same. This page is printed by
 `python -m config.render`.
 
 {markdown_table()}

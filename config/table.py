@@ -41,8 +41,8 @@ MAX_MODELS: Final = 1024  # far above what any machine holds; a larger figure is
 MAX_CONTEXT: Final = 2**27  # tokens; ten times the longest trained context there is
 MAX_CACHE_RAM_MIB: Final = 1024 * 1024  # 1 TiB
 # The prompt cache is host memory that every runner may fill and that a plan has to charge in full. llama-server's own
-# default of 8 GiB would refuse a second model on most machines; 1 GiB keeps an idle conversation of 8k tokens of an
-# 8B model (128 KiB a token) and costs a refused load nowhere.
+# default of 8 GiB would refuse a second model on many machines; 1 GiB keeps an idle conversation of 8k tokens of an
+# 8B model (128 KiB a token).
 DEFAULT_CACHE_RAM_MIB: Final = 1024
 KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")  # common/arg.cpp
 

@@ -150,7 +150,14 @@ def _places(environ: Environ, root: Path) -> Iterator[tuple[str, Path | None]]:
         yield "home", Path(environ["HOME"]) / "llama.cpp/build/bin/llama-server"
 
 
-def ask(path: Path, environ: Environ, *, machine_key: Sequence[str] = (), fresh: bool = False) -> Server | str:
+def ask(
+    path: Path,
+    environ: Environ,
+    *,
+    machine_key: Sequence[str] = (),
+    fresh: bool = False,
+    timeout_s: float = ASK_TIMEOUT_S,
+) -> Server | str:
     """Return what the server at ``path`` answers, from the cache unless ``fresh``, or one phrase that says why not."""
     real = Path(os.path.realpath(path))
     key = _cache_key(real, environ, machine_key)
@@ -158,8 +165,8 @@ def ask(path: Path, environ: Environ, *, machine_key: Sequence[str] = (), fresh:
     if answers is None:
         try:
             answers = Answers(
-                version=_run(path, "--version", environ),
-                list_devices=_run(path, "--list-devices", environ),
+                version=_run(path, "--version", environ, timeout_s),
+                list_devices=_run(path, "--list-devices", environ, timeout_s),
                 backends=",".join(sorted(_backends(real))),
             )
         except _NoAnswerError as error:
@@ -218,7 +225,7 @@ class _NoAnswerError(Exception):
     """The binary did not answer; the text says how."""
 
 
-def _run(path: Path, flag: str, environ: Environ) -> str:
+def _run(path: Path, flag: str, environ: Environ, timeout_s: float) -> str:
     import subprocess  # noqa: PLC0415 - a cached answer spares both imports, 10 ms of a command that has 200
     import tempfile  # noqa: PLC0415
 
@@ -230,13 +237,13 @@ def _run(path: Path, flag: str, environ: Environ) -> str:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=runner_environment(environ, empty),
-                timeout=ASK_TIMEOUT_S,
+                timeout=timeout_s,
                 check=False,
             )
         except OSError as error:
             raise _NoAnswerError(f"cannot be started: {error.strerror}") from None
         except subprocess.TimeoutExpired:
-            raise _NoAnswerError(f"{flag} gave no answer within {ASK_TIMEOUT_S:.0f} s") from None
+            raise _NoAnswerError(f"{flag} gave no answer within {timeout_s:g} s") from None
     text = done.stdout[:_MAX_OUTPUT].decode("utf-8", "replace")
     if done.returncode != 0:
         last = (text.strip().splitlines() or ["no output"])[-1]

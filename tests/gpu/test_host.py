@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 from file_trees import write_tree
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu import host
 
@@ -120,6 +123,23 @@ def test_a_group_over_its_limit_leaves_nothing_rather_than_less(tmp_path: Path) 
         files={"sys/fs/cgroup/memory.max": GIB, "sys/fs/cgroup/memory.current": 2 * GIB},
     )
     assert memory.available_bytes == 0
+
+
+@given(limits=st.lists(st.integers(0, 96), min_size=1, max_size=4), used=st.integers(0, 96))
+def test_one_more_limit_never_gives_more_memory(limits: list[int], used: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root, own, before = Path(folder), "", None
+        for limit in limits:
+            own += "/a"
+            group: dict[str, str | int] = {
+                f"sys/fs/cgroup{own}/memory.max": limit * GIB,
+                f"sys/fs/cgroup{own}/memory.current": used * GIB,
+            }
+            now = _machine(root, own=f"0::{own}", mount=V2_MOUNT, files=group)
+            assert 0 <= now.available_bytes <= now.total_bytes
+            assert before is None or now.available_bytes <= before.available_bytes
+            assert before is None or now.total_bytes <= before.total_bytes
+            before = now
 
 
 def test_this_machine_has_no_more_than_the_kernel_says_and_psutil_is_left_as_it_was() -> None:

@@ -126,6 +126,13 @@ def test_a_server_that_fails_is_passed_over_with_its_last_line(tmp_path: Path, e
     assert "0c1e570" in answer
 
 
+def test_a_server_that_hangs_is_passed_over_when_its_time_is_over(tmp_path: Path, environ: dict[str, str]) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
+    server.chmod(0o755)
+    assert llama.ask(server, environ, timeout_s=0.1) == "--version gave no answer within 0.1 s"
+
+
 def test_a_file_that_is_no_program_is_passed_over(tmp_path: Path, environ: dict[str, str]) -> None:
     file = tmp_path / "llama-server"
     file.write_text("text")
