@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,6 +146,17 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None
     with pytest.raises(build_llama.BuildError):
         build_llama.cached_wheel(tmp_path, impossible, os.environ)
     assert not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_an_interrupted_build_takes_its_compilers_along(tmp_path: Path) -> None:
+    """The grandchild holds the pipe's other end: its end of file says that it is gone."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with suppress(KeyboardInterrupt), build_llama.child(["sh", "-c", f"sleep 1000 >{pipe} & wait"], os.environ):
+        grandchild = pipe.open()
+        raise KeyboardInterrupt
+    with grandchild:
+        assert grandchild.read() == ""
 
 
 def test_progress_without_a_terminal_is_a_line_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> None:
