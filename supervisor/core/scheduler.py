@@ -127,8 +127,8 @@ def _runner_step(pool: Pool, event: RunnerEvent, now: float) -> Outcome:
     after, commands = runner_table.step(before, event, now, pool.limits)
     pool = pool.with_runner(after)
     load = pool.load
-    if load is not None and load.model == after.model and load.phase is LoadPhase.LAUNCHING:
-        if after.state not in IS_LOADING:
+    if load is not None and load.phase is LoadPhase.LAUNCHING:
+        if load.model == after.model and after.state not in IS_LOADING:
             pool = replace(pool, load=None)
     elif load is not None and before.state in HAS_CHILD and after.state not in HAS_CHILD:
         pool, more = _ask_plan(pool, load)

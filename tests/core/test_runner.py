@@ -1,0 +1,193 @@
+"""The table of one runner: what each event does in each state."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from making_plans import make_plan
+
+from supervisor.core import events
+from supervisor.core.commands import LoseLeases, ReportFailure, Spawn, StopProcess
+from supervisor.core.events import (
+    BecameReady,
+    DeadlinePassed,
+    LoadProgressed,
+    ProcessExited,
+    ProcessSpawned,
+    RequestFinished,
+    RequestGranted,
+    RunnerEvent,
+    SpawnFailed,
+    StartRequested,
+    StopRequested,
+)
+from supervisor.core.runner import IGNORED, TRANSITIONS, IllegalTransition, Runner, RunnerState, step
+from supervisor.core.types import Limits, ModelId, RunnerId
+
+MODEL = ModelId("m")
+LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=10.0)
+EVENT_TYPES = tuple(
+    kind for kind in vars(events).values() if isinstance(kind, type) and RunnerEvent in kind.__mro__[1:]
+)
+EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
+    StartRequested: StartRequested(MODEL, 1, make_plan()),
+    ProcessSpawned: ProcessSpawned(MODEL, 1, 4711),
+    SpawnFailed: SpawnFailed(MODEL, 1, "no such file"),
+    LoadProgressed: LoadProgressed(MODEL, 1),
+    BecameReady: BecameReady(MODEL, 1, "http://127.0.0.1:1"),
+    ProcessExited: ProcessExited(MODEL, 1, "exit status 1", "out of memory", ("a", "b")),
+    RequestGranted: RequestGranted(MODEL, 1),
+    RequestFinished: RequestFinished(MODEL, 1),
+    StopRequested: StopRequested(MODEL, 1),
+    DeadlinePassed: DeadlinePassed(MODEL, 1),
+}
+
+# What the shell can only send by mistake, and why it cannot happen.
+ILLEGAL = {
+    *itertools.product(set(RunnerState) - {RunnerState.STOPPED}, [StartRequested]),  # only STOPPED is ever started
+    *itertools.product(set(RunnerState) - {RunnerState.READY}, [RequestGranted]),  # only READY has free slots
+    *itertools.product(  # a child is spawned once, right after it was asked for
+        set(RunnerState) - {RunnerState.STARTING, RunnerState.STOPPING}, [ProcessSpawned, SpawnFailed]
+    ),
+    # before there is a process nothing can be said of it, and after its exit there is none
+    *itertools.product([RunnerState.STARTING], [LoadProgressed, BecameReady, ProcessExited]),
+    *itertools.product([RunnerState.STOPPED, RunnerState.BACKOFF, RunnerState.FAILED], [ProcessExited]),
+    *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady]),  # said once
+    *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [RequestFinished]),  # nothing was granted yet
+    # these states have no deadline
+    *itertools.product([RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING], [DeadlinePassed]),
+}
+
+
+def runner_in(state: RunnerState, **changes: object) -> Runner:
+    return replace(
+        Runner(RunnerId("r1"), MODEL, state=state, generation=1, plan=make_plan(n_parallel=2), deadline=None),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def test_every_pair_of_state_and_event_is_written_down() -> None:
+    """Each pair is a transition, ignored on purpose, or listed here as impossible; never two of these."""
+    pairs = set(itertools.product(RunnerState, EVENT_TYPES))
+    assert set(TRANSITIONS) | IGNORED | ILLEGAL == pairs
+    assert len(TRANSITIONS) + len(IGNORED) + len(ILLEGAL) == len(pairs)
+
+
+@pytest.mark.parametrize("state, kind", sorted(ILLEGAL, key=str))
+def test_impossible_events_raise_with_the_story(state: RunnerState, kind: type[RunnerEvent]) -> None:
+    with pytest.raises(IllegalTransition, match=f"r1.*{state}"):
+        step(runner_in(state), EXAMPLES[kind], 0.0, LIMITS)
+
+
+@pytest.mark.parametrize("state", RunnerState)
+@pytest.mark.parametrize("kind", [kind for kind in EVENT_TYPES if kind is not StartRequested])
+def test_events_of_another_generation_change_nothing(state: RunnerState, kind: type[RunnerEvent]) -> None:
+    """The exit of a former child is never taken for the exit of this one."""
+    runner = runner_in(state, generation=2)
+    assert step(runner, EXAMPLES[kind], 0.0, LIMITS) == (runner, ())
+
+
+def test_a_start_spawns_the_plan_as_the_generation_it_names() -> None:
+    plan = make_plan()
+    runner, commands = step(runner_in(RunnerState.STOPPED), StartRequested(MODEL, 2, plan), 5.0, LIMITS)
+    assert runner.state is RunnerState.STARTING
+    assert commands == (Spawn(runner.id, MODEL, 2, plan),)
+
+
+def test_loading_may_take_as_long_as_it_makes_progress() -> None:
+    runner, _ = step(runner_in(RunnerState.STARTING), ProcessSpawned(MODEL, 1, 7), 0.0, LIMITS)
+    assert runner.deadline == 30.0
+    runner, _ = step(runner, LoadProgressed(MODEL, 1), 29.0, LIMITS)
+    assert runner.deadline == 59.0
+
+
+def test_a_load_without_progress_is_stopped_and_fails_once_the_child_is_gone() -> None:
+    runner, commands = step(runner_in(RunnerState.LOADING), DeadlinePassed(MODEL, 1), 30.0, LIMITS)
+    assert runner.state is RunnerState.STOPPING
+    assert [type(command) for command in commands] == [StopProcess]
+    assert runner.held_bytes()["CUDA0"] == 10, "its memory is not free before it is gone"
+    runner, commands = step(runner, ProcessExited(MODEL, 1, "killed by SIGTERM", None), 31.0, LIMITS)
+    assert runner.state is RunnerState.BACKOFF
+    assert runner.last_failure is not None
+    assert "LOAD_TIMEOUT" in runner.last_failure.reason
+    assert runner.last_failure.exit == "killed by SIGTERM"
+    assert runner.held_bytes() == {}
+
+
+def test_keep_alive_counts_from_the_end_of_the_last_request() -> None:
+    runner, _ = step(runner_in(RunnerState.LOADING), BecameReady(MODEL, 1, "http://x"), 0.0, LIMITS)
+    assert runner.deadline == 60.0
+    runner, _ = step(runner, RequestGranted(MODEL, 1), 10.0, LIMITS)
+    assert runner.deadline is None
+    runner, _ = step(runner, RequestFinished(MODEL, 1), 500.0, LIMITS)
+    assert runner.deadline == 560.0
+
+
+def test_keep_alive_may_be_for_ever_or_nothing() -> None:
+    for keep_alive_s, deadline in ((None, None), (0.0, 7.0)):
+        limits = replace(LIMITS, keep_alive_s=keep_alive_s)
+        runner, _ = step(runner_in(RunnerState.READY, in_flight=1), RequestFinished(MODEL, 1), 7.0, limits)
+        assert runner.deadline == deadline
+
+
+def test_a_crash_while_serving_tells_the_holders_and_backs_off() -> None:
+    ready = runner_in(RunnerState.READY, in_flight=2, load_seconds=1.0, pid=7, url="http://x")
+    runner, commands = step(ready, EXAMPLES[ProcessExited], 5.0, LIMITS)
+    assert runner.state is RunnerState.BACKOFF
+    assert (runner.in_flight, runner.pid, runner.url) == (0, None, None)
+    report, lost = commands
+    assert isinstance(report, ReportFailure)
+    assert not report.while_loading
+    assert report.failure.reason == "exit status 1: out of memory"
+    assert report.failure.log_tail == ("a", "b")
+    assert lost == LoseLeases(MODEL, 1, "exit status 1: out of memory")
+
+
+def test_pauses_after_crashes_grow_are_capped_and_end_in_failed() -> None:
+    """The first retry is immediate: one crash is an accident. Old crashes do not count."""
+    limits = replace(LIMITS, max_crashes=7, backoff_cap_s=5.0, crash_window_s=100.0)
+    runner, pauses = runner_in(RunnerState.LOADING), []
+    for second in range(6):
+        runner, _ = step(runner, EXAMPLES[ProcessExited], float(second), limits)
+        assert runner.state is RunnerState.BACKOFF
+        assert runner.deadline is not None
+        pauses.append(runner.deadline - second)
+        runner = replace(runner, state=RunnerState.LOADING)
+    assert pauses == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
+    failed, _ = step(runner, EXAMPLES[ProcessExited], 6.0, limits)
+    assert (failed.state, failed.deadline) == (RunnerState.FAILED, 106.0)
+    forgiven, _ = step(failed, DeadlinePassed(MODEL, 1), 106.0, limits)
+    assert (forgiven.state, forgiven.crashes) == (RunnerState.STOPPED, ())
+    later, _ = step(runner, EXAMPLES[ProcessExited], 1000.0, limits)
+    assert later.state is RunnerState.BACKOFF
+
+
+def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
+    busy = runner_in(RunnerState.READY, in_flight=2)
+    draining, commands = step(busy, StopRequested(MODEL, 1, drain_until=9.0), 1.0, LIMITS)
+    assert (draining.state, draining.deadline, commands) == (RunnerState.DRAINING, 9.0, ())
+    one_left, commands = step(draining, RequestFinished(MODEL, 1), 2.0, LIMITS)
+    assert (one_left.state, commands) == (RunnerState.DRAINING, ())
+    stopping, commands = step(one_left, RequestFinished(MODEL, 1), 3.0, LIMITS)
+    assert (stopping.state, type(commands[0])) == (RunnerState.STOPPING, StopProcess)
+    late, commands = step(draining, DeadlinePassed(MODEL, 1), 9.0, LIMITS)
+    assert (late.state, type(commands[0])) == (RunnerState.STOPPING, StopProcess)
+    _, commands = step(late, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 10.0, LIMITS)
+    assert isinstance(commands[0], LoseLeases), "who still held a lease is told"
+
+
+def test_an_idle_runner_stops_without_draining() -> None:
+    idle = runner_in(RunnerState.READY)
+    stopping, _ = step(idle, StopRequested(MODEL, 1, drain_until=9.0), 1.0, LIMITS)
+    assert stopping.state is RunnerState.STOPPING
+    stopped, commands = step(stopping, ProcessExited(MODEL, 1, "exit status 0", None), 2.0, LIMITS)
+    assert (stopped.state, stopped.last_failure, commands) == (RunnerState.STOPPED, None, ())
+
+
+def test_a_child_that_comes_too_late_is_stopped() -> None:
+    stopping, commands = step(runner_in(RunnerState.STARTING), StopRequested(MODEL, 1), 0.0, LIMITS)
+    assert commands == ()
+    _, commands = step(stopping, ProcessSpawned(MODEL, 1, 7), 0.0, LIMITS)
+    assert [type(command) for command in commands] == [StopProcess]
