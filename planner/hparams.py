@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_LAYERS: Final = 512  # LLAMA_MAX_LAYERS (src/llama-hparams.h)
 MAX_UINT32: Final = (1 << 32) - 1
+_DAMAGED: Final = "it is damaged: fetch it again"
 _GEMMA3N_OWN_CACHE_LAYERS: Final = 20  # src/models/gemma3n.cpp
 _WINDOWED_TRUNK_LAYERS: Final = 64  # src/models/exaone4.cpp
 
@@ -87,27 +88,11 @@ def read_hparams(path: str, header: Header, tensor_names: frozenset[str]) -> HPa
     rules = ARCHITECTURES.get(keys.architecture, Architecture())
     if not rules.loadable or not tensor_names:
         return _no_model(keys, header)
+    n_layer_file = _file_blocks(keys)
     n_layer_all, n_layer_nextn = _layer_counts(keys, tensor_names)
-    n_head = keys.per_layer("attention.head_count", n_layer_all, 0)
-    n_head_kv = keys.per_layer("attention.head_count_kv", n_layer_all, n_head)
-    n_ff = keys.per_layer("feed_forward_length", n_layer_all, 0)
-    n_embd = keys.integer("embedding_length")
-    if keys.architecture == "wavtokenizer-dec":
-        n_embd = keys.integer("features_length")
-    if (
-        keys.architecture == "graniteswitch"
-    ):  # the router is one more block, with one head (src/models/granite-switch.cpp)
-        n_layer_all, n_layer_nextn = n_layer_all + 1, 1
-        n_head, n_head_kv, n_ff = (*n_head, 1), (*n_head_kv, 1), (*n_ff, 0)
-    if keys.architecture == "nanbeige":  # the same blocks are gone through several times (src/models/nanbeige.cpp)
-        loops = min(keys.integer("num_loops", 1), MAX_LAYERS // n_layer_all)
-        n_layer_all *= loops
-        n_head, n_head_kv, n_ff = n_head * loops, n_head_kv * loops, n_ff * loops
-    head_default = n_embd // n_head[0] if n_head[0] else 0
-    head_k, head_v = head_default, head_default
-    if n_head[0] or keys.architecture == "plamo2":
-        head_k = keys.integer("attention.key_length", head_default)
-        head_v = keys.integer("attention.value_length", head_default)
+    n_head, n_head_kv, n_ff = _heads_and_widths(keys)
+    n_embd = keys.integer("features_length" if keys.architecture == "wavtokenizer-dec" else "embedding_length")
+    head_k, head_v = _head_sizes(keys, n_embd, n_head[0])
     trunk = n_layer_all - n_layer_nextn
     recr_layers = _recurrent_layers(keys, rules, n_layer_all, trunk, n_head_kv, n_ff)
     n_swa, swa_layers = _windows(keys, rules, n_layer_all, trunk, recr_layers)
@@ -132,8 +117,8 @@ def read_hparams(path: str, header: Header, tensor_names: frozenset[str]) -> HPa
         n_swa=n_swa,
         swa_layers=swa_layers,
         n_expert=keys.integer("expert_count", 0),
-        n_expert_used=max(keys.per_layer("expert_used_count", n_layer_all, 0)),
-        n_ff_exp=max(keys.per_layer("expert_feed_forward_length", n_layer_all, 0)),
+        n_expert_used=max(keys.per_layer("expert_used_count", n_layer_file, 0)),
+        n_ff_exp=max(keys.per_layer("expert_feed_forward_length", n_layer_file, 0)),
         causal=_causal(keys),
         pooling_type=_pooling_type(keys),
         recr_layers=recr_layers,
@@ -182,15 +167,13 @@ class Keys:
             return (self._unsigned(name, value),) * n_layer
         if len(value) < n_layer:
             raise ModelFileError(
-                self.path, f"{self.architecture}.{name} has {len(value)} entries for {n_layer} layers", "it is damaged"
+                self.path, f"{self.architecture}.{name} has {len(value)} entries for {n_layer} layers", _DAMAGED
             )
         return tuple(self._unsigned(name, entry) for entry in value[:n_layer])
 
     def _unsigned(self, name: str, value: object) -> int:
         if not isinstance(value, int) or not 0 <= value <= MAX_UINT32:
-            raise ModelFileError(
-                self.path, f"{self.architecture}.{name} is {value!r} where a count is due", "it is damaged"
-            )
+            raise ModelFileError(self.path, f"{self.architecture}.{name} is {value!r} where a count is due", _DAMAGED)
         return int(value)
 
 
@@ -224,15 +207,50 @@ def _no_model(keys: Keys, header: Header) -> HParams:
 
 def _layer_counts(keys: Keys, tensor_names: frozenset[str]) -> tuple[int, int]:
     """Return the number of blocks and how many of them, at the end, are NextN."""
-    n_layer_all = keys.integer("block_count")
-    n_layer_nextn = keys.integer("nextn_predict_layers", 0)
+    n_layer_all, n_layer_nextn = _file_blocks(keys), keys.integer("nextn_predict_layers", 0)
     # deepseek4 files may announce a draft head that was left out (src/models/deepseek4.cpp)
     head = f"blk.{n_layer_all - n_layer_nextn}.nextn.eh_proj.weight"
     if keys.architecture == "deepseek4" and head not in tensor_names:
         n_layer_nextn = 0
-    if not 0 < n_layer_all <= MAX_LAYERS or n_layer_nextn > n_layer_all:
-        raise ModelFileError(keys.path, f"claims {n_layer_all} layers, {n_layer_nextn} of them NextN", "it is damaged")
-    return n_layer_all, n_layer_nextn
+    if n_layer_nextn > n_layer_all:
+        raise ModelFileError(keys.path, f"claims {n_layer_all} layers, {n_layer_nextn} of them NextN", _DAMAGED)
+    if keys.architecture == "graniteswitch":  # the router is one more block (src/models/granite-switch.cpp)
+        return n_layer_all + 1, 1
+    return n_layer_all * _loops(keys), n_layer_nextn
+
+
+def _file_blocks(keys: Keys) -> int:
+    """Return the number of blocks that the file names."""
+    n_layer = keys.integer("block_count")
+    if not 0 < n_layer <= MAX_LAYERS:
+        raise ModelFileError(keys.path, f"claims {n_layer} layers", _DAMAGED)
+    return n_layer
+
+
+def _loops(keys: Keys) -> int:
+    """Return how often a model goes through its blocks, each time with a cache of its own (src/models/nanbeige.cpp)."""
+    if keys.architecture != "nanbeige":
+        return 1
+    return min(keys.integer("num_loops", 1) or 1, MAX_LAYERS // _file_blocks(keys))
+
+
+def _heads_and_widths(keys: Keys) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return each block's heads, KV heads and feed-forward width."""
+    n_layer, loops = _file_blocks(keys), _loops(keys)
+    n_head = keys.per_layer("attention.head_count", n_layer, 0)
+    n_head_kv = keys.per_layer("attention.head_count_kv", n_layer, n_head)
+    n_ff = keys.per_layer("feed_forward_length", n_layer, 0)
+    if keys.architecture == "graniteswitch":  # its router has one head
+        return (*n_head, 1), (*n_head_kv, 1), (*n_ff, 0)
+    return n_head * loops, n_head_kv * loops, n_ff * loops
+
+
+def _head_sizes(keys: Keys, n_embd: int, n_head: int) -> tuple[int, int]:
+    """Return the sizes of a key and of a value head; 0 where the first layer has none, as in pure recurrent models."""
+    default = n_embd // n_head if n_head else 0
+    if not n_head and keys.architecture != "plamo2":  # which reads the lengths whatever its first layer is
+        return 0, 0
+    return keys.integer("attention.key_length", default), keys.integer("attention.value_length", default)
 
 
 def _recurrent_layers(
