@@ -23,12 +23,13 @@ GIB: Final = KIB**3
 
 # Binary throughout: a user who writes 8G of GPU memory means what nvidia-smi calls 8 GiB.
 _SIZE_UNITS: Final = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+# Twenty digits hold any size there is and keep the arithmetic finite; likewise below.
+_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 
 # Go's time.ParseDuration, which Ollama's settings follow.
 _DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART: Final = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)")
-_SECONDS: Final = re.compile(r"\d+(?:\.\d+)?")
+_DURATION_PART: Final = re.compile(r"(\d{1,12}\.?\d{0,12}|\.\d{1,12})(ns|us|µs|ms|s|m|h)")
+_SECONDS: Final = re.compile(r"\d{1,12}(?:\.\d{1,12})?")
 
 # Go's strconv.ParseBool.
 _TRUE: Final = frozenset({"1", "t", "T", "TRUE", "true", "True"})
@@ -40,7 +41,7 @@ MAX_RPC_SERVERS: Final = 16  # GGML_RPC_MAX_SERVERS, ggml/include/ggml-rpc.h
 
 # llama.cpp's spelling of its device names; what the user writes is matched without regard to case, as -dev does.
 _DEVICE_PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "MUSA", "RPC")}
-_DEVICE_NAME: Final = re.compile(r"([A-Za-z]+)(\d+)")
+_DEVICE_NAME: Final = re.compile(r"([A-Za-z]+)(\d{1,3})")
 
 
 T = TypeVar("T")

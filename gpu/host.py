@@ -70,6 +70,11 @@ def read(root: Path = Path("/")) -> HostMemory:
     return HostMemory(total, max(available, 0), limited_by)
 
 
+def process_name(pid: int, root: Path = Path("/")) -> str | None:
+    """Return a process's short name, or None where it cannot be seen."""
+    return next(iter(_lines(root / "proc" / str(pid) / "comm")), None)
+
+
 def _levels(root: Path) -> list[tuple[Path, bool]]:
     """Return the folders of our memory control group and of all groups above it, and whether each is version 2."""
     levels: list[tuple[Path, bool]] = []

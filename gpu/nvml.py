@@ -10,10 +10,10 @@ import ctypes
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gpu.card import Card, Probe, Vendor
+from gpu.host import process_name
 from planner.types import ProcessUse
 
 LIBRARY: Final = "libnvidia-ml.so.1"
@@ -170,14 +170,6 @@ def _processes(pynvml: Any, handle: Any) -> tuple[ProcessUse, ...]:
     ]
     by_pid = {process.pid: process.usedGpuMemory for process in running}
     return tuple(ProcessUse(pid, process_name(pid), used) for pid, used in sorted(by_pid.items()))
-
-
-def process_name(pid: int, proc: Path = Path("/proc")) -> str | None:
-    """Return a process's short name, or None where it cannot be seen."""
-    try:
-        return (proc / str(pid) / "comm").read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
 
 
 def _words(error: Any) -> str:

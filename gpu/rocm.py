@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from gpu.card import Card, Probe, Vendor
-from gpu.nvml import process_name
+from gpu.host import process_name
 from planner.types import ProcessUse
 from planner.units import GIB
 
@@ -121,7 +121,7 @@ def _processes(root: Path, gpu_id: int | None) -> tuple[ProcessUse, ...]:
         used = _number(file)
         if file.parent.name.isdigit() and used:
             pid = int(file.parent.name)
-            found.append(ProcessUse(pid, process_name(pid, root / "proc"), used))
+            found.append(ProcessUse(pid, process_name(pid, root), used))
     return tuple(sorted(found, key=lambda process: process.pid))
 
 

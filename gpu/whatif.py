@@ -19,7 +19,7 @@ _CATALOGUE: Final = Path(__file__).with_name("catalogue.json")
 # What the driver keeps of the memory that its tool shows: 0.7 to 2.2 % on the cards it was reported for.
 _USABLE_OF_SHOWN: Final = 0.985
 MAX_DEVICES: Final = 16  # GGML_CUDA_MAX_DEVICES, and llama.cpp's own limit for one model
-_DEVICE: Final = re.compile(r"([A-Za-z]+)(\d+)(?:@([A-Za-z0-9._-]+:\d{1,5}))?")
+_DEVICE: Final = re.compile(r"([A-Za-z]+)(\d{1,3})(?:@([A-Za-z0-9._-]+:\d{1,5}))?")
 _PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "RPC")}
 _VENDORS: Final = {"nv": "CUDA", "amd": "ROCm", "intel": "Vulkan"}
 

@@ -139,7 +139,7 @@ def test_durations_read_as_go_writes_them(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["1d", "", "5 m", "m", "--1", "1h-2m", "nan", "1e3"])
+@pytest.mark.parametrize("text", ["1d", "", "5 m", "m", "--1", "1h-2m", "nan", "1e3", "9" * 400])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the text is the input; the caller words the message
         parse_duration(text)
@@ -214,6 +214,12 @@ def test_a_bad_key_is_refused_without_being_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         load({"PLANNER_API_KEYS": "with space"})
     assert "with space" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "8Q", "1.5", "1 2", "9" * 400 + ".5G", "0x10"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the text is the input; the caller words the message
+        parse_size(text)
 
 
 @given(st.integers(0, 2**60))

@@ -97,6 +97,27 @@ def test_a_card_that_is_hidden_from_cuda_is_not_taken_for_the_one_that_is_shown(
     assert "CUDA_VISIBLE_DEVICES" in hidden["why_not"]
 
 
+def test_planner_devices_prints_the_promised_keys_and_nothing_else(
+    python: Callable[..., str], nvml_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "nvml.txt").write_text(RTX4090)
+    server = write_server(tmp_path / "a", CUDA_LIST, backends=("cpu", "cuda"))
+    shown = python(
+        "import sys; from planner.cli import main; sys.exit(main(['devices', '--json']))",
+        LD_LIBRARY_PATH=str(nvml_folder),
+        FAKE_NVML=str(tmp_path / "nvml.txt"),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+        PLANNER_LLAMA_SERVER=str(server),
+    )
+    found = json.loads(shown)
+    assert list(found) == ["devices", "warnings", "looked_for"]
+    keys = "name kind description uuid pci_bus_id total_bytes free_bytes bandwidth_bytes_per_s pool usable why_not"
+    assert all(list(device) == [*keys.split(), "processes"] for device in found["devices"])
+    assert [device["name"] for device in found["devices"]] == ["CUDA0", "CUDA1", "Host"]
+    assert found["devices"][1]["uuid"] == "GPU-aaaa"
+    assert found["devices"][0]["uuid"] is None, "NVML does not know this one"
+
+
 def test_a_unified_part_is_counted_in_the_hosts_pool(nvidia: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     listing = "Available devices:\n  CUDA0: NVIDIA GB10 (124610 MiB, 120000 MiB free)\n"
     server = write_server(tmp_path / "a", listing, backends=("cpu", "cuda"))

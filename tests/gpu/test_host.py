@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from file_trees import write_tree
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu import host
@@ -125,6 +125,7 @@ def test_a_group_over_its_limit_leaves_nothing_rather_than_less(tmp_path: Path) 
     assert memory.available_bytes == 0
 
 
+@settings(max_examples=25)  # each example is a tree of files
 @given(limits=st.lists(st.integers(0, 96), min_size=1, max_size=4), used=st.integers(0, 96))
 def test_one_more_limit_never_gives_more_memory(limits: list[int], used: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
