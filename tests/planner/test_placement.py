@@ -1,0 +1,283 @@
+"""The search obeys what is pinned, keeps to the budgets, and never refuses what would run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner import flags, knobs
+from planner.build import PINNED_BUILD
+from planner.errors import InvalidRequest
+from planner.model import ModelFacts, read_model
+from planner.placement import search
+from planner.types import (
+    HOST,
+    HOST_POOL,
+    Device,
+    DeviceKind,
+    DeviceName,
+    Machine,
+    MemoryPool,
+    NoFit,
+    PerDevice,
+    Placement,
+    PlacementKind,
+    Plan,
+    PlanOutcome,
+    PlanRequest,
+    Policy,
+    PoolId,
+    Refused,
+)
+
+MIB = 1024 * 1024
+HOST_BYTES = 8 * 1024 * MIB
+SMALL = PlanRequest(n_ctx=2048)
+ALLOWED = Policy()
+SIZES = st.lists(st.integers(1 * MIB, 64 * MIB), max_size=3)
+
+
+@pytest.fixture(scope="module")
+def model(endless_model: Path) -> ModelFacts:
+    """Return a model of eight layers, about 12 MiB of weights."""
+    return read_model(os.fspath(endless_model))
+
+
+def machine(*sizes: int, host_bytes: int = HOST_BYTES, kind: DeviceKind = DeviceKind.RPC) -> Machine:
+    """Return a machine with devices of these free bytes."""
+    devices = tuple(
+        Device(DeviceName(f"RPC{i}"), kind, size, size, PoolId(f"p{i}"), overhead_bytes=0)
+        for i, size in enumerate(sizes)
+    )
+    host = Device(HOST, DeviceKind.HOST, host_bytes, host_bytes, HOST_POOL)
+    return Machine(devices, host, pools=(MemoryPool(HOST_POOL, host_bytes, host_bytes),), what_if=True)
+
+
+def plan(model: ModelFacts, request: PlanRequest, where: Machine, policy: Policy = ALLOWED, **more: Any) -> PlanOutcome:
+    return search(model, request, where, policy, PINNED_BUILD, **more)
+
+
+def test_one_device_is_taken_where_one_is_enough(model: ModelFacts) -> None:
+    """It is the one with the most room, and the others are listed with nothing on them."""
+    outcome = plan(model, SMALL, machine(100 * MIB, 200 * MIB, 150 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.devices == ("RPC1",)
+    assert outcome.placement.kind is PlacementKind.GPU
+    assert [usage.planned_bytes for usage in outcome.usages if usage.name in {"RPC0", "RPC2"}] == [0, 0]
+
+
+def test_spreading_takes_all_devices(model: ModelFacts) -> None:
+    outcome = plan(model, SMALL, machine(100 * MIB, 200 * MIB, 150 * MIB), Policy(spread=True))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.devices == ("RPC0", "RPC1", "RPC2")
+
+
+@settings(max_examples=25)
+@given(sizes=SIZES)
+def test_no_budget_is_overrun_and_every_layer_lies_somewhere_once(model: ModelFacts, sizes: list[int]) -> None:
+    outcome = plan(model, SMALL, machine(*sizes))
+    assert isinstance(outcome, Plan)
+    for usage in outcome.usages:
+        assert usage.planned_bytes is not None
+        assert usage.budget_bytes is not None
+        assert usage.planned_bytes <= usage.budget_bytes
+    layers = sorted(layer for usage in outcome.usages for layer in usage.layers)
+    assert layers == list(range(model.hparams.n_layer_all))
+    assert sum(usage.output for usage in outcome.usages) == 1
+
+
+@settings(max_examples=15)
+@given(sizes=SIZES, more=st.integers(0, 64 * MIB))
+def test_more_memory_never_turns_a_fit_into_a_refusal(model: ModelFacts, sizes: list[int], more: int) -> None:
+    request = replace(SMALL, n_gpu_layers="all")
+    less, larger = (
+        plan(model, request, machine(*sizes)),
+        plan(model, request, machine(*(size + more for size in sizes))),
+    )
+    assert isinstance(larger, Plan) or not isinstance(less, Plan)
+
+
+def test_the_first_layers_stay_on_the_host_where_not_all_fit(model: ModelFacts) -> None:
+    outcome = plan(model, SMALL, machine(20 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.kind is PlacementKind.GPU_AND_CPU
+    on_device = [index >= 0 for index in outcome.placement.layer_devices]
+    assert on_device == sorted(on_device)
+
+
+def test_the_context_gives_way_before_layers_do(model: ModelFacts) -> None:
+    """The longest multiple of 256 is taken that leaves all layers on the device."""
+    outcome = plan(model, PlanRequest(), machine(64 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.kind is PlacementKind.GPU
+    assert outcome.n_ctx_per_slot is not None
+    assert outcome.n_ctx_per_slot % 256 == 0
+    assert 4096 <= outcome.n_ctx_per_slot < 32_768
+    longer = plan(model, PlanRequest(n_ctx=outcome.n_ctx_per_slot + 256, n_gpu_layers="all"), machine(64 * MIB))
+    assert isinstance(longer, NoFit)
+
+
+def test_the_trained_length_is_taken_where_it_fits(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(), machine(512 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.n_ctx_per_slot == 32_768
+
+
+def test_the_context_of_the_settings_is_given_to_every_slot(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(), machine(512 * MIB), Policy(n_parallel=3, n_ctx_per_slot=1000))
+    assert isinstance(outcome, Plan)
+    assert outcome.n_ctx_per_slot == 1024
+    assert outcome.request.n_ctx == 3000
+
+
+def test_what_was_promised_or_capped_is_not_spent(model: ModelFacts) -> None:
+    """Promises and overhead come off what is free, what runners hold off the cap; the smaller figure counts."""
+    policy = Policy(
+        gpu_overhead=PerDevice(MIB, MappingProxyType({"RPC1": 5 * MIB})),
+        max_vram=PerDevice(90 * MIB),
+        held=MappingProxyType({"RPC0": 60 * MIB}),
+        promised=MappingProxyType({"RPC1": 30 * MIB}),
+    )
+    outcome = plan(model, SMALL, machine(100 * MIB, 100 * MIB), policy)
+    assert not isinstance(outcome, Refused)
+    assert [usage.budget_bytes for usage in outcome.usages] == [30 * MIB, 65 * MIB, HOST_BYTES]
+
+
+def test_memory_that_two_devices_share_is_spent_once(model: ModelFacts) -> None:
+    """Two names for one pool: what either takes counts against both."""
+    both = machine(40 * MIB, 40 * MIB)
+    shared = replace(
+        both,
+        devices=tuple(replace(device, pool=PoolId("one")) for device in both.devices),
+        pools=(*both.pools, MemoryPool(PoolId("one"), 40 * MIB, 40 * MIB)),
+    )
+    request = PlanRequest(n_ctx=8192, n_gpu_layers="all")
+    assert isinstance(plan(model, request, machine(60 * MIB, 60 * MIB)), Plan)
+    assert isinstance(plan(model, request, shared), NoFit)
+
+
+@pytest.mark.parametrize(
+    "words, devices, n_gpu_layers, counts",
+    [
+        ("-ngl 4", ("RPC1",), 4, [4]),
+        ("-ngl 0", (), 0, []),
+        ("-ts 1,3", ("RPC0", "RPC1"), 9, [3, 6]),
+        ("-ts 1,3 -ngl 4", ("RPC0", "RPC1"), 4, [1, 3]),
+        ("--device RPC1,RPC0 -ts 2,1", ("RPC1", "RPC0"), 9, [6, 3]),
+        ("--device rpc0", ("RPC0",), 9, [9]),
+        ("-sm none", ("RPC0",), 9, [9]),
+        ("-sm none -mg 1", ("RPC1",), 9, [9]),
+        ("--device none", (), 0, []),
+    ],
+)
+def test_pinned_flags_are_obeyed(
+    model: ModelFacts, words: str, devices: tuple[str, ...], n_gpu_layers: int, counts: list[int]
+) -> None:
+    request = flags.parse(["-c", "2048", *words.split()]).request
+    outcome = plan(model, request, machine(100 * MIB, 200 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.devices == devices
+    assert outcome.placement.n_gpu_layers == n_gpu_layers
+    slots = [*outcome.placement.layer_devices, outcome.placement.output_device]
+    assert [slots.count(index) for index in range(len(devices))] == counts
+
+
+def test_every_knob_that_was_not_pinned_has_a_value_and_a_reason(model: ModelFacts) -> None:
+    """The steps are named once each, and the request that is launched has no open choice about placement."""
+    outcome = plan(model, PlanRequest(), machine(100 * MIB, 100 * MIB), Policy(spread=True))
+    assert isinstance(outcome, Plan)
+    steps = [decision.step for decision in outcome.decisions]
+    assert len(steps) == len(set(steps))
+    assert {"context", "devices", "layers on devices", "layers per device", "flash attention", "slots"} <= set(steps)
+    open_knobs = {name for name, value in flags.as_json(outcome.request).items() if value is None}
+    optional = {"main_gpu", "pooling", "mmproj", "mmproj_offload", "lora", "rpc", "override_kv", "override_tensor"}
+    drafts = {name for name in open_knobs if "draft" in name or name.startswith("spec")}
+    host_weights = {"cpu_moe", "n_cpu_moe", "n_cpu_ffn"}
+    roles = {"embeddings", "reranking", "n_ctx_per_slot"}
+    assert open_knobs <= optional | drafts | host_weights | roles
+
+
+def test_a_refusal_names_the_devices_and_what_would_help(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(n_ctx=8192, n_gpu_layers="all"), machine(30 * MIB))
+    assert isinstance(outcome, NoFit)
+    assert [cause.device for cause in outcome.causes] == ["RPC0"]
+    assert outcome.causes[0].needed_bytes > outcome.causes[0].available_bytes == 30 * MIB
+    assert {near.change: near.fits for near in outcome.nearest}["-ngl auto"]
+
+
+def test_a_change_that_is_said_to_fit_does_fit(model: ModelFacts) -> None:
+    """The nearest context is one that really fits, with its number."""
+    request = PlanRequest(n_ctx=32_768, n_gpu_layers="all")
+    outcome = plan(model, request, machine(64 * MIB))
+    assert isinstance(outcome, NoFit)
+    context = next(near for near in outcome.nearest if near.change.startswith("--ctx-size"))
+    assert context.fits
+    shorter = replace(request, n_ctx=int(context.change.split()[1]))
+    assert isinstance(plan(model, shorter, machine(64 * MIB)), Plan)
+
+
+def test_a_host_without_memory_for_the_cache_is_a_refusal(model: ModelFacts) -> None:
+    """Mapped weights are page cache, but the cache, the buffers and the prompt cache must really be there."""
+    outcome = plan(model, PlanRequest(n_ctx=32_768), machine(host_bytes=64 * MIB))
+    assert isinstance(outcome, NoFit)
+    assert [cause.device for cause in outcome.causes] == ["Host"]
+    assert any(near.change == "--cache-ram 0" for near in outcome.nearest)
+
+
+def test_what_llama_cpp_rejects_is_refused_with_its_reason(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(cache_type_v="q8_0", flash_attn="off"), machine(64 * MIB))
+    assert isinstance(outcome, Refused)
+    assert "flash attention" in outcome.reason
+
+
+def test_an_unknown_device_is_wrong_usage(model: ModelFacts) -> None:
+    with pytest.raises(InvalidRequest, match="--device CUDA7: no such device; there is RPC0"):
+        plan(model, PlanRequest(devices=("CUDA7",)), machine(64 * MIB))
+
+
+def test_what_nobody_can_say_is_left_to_llama_cpp_and_said_so(model: ModelFacts) -> None:
+    """Without rule and without oracle llama-server still gets its plan, with its own fit and our margins."""
+    request = PlanRequest(lora=("adapter.gguf",))
+    outcome = plan(model, request, machine(64 * MIB), Policy(gpu_overhead=PerDevice(3 * MIB)))
+    assert isinstance(outcome, Plan)
+    assert outcome.fit_by_llama
+    argv = outcome.launch.argv
+    assert argv[argv.index("--fit") + 1] == "on"
+    assert argv[argv.index("-fitt") + 1] == "3"
+    assert "-ngl" not in argv
+    assert outcome.usages[0].planned_bytes is None
+    assert any("LoRA" in warning for warning in outcome.warnings)
+
+
+def test_an_oracle_is_asked_only_for_what_is_not_known(model: ModelFacts) -> None:
+    asked: list[Placement] = []
+
+    def oracle(_model: object, _params: object, placement: Placement, _machine: object) -> None:
+        asked.append(placement)
+
+    plan(model, SMALL, machine(100 * MIB), oracle=oracle)
+    assert not asked
+    plan(model, replace(SMALL, lora=("adapter.gguf",)), machine(100 * MIB), oracle=oracle)
+    assert asked
+
+
+def test_the_same_question_has_the_same_answer(model: ModelFacts) -> None:
+    where = machine(20 * MIB, 30 * MIB)
+    assert plan(model, SMALL, where) == plan(model, SMALL, where)
+
+
+def test_texts_to_embed_pass_in_one_piece(embedding_model: Path) -> None:
+    """The micro-batch is as long as the context, since a text cannot be split."""
+    facts = read_model(os.fspath(embedding_model))
+    outcome = plan(facts, PlanRequest(role=facts.role), machine(1024 * MIB))
+    assert isinstance(outcome, Plan)
+    assert knobs.needs_whole_text(facts, outcome.request)
+    assert outcome.request.embeddings
+    assert (outcome.request.n_ubatch or 0) >= (facts.hparams.n_ctx_train or 0) > 0
