@@ -184,8 +184,8 @@ def refresh(server: Server, environ: Environ, *, machine_key: Sequence[str] = ()
     return server if isinstance(again, str) else again
 
 
-def runner_environment(environ: Environ, config_home: str) -> dict[str, str]:
-    """Return the environment in which llama-server is asked and must be launched, so that it sees the same devices.
+def _environment(environ: Environ, config_home: str) -> dict[str, str]:
+    """Return the environment in which llama-server is asked.
 
     A restriction to some devices (CUDA_VISIBLE_DEVICES and its like) is the operator's and stays; CUDA's order is made
     NVML's. ``config_home`` is an empty folder, since a user's own llama.cpp configuration would add flags.
@@ -236,7 +236,7 @@ def _run(path: Path, flag: str, environ: Environ, timeout_s: float) -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=runner_environment(environ, empty),
+                env=_environment(environ, empty),
                 timeout=timeout_s,
                 check=False,
             )

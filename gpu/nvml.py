@@ -44,7 +44,7 @@ _CORES_PER_MULTIPROCESSOR_ELSE: Final = 128
 T = TypeVar("T")
 
 
-def probe() -> Probe:
+def probe(timeout_s: float = TIMEOUT_S) -> Probe:
     """Return this machine's NVIDIA cards, in PCI order (that of ``CUDA_DEVICE_ORDER=PCI_BUS_ID``). Raises nothing."""
     try:
         ctypes.CDLL(LIBRARY)  # a millisecond; importing pynvml costs 25
@@ -64,9 +64,9 @@ def probe() -> Probe:
     answers: SimpleQueue[Probe] = SimpleQueue()
     Thread(target=lambda: answers.put(_ask(pynvml)), name="nvml", daemon=True).start()
     try:
-        return answers.get(timeout=TIMEOUT_S)
+        return answers.get(timeout=timeout_s)
     except Empty:
-        line = f"NVIDIA: the driver gave no answer within {TIMEOUT_S:.0f} s; see nvidia-smi and the kernel log"
+        line = f"NVIDIA: the driver gave no answer within {timeout_s:g} s; see nvidia-smi and the kernel log"
         return Probe(warnings=(line,), looked_for=_LOOKED_FOR)
 
 

@@ -100,6 +100,16 @@ def test_missing_memory_on_any_other_card_is_unknown_and_not_unified(ask: Ask) -
     assert card["free_bytes"] is None
 
 
+def test_a_wedged_driver_is_given_up_when_its_time_is_over(
+    python: Callable[..., str], nvml_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "nvml.txt").write_text("hang\n")
+    code = CODE.replace("probe()", "probe(timeout_s=0.1)")
+    found = json.loads(python(code, LD_LIBRARY_PATH=str(nvml_folder), FAKE_NVML=str(tmp_path / "nvml.txt")))
+    assert found["cards"] == []
+    assert "no answer within 0.1 s" in found["warnings"][0]
+
+
 def test_no_library_means_no_card_and_no_warning(python: Callable[..., str]) -> None:
     found = json.loads(python(CODE))
     assert found["cards"] == []
