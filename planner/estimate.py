@@ -55,11 +55,16 @@ class BufferBytes:
     host: int
 
 
+def offloads_everything(placement: Placement, n_layer_all: int) -> bool:
+    """Say whether ``-ngl`` covers every block and the output; a negative one means all (src/llama-model.cpp)."""
+    return placement.n_gpu_layers < 0 or placement.n_gpu_layers > n_layer_all
+
+
 def pipeline_copies(params: ContextParams, placement: Placement, n_layer_all: int) -> int:
     """Return how many copies of its inputs the scheduler keeps (src/llama-context.cpp, ``pipeline_parallel``)."""
     pipelined = (
         len(placement.devices) > 1
-        and placement.n_gpu_layers > n_layer_all
+        and offloads_everything(placement, n_layer_all)
         and params.split_mode == "layer"
         and params.kv_offload
         and not params.overrides
@@ -183,7 +188,8 @@ class _Form:
 
     def _ffn(self, width: Width) -> int:
         row, per_element = self._row(self.n_tokens), F32_BYTES * self.n_tokens
-        dense = 3 * row + 3 * width.ffn * per_element
+        rotated = row if BY_NAME[self.params.cache_type_k].quantized else 0
+        dense = 3 * row + 3 * width.ffn * per_element + rotated
         if not width.expert:
             return dense
         gate, down = width.expert * per_element, self.hparams.n_expert_used * row

@@ -11,7 +11,13 @@ from typing import Final
 from planner.allocator import AllocSize, GraphAllocator
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.context import ContextParams
-from planner.estimate import OFFLOAD_MIN_ROWS, OFFLOADING_KINDS, pipeline_copies, reserved_tokens
+from planner.estimate import (
+    OFFLOAD_MIN_ROWS,
+    OFFLOADING_KINDS,
+    offloads_everything,
+    pipeline_copies,
+    reserved_tokens,
+)
 from planner.ggml import pad
 from planner.graph import Node
 from planner.graphs import build_graph
@@ -66,7 +72,7 @@ def _replay(
     ]
     sizes = [0] * (len(backends) + 1)
     for n_tokens, n_outputs in _passes(params):
-        pins = placement.n_gpu_layers > model.hparams.n_layer_all or n_tokens < PIN_BELOW_TOKENS
+        pins = offloads_everything(placement, model.hparams.n_layer_all) or n_tokens < PIN_BELOW_TOKENS
         batch = Batch(n_tokens, n_outputs, pins_norms=pins)
         graph = build_graph(Blocks(model.hparams, tensors, params, places, batch), model.metadata)
         plan = schedule(graph, len(sizes), n_copies, [*offloads, None])

@@ -41,7 +41,8 @@ def schedule(graph: Graph, n_backends: int, n_copies: int, offloads: Sequence[Of
     """Return the graph as ``ggml_backend_sched_split_graph`` hands it to the allocator.
 
     ``offloads[b]`` says whether backend ``b`` takes an operation over whose weights lie in host memory
-    (``offload_op``), None where it never does. Nodes that already have a backend keep it (``ggml_backend_sched_set_tensor_backend``).
+    (``offload_op``), None where it never does. Nodes that already have a backend keep it
+    (``ggml_backend_sched_set_tensor_backend``).
     """
     cpu = n_backends - 1
     _assign_from_locations(graph, cpu, offloads)
