@@ -240,6 +240,13 @@ def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
     return tuple(range(hparams.n_layer_all) if hparams.architecture == "step35" else layers)
 
 
+@lru_cache(maxsize=1024)
+def _matched(model: ModelFacts, pattern: str) -> frozenset[str]:
+    """Return the names of the tensors that an override's pattern matches, anywhere in the name."""
+    found = re.compile(pattern).search
+    return frozenset(tensor.name for tensor in model.tensors if found(tensor.name))
+
+
 @lru_cache(maxsize=128)
 def _shares(
     model: ModelFacts,
@@ -250,7 +257,9 @@ def _shares(
     places: tuple[tuple[str, BufferType], ...],
 ) -> tuple[Share, ...]:
     """Return each slot's share where the slot lies on a device of that buffer type, or on the host for None."""
-    patterns = [(re.compile(pattern), place) for pattern, place in overrides]
+    overridden = {  # the first override that matches wins
+        name: place for pattern, place in reversed(overrides) for name in _matched(model, pattern)
+    }
     buffers = dict(places)
     embedding = model.tensor(_EMBEDDING)
     input_copy = _keeping(_Weight(embedding, Operation.GET_ROWS), rule) if embedding else None
@@ -260,7 +269,7 @@ def _shares(
         device_bytes, host, elsewhere = 0, HostShare(), Counter[str]()
         for weight in weights:
             tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]
-            place = next((place for pattern, place in patterns if pattern.search(tensor.name)), None)
+            place = overridden.get(tensor.name)
             if place in buffers:
                 if not weight.tied:  # the input's copy is there already
                     elsewhere[place] += buffers[place].allocation(type_, tensor.shape[0], tensor.nbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from gguf_files import write_header
 from hypothesis import given
@@ -146,3 +147,10 @@ def test_what_llama_cpp_refuses_is_refused_with_its_reason(
 )
 def test_what_llama_cpp_takes_is_not_refused(model: ModelFacts, knobs: dict[str, Any]) -> None:
     assert refusal(model, PlanRequest(**knobs), [DeviceKind.CUDA]) is None
+
+
+def test_files_that_are_no_model_for_this_machine_are_refused(tmp_path: Path) -> None:
+    vocabulary = read_model(str(write_header(tmp_path / "vocab.gguf", "llama", {}, [], tokens=9)))
+    assert "no weights" in (refusal(vocabulary, PlanRequest()) or "")
+    foreign = write_header(tmp_path / "big.gguf", "llama", BASE, TENSORS, endian=gguf.GGUFEndian.BIG)
+    assert "big-endian" in (refusal(read_model(str(foreign)), PlanRequest()) or "")
