@@ -56,7 +56,7 @@ def to_text(outcome: PlanOutcome, width: int = 80, style: Style = Style()) -> st
     if not isinstance(outcome, Refused):
         blocks.append(_table(outcome.usages, width, style) + _host_lines(outcome.host, width, style))
     if isinstance(outcome, NoFit):
-        blocks.append(_nearest(outcome, width))
+        blocks.append(_nearest(outcome, style))
     if isinstance(outcome, Plan):
         blocks.append(_launch(outcome, width, style))
     blocks.append(_reasons(outcome, width, style))
@@ -123,13 +123,13 @@ def _model(outcome: PlanOutcome, width: int, style: Style) -> list[str]:
 def _table(usages: Sequence[DeviceUsage], width: int, style: Style) -> list[str]:
     rows = [_row(usage) for usage in usages]
     widths = [max(len(cell) for cell in column) for column in zip(_HEADINGS, *rows, strict=True)]
+    indent = widths[0] + len(_GAP)
+    room = min(width, sum(widths) + len(_GAP) * (len(widths) - 1)) - indent
     lines = [style.paint(_DIM, _line(_HEADINGS, widths))]
     for usage, row in zip(usages, rows, strict=True):
         over = (usage.headroom_bytes or 0) < 0
         lines.append(style.paint(_RED, _line(row, widths)) if over else _line(row, widths))
-        lines.append(
-            " " * (widths[0] + len(_GAP)) + _bar(usage, min(width, len(lines[0])) - widths[0] - len(_GAP), style)
-        )
+        lines.append(" " * indent + _bar(usage, room, style))
     return [*lines, _legend(style)]
 
 
@@ -149,7 +149,7 @@ def _bar(usage: DeviceUsage, width: int, style: Style) -> str:
     parts = (usage.model.bytes, usage.context.bytes, usage.compute.bytes, usage.overhead_bytes)
     planned = usage.planned_bytes
     if planned is None or usage.free_bytes is None:
-        return style.paint(_DIM, "not known".ljust(width))
+        return style.paint(_DIM, "not known")
     scale = max(planned, usage.free_bytes, 1)
     room = width - len(" 100 %")
     ends = [round(room * sum(part or 0 for part in parts[: i + 1]) / scale) for i in range(len(parts))]
@@ -177,7 +177,7 @@ def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
         ("output buffer", host.output_buffer_bytes),
         ("prompt cache, at most", host.prompt_cache_bytes),
     )
-    text = ", ".join(f"{name} {size(figure)}" for name, figure in figures if figure != 0)
+    text = ", ".join(f"{name} {size(figure)}" for name, figure in figures if figure)
     return [style.paint(_DIM, line) for line in _wrap("Host: ", text, width)] if text else []
 
 
@@ -185,13 +185,15 @@ def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
 # Below it
 
 
-def _nearest(no_fit: NoFit, width: int) -> list[str]:
-    causes = [
-        f"{cause.device} needs {size(cause.needed_bytes)} and has {size(cause.available_bytes)}"
+def _nearest(no_fit: NoFit, style: Style) -> list[str]:
+    lines = [style.paint(_DIM, "Needed:")]
+    lines += [
+        f"  {cause.device} needs {size(cause.needed_bytes)} and has {size(cause.available_bytes)}"
         for cause in no_fit.causes
     ]
-    tried = [f"{'fits' if near.fits else 'still too much'}: {near.change}" for near in no_fit.nearest]
-    return [*causes, *(line for text in tried for line in _wrap("  ", text, width))]
+    if no_fit.nearest:
+        lines += ["", style.paint(_DIM, "Tried instead, one change at a time:")]
+    return lines + [f"  {near.change}: {'fits' if near.fits else 'does not fit either'}" for near in no_fit.nearest]
 
 
 def _launch(plan: Plan, width: int, style: Style) -> list[str]:
