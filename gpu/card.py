@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from planner.types import DeviceKind, ProcessUse
-from planner.units import GIB, MIB
+from planner.types import ProcessUse
+from planner.units import MIB
 
 
 class Vendor(StrEnum):
@@ -53,40 +53,23 @@ class Probe:
 _CONTEXT_MIB_AT_LEAST: Final = 110
 _CONTEXT_MIB_BASE: Final = 10.0
 _CONTEXT_MIB_PER_MULTIPROCESSOR: Final = 2.9
-# Where the number of multiprocessors is unknown: by size of the card, erring upwards.
-_CONTEXT_MIB_BY_SIZE: Final = ((24 * GIB, 300), (48 * GIB, 450))
-_CONTEXT_MIB_OF_THE_LARGEST: Final = 600
 # The cuBLAS workspace that ggml-cuda sets for each device on first use (ggml-cuda/common.cuh): more from Hopper on.
 _CUBLAS_MIB: Final = 4
 _CUBLAS_MIB_HOPPER: Final = 32
 _HOPPER: Final = 9.0
-# About 0.4 GiB stayed unexplained on a 7900 XTX with two unrelated models.
-_HIP_MIB: Final = 400
-# Reported between 100 and 200 MiB for Vulkan; other backends have no figure and are treated alike.
-_OTHER_MIB: Final = 200
+# ggml-cuda's pool of temporaries grows with the first long prompt and is never given back. Quantized activations of
+# 512 tokens take tens of MiB; this is an allowance for them, not a measurement.
+_POOL_MIB: Final = 128
 
 
-def overhead_bytes(
-    kind: DeviceKind, *, total_bytes: int | None, arch: str | None = None, multiprocessors: int | None = None
-) -> int:
-    """Return what one llama-server process takes on a device beyond what llama.cpp's memory breakdown reports.
+def cuda_overhead_bytes(arch: str | None, multiprocessors: int | None) -> int | None:
+    """Return what one llama-server process takes on this card beyond what llama.cpp's memory breakdown reports.
 
-    That is the driver's context and the workspace of its libraries. 0 for RPC workers (their context exists before we
-    come, so their free figure leaves it out) and for the host. Where each number comes from stands at the constants;
-    a measurement of the real card is better than any of them.
+    That is the driver's context, the workspace of its libraries and ggml's pool. None where the card's size is not
+    known: then ``planner.budget.OVERHEAD_BYTES`` has the rule, as for every other kind of device.
     """
-    if kind in {DeviceKind.RPC, DeviceKind.HOST}:
-        return 0
-    if kind is DeviceKind.ROCM:
-        return _HIP_MIB * MIB
-    if kind is not DeviceKind.CUDA:
-        return _OTHER_MIB * MIB
-    if multiprocessors is not None:
-        context_mib = max(
-            _CONTEXT_MIB_AT_LEAST, round(_CONTEXT_MIB_BASE + _CONTEXT_MIB_PER_MULTIPROCESSOR * multiprocessors)
-        )
-    else:
-        by_size = (mib for limit, mib in _CONTEXT_MIB_BY_SIZE if total_bytes is not None and total_bytes <= limit)
-        context_mib = next(by_size, _CONTEXT_MIB_OF_THE_LARGEST)
-    hopper = arch is None or float(arch) >= _HOPPER
-    return (context_mib + (_CUBLAS_MIB_HOPPER if hopper else _CUBLAS_MIB)) * MIB
+    if arch is None or multiprocessors is None:
+        return None
+    by_size = round(_CONTEXT_MIB_BASE + _CONTEXT_MIB_PER_MULTIPROCESSOR * multiprocessors)
+    cublas = _CUBLAS_MIB_HOPPER if float(arch) >= _HOPPER else _CUBLAS_MIB
+    return (max(_CONTEXT_MIB_AT_LEAST, by_size) + cublas + _POOL_MIB) * MIB

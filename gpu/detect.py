@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from gpu import host, llama, nvml, rocm
-from gpu.card import Card, Vendor, overhead_bytes
+from gpu.card import Card, Vendor, cuda_overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.matching import match, unmatched
 from gpu.rpc_devices import RpcServer, rpc_devices
@@ -135,7 +135,6 @@ def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory) ->
             free_bytes=listed.free_bytes,
             pool=PoolId(listed.name),
             description=listed.description,
-            overhead_bytes=overhead_bytes(listed.kind, total_bytes=listed.total_bytes),
         )
     device = _card_device(listed.name, listed.kind, card, memory)
     # The smaller figure is the true one: HIP does not see what other programs hold, NVML not that a device is a part
@@ -171,12 +170,7 @@ def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemor
         pci_bus_id=card.pci_bus_id,
         bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
         compute_capability=card.arch,
-        overhead_bytes=overhead_bytes(
-            kind,
-            total_bytes=total,
-            arch=card.arch if card.vendor is Vendor.NVIDIA else None,
-            multiprocessors=card.multiprocessors,
-        ),
+        overhead_bytes=cuda_overhead_bytes(card.arch, card.multiprocessors) if kind is DeviceKind.CUDA else None,
         processes=card.processes,
     )
 

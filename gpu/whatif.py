@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpu import host
-from gpu.card import overhead_bytes
 from gpu.llama import kind_of
-from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+from planner.types import HOST_POOL, Device, DeviceName, Machine, MemoryPool, PoolId
 from planner.units import GIB, MIB, parse_size
 
 _CATALOGUE: Final = Path(__file__).with_name("catalogue.json")
@@ -95,7 +94,6 @@ def _named(spec: str) -> Device:
         pool=PoolId(prefix + match.group(2)),
         description="what-if",
         endpoint=endpoint,
-        overhead_bytes=overhead_bytes(kind, total_bytes=free),
     )
 
 
@@ -130,7 +128,6 @@ def _card_device(card: CatalogueCard, name: str, memory: host.HostMemory) -> Dev
         description=f"{card.name} (what-if)",
         bandwidth_bytes_per_s=card.bandwidth_bytes_per_s,
         compute_capability=card.arch,
-        overhead_bytes=overhead_bytes(kind, total_bytes=usable, arch=card.arch if kind is DeviceKind.CUDA else None),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from gpu.card import cuda_overhead_bytes
+
 MIB = 1024**2
 GIB = 1024**3
 
@@ -118,3 +120,14 @@ def test_no_library_means_no_card_and_no_warning(python: Callable[..., str]) -> 
 
 def test_the_probe_leaves_pynvml_alone_where_there_is_no_driver(python: Callable[..., str]) -> None:
     assert python("import sys; from gpu import nvml; nvml.probe(); print('pynvml' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize("arch,multiprocessors,mib", [("8.9", 34, 110 + 4), ("12.0", 188, 555 + 32)])
+def test_a_context_grows_with_the_card_as_it_was_measured(arch: str, multiprocessors: int, mib: int) -> None:
+    overhead = cuda_overhead_bytes(arch, multiprocessors)
+    assert overhead is not None
+    assert overhead >= mib * MIB
+
+
+def test_the_overhead_of_a_card_of_unknown_size_is_left_to_the_general_rule() -> None:
+    assert cuda_overhead_bytes("8.9", None) is None

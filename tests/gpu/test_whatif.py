@@ -7,7 +7,6 @@ import re
 import pytest
 
 from gpu import host, show, whatif
-from gpu.card import overhead_bytes
 from planner.types import HOST_POOL, DeviceKind
 
 MIB = 1024**2
@@ -85,19 +84,6 @@ def test_every_card_of_the_catalogue_makes_a_machine() -> None:
         (device,) = whatif.machine([], [key]).devices
         assert device.description.startswith(card.name)
         assert device.free_bytes
-
-
-def test_workers_and_the_host_have_no_overhead_and_cards_have_one() -> None:
-    assert overhead_bytes(DeviceKind.RPC, total_bytes=GIB) == 0
-    assert overhead_bytes(DeviceKind.HOST, total_bytes=GIB) == 0
-    for kind in (DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN):
-        assert overhead_bytes(kind, total_bytes=24 * GIB) > 0
-
-
-@pytest.mark.parametrize("multiprocessors,mib", [(34, 110), (188, 555)])
-def test_a_cuda_context_grows_with_the_card_as_it_was_measured(multiprocessors: int, mib: int) -> None:
-    overhead = overhead_bytes(DeviceKind.CUDA, total_bytes=GIB, arch="8.9", multiprocessors=multiprocessors)
-    assert overhead == (mib + 4) * MIB
 
 
 def test_the_table_shows_unknown_as_a_question_mark_and_names_what_cannot_be_used() -> None:
