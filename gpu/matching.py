@@ -8,6 +8,7 @@ programming guide, environment variables; ROCm documentation, GPU isolation).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from gpu.card import Card, Vendor
@@ -79,7 +80,7 @@ def _shown(cards: Sequence[Card], wanted: str | None) -> list[Card]:
 
 
 def _named(cards: Sequence[Card], entry: str) -> Card | None:
-    if entry.isdigit():
+    if re.fullmatch(r"[0-9]{1,4}", entry):
         return cards[int(entry)] if int(entry) < len(cards) else None
     matches = [card for card in cards if entry and (card.uuid or "").lower().startswith(entry.lower())]
     return matches[0] if len(matches) == 1 else None

@@ -111,7 +111,7 @@ def _next_name(prefix: str, devices: Sequence[Device]) -> str:
 
 def _cards(spec: str) -> list[CatalogueCard]:
     key, _, count_text = spec.partition(":")
-    if count_text and not (count_text.isdigit() and 0 < int(count_text) <= MAX_DEVICES):
+    if count_text and not (re.fullmatch(r"[0-9]{1,3}", count_text) and 0 < int(count_text) <= MAX_DEVICES):
         raise WhatIfError(f"--gpu {spec!r}: {count_text!r} is not a count from 1 to {MAX_DEVICES}")
     return [_find(key)] * int(count_text or 1)
 

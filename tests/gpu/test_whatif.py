@@ -70,6 +70,7 @@ def test_no_spec_is_a_machine_without_gpus_on_this_host() -> None:
         (["CUDA0=1G", "cuda0=2G"], [], "CUDA0 is named twice"),
         ([], ["rtx4095"], "nearest: rtx4090"),
         ([], ["rtx4090:0"], "not a count"),
+        ([], ["rtx4090:²"], "not a count"),
         ([], ["rtx4090:16", "rtx3060"], "17 devices"),
     ],
 )
