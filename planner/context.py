@@ -95,7 +95,9 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
     n_ubatch = _bounded("--ubatch-size", request.n_ubatch, N_UBATCH, 1, MAX_CONTEXT)
     if embeddings:  # all tokens of an input in one micro-batch (tools/server/server.cpp)
         n_batch = min(n_batch, n_ubatch)
-    n_outputs_max = n_batch if embeddings else max(1, min(n_batch, n_parallel))
+    rules = ARCHITECTURES.get(model.hparams.architecture)
+    every_token = embeddings or (rules is not None and rules.encodes)
+    n_outputs_max = n_batch if every_token else min(n_batch, n_parallel)
     if model.hparams.causal:
         n_batch = min(n_ctx_unpadded, n_batch)
     n_ctx = ggml.pad(n_ctx_unpadded, CONTEXT_ALIGNMENT)

@@ -65,6 +65,7 @@ class Architecture:
     ties_output: bool = True
     duplicate_first: bool = False  # requests the tied output before token_embd, so both stay (gemma3n, gemma4)
     nextn_loaded: str | None = None
+    encodes: bool = False  # has an encoder pass, whose every token is an output (llama_model_has_encoder)
     embeds: bool = False  # encoders: served for embeddings whatever the file's pooling type
     lazy_embedding: bool = False  # per_layer_token_embd may be mapped on demand
     flash_attention: bool = True

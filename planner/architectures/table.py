@@ -133,7 +133,10 @@ _SPECIAL: Final[Mapping[str, Architecture]] = {
 _REMARKS: Final[Mapping[str, Mapping[str, object]]] = {
     "bitnet": {"ties_output": False},  # multiplies with token_embd where it lies
     "grok": {"flash_attention": False},
-    "t5encoder": {"embeds": True},
+    "t5": {"encodes": True},
+    "t5encoder": {"encodes": True, "embeds": True},
+    "eagle3": {"encodes": True},
+    "dflash": {"encodes": True},
     "llama-embed": {"embeds": True},
     "glm4": {"nextn_loaded": _NOTHING},
     "glm4moe": {"nextn_loaded": _NOTHING},
