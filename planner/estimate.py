@@ -81,7 +81,8 @@ def estimate_buffers(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> BufferBytes | None:
     """Return compute buffers that err upwards, or None where the model's graph has no closed form here."""
-    if model.hparams.architecture not in SHAPES or not model.hparams.causal:
+    hparams = model.hparams
+    if hparams.architecture not in SHAPES or any(hparams.recr_layers) or not hparams.causal:
         return None
     form = _Form.of(model, params, placement)
     return BufferBytes(

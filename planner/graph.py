@@ -77,8 +77,10 @@ class Node:
         self.n_children = self.n_views = self.offset = self.buffer = 0
 
     def nbytes(self) -> int:
-        """Return the bytes from the first element to the last (``ggml_nbytes``)."""
+        """Return the bytes from the first element to the last, 0 where there is none (``ggml_nbytes``)."""
         ne, nb = self.ne, self.nb
+        if 0 in ne:
+            return 0
         if self.type.block == 1:
             first = nb[0] * (ne[0] - 1) + self.type.block_bytes
         else:
@@ -231,6 +233,14 @@ class Graph:
     def set_rows(self, a: Node, rows: Node, ids: Node) -> Node:
         """Return ``a`` after rows of it were written: a view of it."""
         return Node("set_rows", a.type, a.ne, a.nb, [rows, ids, a], a.view_of or a)
+
+    def copy(self, a: Node, b: Node) -> Node:
+        """Return ``b`` after ``a`` was written to it: a view of it (``ggml_cpy``)."""
+        return Node("cpy", b.type, b.ne, b.nb, [a, b], b.view_of or b)
+
+    def scale_inplace(self, a: Node) -> Node:
+        """Return ``a`` after it was scaled where it lies."""
+        return Node("scale", a.type, a.ne, a.nb, [a], a.view_of or a)
 
     def top_k(self, a: Node, k: int) -> Node:
         """Return the indices of each row's k largest: a window into all of them sorted (``ggml_argsort_top_k``)."""

@@ -8,8 +8,9 @@ from typing import Final
 from planner.graph import Graph
 from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
+from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.latent import LatentDecoder
-from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, When
+from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder
 from planner.model import MetadataValue
 
@@ -19,6 +20,7 @@ _FUSED_GATE: Final = ("glu",)
 _POST_NORMS: Final = ("post_attention_norm", "post_ffw_norm")
 _HEADER_MOE: Final = Moe(normalizes=None, scales=None)
 _SCALED_MOE: Final = Moe(uses_scales=True)
+_GATED_MOE: Final = Moe(uses_scales=True, shared_gate=SharedGate.SIGMOID)
 _GRANITE: Final = Shape(rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS)
 _GEMMA: Final = Shape(embedding_scale=When.ALWAYS, scaled_query=True)
 
@@ -150,9 +152,14 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "pockettts": Shape(norm="norm", ffn=_GELU),
     "qwen": Shape(),
     "qwen2": Shape(),
-    "qwen2moe": Shape(moe=Moe(normalizes=False, shared_gate=True)),
+    "qwen2moe": Shape(moe=Moe(normalizes=False, shared_gate=SharedGate.RATIO)),
     "qwen2vl": Shape(four_positions=When.ALWAYS),
     "qwen3": Shape(),
+    "qwen35": Shape(four_positions=When.ALWAYS, ffn_norm="post_attention_norm", rows=Rows.AFTER_NORM),
+    "qwen35moe": Shape(
+        four_positions=When.ALWAYS, ffn_norm="post_attention_norm", moe=_GATED_MOE, rows=Rows.AFTER_NORM
+    ),
+    "qwen3next": Shape(ffn_norm="post_attention_norm", moe=_GATED_MOE, rows=Rows.AFTER_NORM),
     "qwen3moe": Shape(moe=_SCALED_MOE),
     "qwen3tts": Shape(four_positions=When.ALWAYS),
     "qwen3vl": Shape(four_positions=When.ALWAYS),
@@ -174,6 +181,9 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "laguna": GatedAttentionDecoder,
     "mistral4": LatentDecoder,
     "openelm": OpenElmDecoder,
+    "qwen35": DeltaNetDecoder,
+    "qwen35moe": DeltaNetDecoder,
+    "qwen3next": SpreadDeltaNetDecoder,
     "spark2_5": GatedAttentionDecoder,
 }
 

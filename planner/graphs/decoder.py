@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.graph import F32, I32, Graph, Node
 from planner.graphs.blocks import Blocks, CacheInputs
-from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, When
+from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
 _MEDIUM_LAYERS = 32  # what src/models/baichuan.cpp takes for the smaller model
@@ -227,7 +227,9 @@ class Decoder:
         if not blocks.weight(f"blk.{il}.ffn_up_shexp.weight"):
             return routed
         shared = blocks.gated_ffn(x, il, "_shexp")
-        if shape.moe.shared_gate:
+        if shape.moe.shared_gate is not SharedGate.NONE:
             score = blocks.project(x, f"blk.{il}.ffn_gate_inp_shexp")
-            shared = self.graph.same("mul", shared, self.graph.same("div", self.graph.same("unary", score), score))
+            gate = self.graph.same("unary", score)
+            gate = self.graph.same("div", gate, score) if shape.moe.shared_gate is SharedGate.RATIO else gate
+            shared = self.graph.same("mul", shared, gate)
         return self.graph.same("add", routed, shared)

@@ -54,6 +54,14 @@ class Rows(StrEnum):
     AFTER_NORM = "after the output norm"
 
 
+class SharedGate(StrEnum):
+    """How the shared expert's output is weighed."""
+
+    NONE = "not at all"
+    RATIO = "silu(score) / score"
+    SIGMOID = "sigmoid(score)"
+
+
 @dataclass(frozen=True, slots=True)
 class Moe:
     """How a block chooses and weighs its experts. None: as the header says (expert_weights_norm, _scale)."""
@@ -64,7 +72,7 @@ class Moe:
     gated: bool = True
     weighs_input: bool = False  # the weights are applied before the experts; the plain scores choose
     uses_scales: bool = False  # experts' scales, in files that have them
-    shared_gate: bool = False  # the shared expert's output is weighed by a gate of its own
+    shared_gate: SharedGate = SharedGate.NONE
 
 
 @dataclass(frozen=True, slots=True)
