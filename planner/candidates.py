@@ -48,6 +48,11 @@ class Candidate:
         """Say whether it is known to fit."""
         return not self.shortfalls and not self.unknown
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Say whether also what is mapped from the file fits into the host's memory, so that nothing is read twice."""
+        return self.fits and (self.usages[-1].headroom_bytes or 0) >= 0
+
 
 @dataclass(frozen=True)
 class Finder:

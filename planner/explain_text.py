@@ -20,6 +20,9 @@ _HEADINGS: Final = ("device", "layers", "weights", "context", "compute", "overhe
 _PARTS: Final = ("weights", "context", "compute", "overhead")
 _FULL: Final = 1000  # from here a figure is written in the next unit, so that none is wider than eight characters
 
+_SHARE: Final = " 100 %"
+_FAR_OVER: Final = ">999 %"
+
 _BOLD: Final = "1"
 _DIM: Final = "2"
 _RED: Final = "31"
@@ -151,14 +154,15 @@ def _bar(usage: DeviceUsage, width: int, style: Style) -> str:
     if planned is None or usage.free_bytes is None:
         return style.paint(_DIM, "not known")
     scale = max(planned, usage.free_bytes, 1)
-    room = width - len(" 100 %")
+    room = width - len(_SHARE)
     ends = [round(room * sum(part or 0 for part in parts[: i + 1]) / scale) for i in range(len(parts))]
     cells = [
         style.paint(colour, block * (end - start))
         for colour, block, start, end in zip(_PART_COLOURS, style.blocks, [0, *ends], ends, strict=False)
     ]
     share = f"{planned / usage.free_bytes:.0%}".replace("%", " %") if usage.free_bytes else ""
-    return "".join(cells) + style.paint(_DIM, style.rest * (room - ends[-1])) + share.rjust(len(" 100 %"))
+    share = share if len(share) <= len(_SHARE) else _FAR_OVER
+    return "".join(cells) + style.paint(_DIM, style.rest * (room - ends[-1])) + share.rjust(len(_SHARE))
 
 
 def _legend(style: Style) -> str:

@@ -123,7 +123,10 @@ class _Search:
 
     def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
         complete = finder.complete(request)
-        return complete if complete.fits or complete.unknown else finder.partial(request, complete)
+        if complete.fits or complete.unknown:
+            return complete
+        partial = finder.partial(request, complete)
+        return partial if partial.fits else min(partial, complete, key=_shortfall_bytes)
 
     def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
@@ -134,14 +137,15 @@ class _Search:
             return complete
         partial = self._best_of(finder, knobs.with_context(settled, floor))
         if partial.placement.devices:
-            self._decide(
-                "context", f"{floor:,} tokens", "not all layers fit on devices, and a longer one leaves less for them"
-            )
+            why = "not all layers fit on devices, and a longer one leaves less for them"
+            self._decide("context", f"{floor:,} tokens", why)
             return partial
         on_host = _longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
-        if on_host is not None:
-            self._decide_context(on_host, trained)
-        return on_host or partial
+        if on_host is None:
+            self._decide("context", f"{floor:,} tokens", "the weights alone are more than the host's memory")
+            return partial
+        self._decide_context(on_host, trained)
+        return on_host
 
     def _decide_context(self, found: Candidate, trained: int) -> None:
         n_ctx = min(found.params.n_ctx_seq, trained)
@@ -166,8 +170,8 @@ class _Search:
                 why = "no layer fits on one" if self.machine.devices else "there is none"
             self._decide("devices", ", ".join(placement.devices) or "none", why)
         if self.request.n_gpu_layers is None:
-            whole = placement.kind is PlacementKind.GPU
-            why = "all fit" if whole else "no more fit; the first layers stay on the host"
+            why = "all fit" if placement.kind is PlacementKind.GPU else "no more fit; the first layers stay on the host"
+            why = why if placement.devices else "no device is used"
             self._decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
         if self.request.tensor_split is None and len(placement.devices) > 1:
             shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
@@ -246,6 +250,10 @@ class _Search:
         )
 
 
+def _shortfall_bytes(attempt: Candidate) -> int:
+    return sum(cause.shortfall_bytes for cause in attempt.shortfalls)
+
+
 def _chosen_devices(request: PlanRequest, machine: Machine) -> tuple[Device, ...]:
     """Return the devices that may be used, in llama-server's order. Raises InvalidRequest for a name that is none."""
     if request.devices is None:
@@ -275,22 +283,22 @@ def _pinned_context(settled: PlanRequest) -> PlanRequest:
 
 
 def _longest(candidate: Callable[[int], Candidate], floor: int, trained: int) -> Candidate | None:
-    """Return the candidate with the longest context that fits, None where not even the floor's does.
+    """Return the candidate with the longest context that fits, mapped weights included; None where none does.
 
     The trained length is tried first; below it multiples of 256 are bisected, since memory grows with the context.
     One whose figures are not known is returned as it is: there is nothing to compare.
     """
     whole = candidate(trained)
-    if whole.fits or whole.unknown:
+    if whole.fits_in_memory or whole.unknown:
         return whole
     best = candidate(floor)
-    if not best.fits:
+    if not best.fits_in_memory:
         return None
     low, high = floor // STEP, -(-trained // STEP)
     while high - low > 1:
         middle = (low + high) // 2
         attempt = candidate(middle * STEP)
-        if attempt.fits:
+        if attempt.fits_in_memory:
             low, best = middle, attempt
         else:
             high = middle
