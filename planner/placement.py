@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from planner import budget, context, knobs, launch
 from planner.build import is_pinned
 from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
+from planner.nearest import nearest
 from planner.types import (
     HOST,
     UNKNOWN_FIGURE,
@@ -25,7 +26,6 @@ from planner.types import (
     HostDetail,
     LlamaBuild,
     Machine,
-    NearestChange,
     NoFit,
     Placement,
     PlacementKind,
@@ -41,7 +41,6 @@ __all__ = ["MIN_CONTEXT", "Oracle", "search"]
 
 MIN_CONTEXT: Final = 4096  # tokens; below this no context is chosen, as with llama.cpp's own -fitc
 STEP: Final = context.CONTEXT_ALIGNMENT
-SMALL_UBATCH: Final = 128  # a quarter of the default: compute buffers shrink about as much, prompts get slower
 
 
 def search(
@@ -57,10 +56,16 @@ def search(
     ``oracle`` is asked for what the formulas do not cover; where it cannot say either, the plan is marked
     ``fit_by_llama``. Raises InvalidRequest for a request that makes no sense on this machine.
     """
-    outcome = _Search(model, request, machine, policy, build, oracle).run()
-    if isinstance(outcome, NoFit):
-        return replace(outcome, nearest=_nearest(model, request, machine, policy, build, oracle, outcome))
-    return outcome
+
+    def answer(changed: PlanRequest) -> PlanOutcome:
+        return _Search(model, changed, machine, policy, build, oracle).run()
+
+    outcome = answer(request)
+    if not isinstance(outcome, NoFit):
+        return outcome
+    return _without_prompt_cache(request, outcome, answer) or replace(
+        outcome, nearest=nearest(request, outcome, answer)
+    )
 
 
 @dataclass(slots=True)
@@ -250,6 +255,19 @@ class _Search:
         )
 
 
+def _without_prompt_cache(
+    request: PlanRequest, refused: NoFit, answer: Callable[[PlanRequest], PlanOutcome]
+) -> PlanOutcome | None:
+    """Return the plan that keeps no prompts, where that is all that the host lacks and nobody asked for a cache."""
+    if request.cache_ram_mib is not None or all(cause.device != HOST for cause in refused.causes):
+        return None
+    outcome = answer(replace(request, cache_ram_mib=0))
+    if not isinstance(outcome, Plan):
+        return None
+    decision = Decision("prompt cache, MiB", "0", "the host has no memory left for one")
+    return replace(outcome, decisions=(*outcome.decisions, decision))
+
+
 def _shortfall_bytes(attempt: Candidate) -> int:
     return sum(cause.shortfall_bytes for cause in attempt.shortfalls)
 
@@ -336,48 +354,3 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
     if trained is not None and found.params.n_ctx_seq > trained:
         warnings.append(f"the model was trained for {trained:,} tokens; llama-server uses no more of a slot's context")
     return tuple(warnings)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The nearest settings
-
-
-def _nearest(
-    model: ModelFacts,
-    request: PlanRequest,
-    machine: Machine,
-    policy: Policy,
-    build: LlamaBuild,
-    oracle: Oracle | None,
-    refused: NoFit,
-) -> tuple[NearestChange, ...]:
-    """Return single changes of the request, each tried, and whether it makes the model fit."""
-    tried = []
-    for name, change in _changes(request, refused):
-        outcome = _Search(model, replace(request, **change), machine, policy, build, oracle).run()
-        fits = isinstance(outcome, Plan)
-        if fits and "n_ctx" in change:
-            name = f"--ctx-size {outcome.request.n_ctx}"  # noqa: PLW2901 - the number is known only now
-        tried.append(NearestChange(name, fits))
-    return tuple(tried)
-
-
-def _changes(request: PlanRequest, refused: NoFit) -> list[tuple[str, dict[str, Any]]]:
-    """Return the changes that could free memory, as flags and as fields, the gentlest first."""
-    knob = refused.request
-    short = {cause.device for cause in refused.causes}
-    changes: list[tuple[bool, str, dict[str, Any]]] = [
-        (request.n_gpu_layers not in {None, 0}, "-ngl auto", {"n_gpu_layers": None}),
-        (request.tensor_split is not None, "no --tensor-split", {"tensor_split": None}),
-        (knob.n_ctx != "auto", "--ctx-size auto", {"n_ctx": "auto", "n_ctx_per_slot": None}),
-        (knob.cache_type_k == "f16", "-ctk q8_0 -ctv q8_0", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
-        ((knob.n_parallel or 1) > 1, "--parallel 1", {"n_parallel": 1}),
-        ((knob.n_ubatch or 0) > SMALL_UBATCH, f"--ubatch-size {SMALL_UBATCH}", {"n_ubatch": SMALL_UBATCH}),
-        (bool(knob.cache_ram_mib) and HOST in short, "--cache-ram 0", {"cache_ram_mib": 0}),
-        (
-            bool(knob.devices) and HOST not in short,
-            "--no-gpu",
-            {"devices": (), "n_gpu_layers": None, "tensor_split": None, "main_gpu": None},
-        ),
-    ]
-    return [(name, change) for possible, name, change in changes if possible]

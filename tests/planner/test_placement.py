@@ -224,11 +224,18 @@ def test_a_change_that_is_said_to_fit_does_fit(model: ModelFacts) -> None:
 
 
 def test_a_host_without_memory_for_the_cache_is_a_refusal(model: ModelFacts) -> None:
-    """Mapped weights are page cache, but the cache, the buffers and the prompt cache must really be there."""
-    outcome = plan(model, PlanRequest(n_ctx=32_768), machine(host_bytes=64 * MIB))
+    """Mapped weights are page cache, but the context, the buffers and a prompt cache asked for must really be there."""
+    outcome = plan(model, PlanRequest(n_ctx=2048, cache_ram_mib=512), machine(host_bytes=64 * MIB))
     assert isinstance(outcome, NoFit)
     assert [cause.device for cause in outcome.causes] == ["Host"]
-    assert any(near.change == "--cache-ram 0" for near in outcome.nearest)
+    assert {near.change: near.fits for near in outcome.nearest}["--cache-ram 0"]
+
+
+def test_a_prompt_cache_that_nobody_asked_for_refuses_no_model(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(n_ctx=2048), machine(host_bytes=64 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.request.cache_ram_mib == 0
+    assert outcome.decisions[-1].because == "the host has no memory left for one"
 
 
 def test_what_llama_cpp_rejects_is_refused_with_its_reason(model: ModelFacts) -> None:
