@@ -1,0 +1,86 @@
+"""A supervisor over real llama-servers, and its log to wait on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import structlog
+from event_log import WITHIN_S, EventLog
+
+from supervisor.core.invariants import violations
+from supervisor.core.types import Limits
+from supervisor.inventory import Inventory
+from supervisor.planning import PlanningProcess
+from supervisor.runtime import RuntimeOptions, Supervisor
+
+LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=5.0)
+
+Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Run coroutine tests on asyncio, as the service does."""
+    return "asyncio"
+
+
+@pytest.fixture
+def log() -> Iterator[EventLog]:
+    """Return everything that is logged while the test runs."""
+    entries = EventLog()
+    structlog.configure(processors=[entries])
+    yield entries
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies these models into the test's models folder and returns it."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+
+    def gather(*paths: Path) -> Path:
+        for path in paths:
+            shutil.copy(path, folder)
+        return folder
+
+    return gather
+
+
+@pytest.fixture
+def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, str], log: EventLog) -> Supervising:
+    """Return a function that runs a supervisor over a models folder; its invariants hold when it ends."""
+
+    @asynccontextmanager
+    async def run(folder: Path, environ: dict[str, str] | None = None, **limits: Any) -> AsyncIterator[Supervisor]:
+        environ = {**free_environment, "PLANNER_CONTEXT_LENGTH": "512", **(environ or {})}
+        options = RuntimeOptions(
+            version="test",
+            limits=replace(LIMITS, **limits),
+            state_dir=tmp_path / "state",
+            stop_grace_s=5.0,
+            n_ctx_per_slot=512,
+            environ=environ,
+        )
+        async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
+            inventory = Inventory(folder, planning)
+            supervisor = Supervisor(options, inventory)
+            await tasks.start(supervisor.run)
+            await inventory.look_around()
+            try:
+                yield supervisor
+                assert violations(supervisor._pool) == []
+            finally:
+                supervisor.shut_down()
+                supervisor.shut_down()
+                with anyio.CancelScope(shield=True), anyio.fail_after(WITHIN_S):
+                    await supervisor.wait_stopped()
+
+    return run

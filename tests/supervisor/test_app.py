@@ -1,0 +1,207 @@
+"""The whole service as a process of its own: started, asked, killed, stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.llama
+
+WITHIN_S = 60.0
+GONE_WITHIN_S = 2.0
+
+
+@dataclass
+class Service:
+    """A running ``planner serve`` and its log."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: list[dict[str, Any]]
+
+    def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)
+        connection.request(method, path, None if body is None else json.dumps(body))
+        return connection.getresponse()
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.request("GET", path).read())
+
+    def chat(self, model: str, **more: object) -> HTTPResponse:
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **more}
+        return self.request("POST", "/v1/chat/completions", body)
+
+    def runner(self) -> dict[str, Any]:
+        (runner,) = self.get("/status")["runners"]
+        return dict(runner)
+
+    def read_log(self, event: str) -> dict[str, Any]:
+        """Read the log on until this event."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            entry = json.loads(line)
+            self.log.append(entry)
+            if entry["event"] == event:
+                return dict(entry)
+        pytest.fail(f"the service ended without {event}: {self.log}")
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.log if entry["event"] == event]
+
+
+Serve = Callable[..., Service]
+
+
+@pytest.fixture
+def environ(free_environment: dict[str, str], model_folder: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        **free_environment,
+        "PLANNER_MODELS": str(model_folder),
+        "PLANNER_STATE_DIR": str(tmp_path / "state"),
+        "PLANNER_HOST": "127.0.0.1:0",
+        "PLANNER_CONTEXT_LENGTH": "4096",
+        "PLANNER_LOG_FORMAT": "json",
+    }
+
+
+def run(environ: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "planner", "serve"], stderr=subprocess.PIPE, text=True, env=environ)
+
+
+@pytest.fixture
+def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
+    """Return a function that starts a service and waits until it is ready; it is killed after the test."""
+    with ExitStack() as stack:
+
+        def start(**settings: str) -> Service:
+            process = stack.enter_context(run({**environ, **settings}))
+            stack.callback(process.kill)
+            service = Service(process, 0, [])
+            service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
+            service.read_log("serve.ready")
+            return service
+
+        yield start
+
+
+def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat_model: Path) -> None:
+    service = serve()
+    assert service.get("/readyz")["ready"]
+    for _ in range(2):
+        answer = json.loads(service.chat("tiny-chat").read())
+        assert answer["choices"][0]["message"]["content"].startswith("Hello!")
+    runner = service.runner()
+    service.process.terminate()
+    service.read_log("serve.stopped")
+    assert service.process.wait(WITHIN_S) == 0
+    (final,) = service.events("plan.final")
+    assert final["plan"] == runner["plan"]
+    assert len(service.events("config.effective")) == 1
+
+
+def test_no_child_is_left_when_the_service_is_killed(serve: Serve, endless_model: Path) -> None:
+    service = serve()
+    stream = service.chat("tiny-endless", stream=True)
+    assert stream.read(10)
+    child = os.pidfd_open(service.runner()["pid"])
+    service.process.kill()
+    gone, _, _ = select.select([child], [], [], GONE_WITHIN_S)
+    os.close(child)
+    assert gone
+
+
+def test_a_killed_child_ends_its_stream_with_an_error_and_is_replaced(serve: Serve, endless_model: Path) -> None:
+    service = serve()
+    stream = service.chat("tiny-endless", stream=True)
+    assert stream.read(10)
+    pid = service.runner()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    rest = stream.read().decode()
+    assert '"error"' in rest
+    assert "[DONE]" not in rest
+    assert "killed by SIGKILL" in service.runner()["last_failure"]["reason"]
+    assert service.chat("tiny-endless", max_tokens=2).status == 200
+    assert service.runner()["pid"] != pid
+
+
+def test_sigterm_refuses_new_work_first_and_then_ends_streams_and_children(serve: Serve, endless_model: Path) -> None:
+    service = serve(PLANNER_DRAIN_TIMEOUT="1s")
+    stream = service.chat("tiny-endless", stream=True)
+    assert stream.read(10)
+    child = os.pidfd_open(service.runner()["pid"])
+    service.process.terminate()
+    service.read_log("serve.stopping")
+    assert service.request("GET", "/readyz").status == 503
+    assert service.request("GET", "/healthz").status == 200
+    assert service.chat("tiny-endless").status == 503
+    assert stream.read(10), "what had begun goes on"
+    rest = stream.read().decode()
+    assert '"error"' in rest
+    assert service.process.wait(WITHIN_S) == 0
+    assert select.select([child], [], [], 0)[0], "no child outlives the service"
+    os.close(child)
+
+
+def test_a_second_signal_hurries(serve: Serve, endless_model: Path) -> None:
+    service = serve(PLANNER_DRAIN_TIMEOUT="1h")
+    stream = service.chat("tiny-endless", stream=True)
+    assert stream.read(10)
+    service.process.send_signal(signal.SIGINT)
+    service.read_log("serve.stopping")
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(WITHIN_S) == 0
+
+
+def test_bad_settings_are_all_listed(environ: dict[str, str]) -> None:
+    with run({**environ, "PLANNER_KEEP_ALIVE": "soon", "PLANNER_MAX_QUEUE": "many"}) as process:
+        _, errors = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 2
+    assert [line.startswith("planner: error: PLANNER_") for line in errors.splitlines()] == [True, True]
+
+
+def test_a_taken_port_ends_the_start_with_its_holder(environ: dict[str, str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with run({**environ, "PLANNER_HOST": f"127.0.0.1:{port}"}) as process:
+            _, errors = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert f"process {os.getpid()}" in line
+
+
+def test_a_missing_models_folder_and_llama_server_make_it_unready_not_dead(serve: Serve, tmp_path: Path) -> None:
+    service = serve(PLANNER_MODELS=str(tmp_path / "nothing"), PLANNER_LLAMA_SERVER=str(tmp_path / "nowhere"))
+    response = service.request("GET", "/readyz")
+    assert response.status == 503
+    text = response.read().decode()
+    assert "PLANNER_MODELS" in text
+    assert "make llama" in text
+
+
+def test_systemd_is_told(environ: dict[str, str], llama_tools: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        systemd.settimeout(WITHIN_S)
+        with run({**environ, "NOTIFY_SOCKET": path, "WATCHDOG_USEC": "60000000"}) as process:
+            heard = {systemd.recv(1000).decode().partition("\n")[0] for _ in range(2)}
+            assert heard == {"READY=1", "WATCHDOG=1"}
+            process.terminate()
+            assert systemd.recv(1000).startswith(b"STOPPING=1")
+            process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 0

@@ -1,0 +1,285 @@
+"""The runtime with real llama-servers: models come, serve, die, come back and go."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import aiohttp
+import anyio
+import psutil
+import pytest
+from event_log import EventLog
+
+from planner.types import Role
+from supervisor.api import BadModel, Lease, LoadFailed, QueueFull, RunnerView, ShuttingDown, UnknownModel, WrongRole
+from supervisor.runtime import Supervisor
+
+pytestmark = [pytest.mark.anyio, pytest.mark.llama]
+
+Models = Callable[..., Path]
+Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
+PRINTED_TO = 0.01 * 1024 * 1024  # llama-server prints MiB with two decimals
+
+
+async def ask(lease: Lease, **body: object) -> str:
+    headers = {"Authorization": f"Bearer {lease.endpoint.api_key}"}
+    body = {"messages": [{"role": "user", "content": "hello"}], **body}
+    async with (
+        aiohttp.ClientSession(lease.endpoint.base_url, headers=headers) as session,
+        session.post("/v1/chat/completions", json=body) as response,
+    ):
+        assert response.status == 200, await response.text()
+        answer = await response.json()
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def only_runner(supervisor: Supervisor) -> RunnerView:
+    (runner,) = supervisor.snapshot().runners
+    return runner
+
+
+def pid_of(supervisor: Supervisor) -> int:
+    pid = only_runner(supervisor).pid
+    assert pid is not None
+    return pid
+
+
+async def test_a_model_is_loaded_when_it_is_asked_for(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    """It answers under its key, its buffers are those that were planned, and the plan is logged once, just before."""
+    async with supervising(models(chat_model)) as supervisor:
+        assert supervisor.snapshot().runners == ()
+        async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            assert only_runner(supervisor).in_flight == 1
+            assert (await ask(lease)).startswith("Hello!")
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            pass
+        runner = only_runner(supervisor)
+        assert (runner.state, runner.in_flight, runner.n_ctx_per_slot) == ("ready", 0, 512)
+        assert runner.uses
+        for use in runner.uses:
+            assert use.planned_bytes is not None
+            assert use.measured_bytes is not None
+            assert abs(use.measured_bytes - use.planned_bytes) <= 3 * PRINTED_TO
+        final = log.of("plan.final")
+        assert [entry["plan"] for entry in final] == [runner.plan]
+        at = log.entries.index(final[0])
+        assert log.entries[at + 1]["event"] == "runner.loading"
+        counters = supervisor.snapshot().counters["tiny-chat"]
+        assert (counters.launches, counters.requests_granted) == (1, 2)
+
+
+async def test_the_key_is_needed_and_not_on_the_command_line(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor, supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+        assert lease.endpoint.base_url.startswith("http://127.0.0.1:")
+        async with (
+            aiohttp.ClientSession(lease.endpoint.base_url) as session,
+            session.post("/v1/chat/completions", json={}) as response,
+        ):
+            assert response.status == 401
+        command_line = " ".join(psutil.Process(pid_of(supervisor)).cmdline())
+        assert lease.endpoint.api_key not in command_line
+        assert " --port 0 " in command_line, "the kernel chooses the port, so nobody can take it meanwhile"
+
+
+async def test_an_idle_model_is_unloaded(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model), keep_alive_s=0.0) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            pid = pid_of(supervisor)
+        await log.wait("runner.stopped")
+        assert supervisor.snapshot().runners == ()
+        assert not psutil.pid_exists(pid), "it is reaped"
+        assert list((supervisor._options.state_dir / "runners").iterdir()) == []
+
+
+async def test_a_killed_runner_is_noticed_at_once_and_replaced(
+    supervising: Supervising, models: Models, endless_model: Path, log: EventLog
+) -> None:
+    """In mid-stream: the holder of the lease is told, the status shows it, the next request gets a new child."""
+    async with supervising(models(endless_model)) as supervisor:
+        async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
+            pid = pid_of(supervisor)
+            os.kill(pid, signal.SIGKILL)
+            with anyio.fail_after(30):
+                story = await lease.wait_lost()
+            assert story == "killed by SIGKILL"
+            runner = only_runner(supervisor)
+            assert runner.state != "ready"
+            assert runner.last_failure is not None
+            assert runner.last_failure.exit == "killed by SIGKILL"
+        async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
+            assert pid_of(supervisor) != pid
+            assert await ask(lease, max_tokens=3)
+        assert only_runner(supervisor).restarts == 1
+        counters = supervisor.snapshot().counters["tiny-endless"]
+        assert (counters.launches, counters.crashes, counters.load_failures) == (2, 1, 0)
+        assert len(log.of("plan.final")) == 2, "once per launch"
+
+
+async def test_a_model_that_crashed_in_use_comes_back_by_itself(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            pass
+        os.kill(pid_of(supervisor), signal.SIGKILL)
+        await log.wait("runner.ready", count=2)
+        assert only_runner(supervisor).state == "ready"
+
+
+async def test_a_load_that_fails_tells_the_child_s_last_error_line(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    """The header is in order as far as planning goes; llama.cpp misses the tokenizer."""
+    folder = models()
+    write_without_tokenizer(chat_model, folder / "broken.gguf")
+    async with supervising(folder) as supervisor:
+        with pytest.raises(LoadFailed, match=r"exit status 1: .*tokenizer.*$") as refused:
+            async with supervisor.acquire("broken", Role.CHAT):
+                pass
+        assert refused.value.retry_after_s is not None
+        failure = only_runner(supervisor).last_failure
+        assert failure is not None
+        assert failure.log_tail
+        assert supervisor.snapshot().counters["broken"].load_failures == 1
+
+
+def write_without_tokenizer(model: Path, broken: Path) -> None:
+    broken.write_bytes(model.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mod_l"))
+
+
+async def test_a_runner_that_cannot_be_started_is_said_so(
+    supervising: Supervising, models: Models, chat_model: Path, llama_tools: Path, tmp_path: Path
+) -> None:
+    """It answered when it was looked for, and cannot be run any more."""
+    server = tmp_path / "llama-server"
+    server.write_text(f'#!/bin/sh\nexec {llama_tools}/llama-server "$@"\n')
+    server.chmod(0o755)
+    async with supervising(models(chat_model), {"PLANNER_LLAMA_SERVER": str(server)}) as supervisor:
+        server.chmod(0o644)
+        with pytest.raises(LoadFailed, match=f"cannot start {server}: Permission denied"):
+            async with supervisor.acquire("tiny-chat", Role.CHAT):
+                pass
+
+
+async def test_models_are_swapped_where_only_one_may_be_loaded(
+    supervising: Supervising, models: Models, chat_model: Path, embedding_model: Path
+) -> None:
+    async with supervising(models(chat_model, embedding_model), max_loaded_models=1) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            pass
+        async with supervisor.acquire("tiny-embedding", Role.EMBEDDING):
+            assert [runner.model for runner in supervisor.snapshot().runners] == ["tiny-embedding"]
+
+
+async def test_more_requests_than_slots_wait_their_turn(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    order: list[str] = []
+
+    async def request(name: str, supervisor: Supervisor) -> None:
+        async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            order.append(f"{name} begins")
+            await ask(lease, max_tokens=2)
+            order.append(f"{name} ends")
+
+    async with supervising(models(chat_model)) as supervisor, anyio.create_task_group() as tasks:
+        tasks.start_soon(request, "first", supervisor)
+        await anyio.lowlevel.checkpoint()
+        tasks.start_soon(request, "second", supervisor)
+    assert order == ["first begins", "first ends", "second begins", "second ends"]
+
+
+async def test_a_full_queue_refuses(supervising: Supervising, models: Models, chat_model: Path) -> None:
+    async with supervising(models(chat_model), max_queue=1) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT), anyio.create_task_group() as tasks:
+            tasks.start_soon(hold, supervisor)
+            await anyio.wait_all_tasks_blocked()
+            assert supervisor.snapshot().queue_length == 1
+            with pytest.raises(QueueFull):
+                await hold(supervisor)
+            tasks.cancel_scope.cancel()
+        assert supervisor.snapshot().queue_length == 0, "who was cancelled waits no more"
+        assert only_runner(supervisor).in_flight == 0
+
+
+async def hold(supervisor: Supervisor) -> None:
+    async with supervisor.acquire("tiny-chat", Role.CHAT):
+        await anyio.sleep_forever()
+
+
+async def test_a_lease_comes_back_when_its_holder_is_cancelled(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        with anyio.CancelScope() as scope:
+            async with supervisor.acquire("tiny-chat", Role.CHAT):
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert only_runner(supervisor).in_flight == 0
+
+
+async def test_names_roles_and_files_that_cannot_be_served(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    folder = models(chat_model)
+    (folder / "noise.gguf").write_bytes(b"no model")
+    async with supervising(folder) as supervisor:
+        with pytest.raises(UnknownModel, match="did you mean tiny-chat") as unknown:
+            await hold_named(supervisor, "tiny-chatt", Role.CHAT)
+        assert unknown.value.closest == ("tiny-chat",)
+        with pytest.raises(WrongRole, match="served for chat requests, not for embedding"):
+            await hold_named(supervisor, "tiny-chat", Role.EMBEDDING)
+        with pytest.raises(BadModel, match=r"noise cannot be served: .*noise.gguf"):
+            await hold_named(supervisor, "noise", Role.CHAT)
+
+
+async def hold_named(supervisor: Supervisor, name: str, role: Role) -> None:
+    async with supervisor.acquire(name, role):
+        pass
+
+
+async def test_shutting_down_lets_requests_finish_and_takes_no_new_ones(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            supervisor.shut_down()
+            assert supervisor.snapshot().draining
+            assert supervisor.snapshot().not_ready
+            with pytest.raises(ShuttingDown):
+                await hold_named(supervisor, "tiny-chat", Role.CHAT)
+            assert (await ask(lease)).startswith("Hello!")
+        with anyio.fail_after(30):
+            await supervisor.wait_stopped()
+
+
+async def test_a_stream_that_does_not_finish_in_time_is_told(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with (
+        supervising(models(chat_model), drain_timeout_s=0.0) as supervisor,
+        supervisor.acquire("tiny-chat", Role.CHAT) as lease,
+    ):
+        supervisor.shut_down()
+        with anyio.fail_after(30):
+            assert "stopped" in await lease.wait_lost()
+
+
+async def test_the_service_is_not_ready_without_a_llama_server(
+    supervising: Supervising, models: Models, chat_model: Path, tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    async with supervising(models(chat_model), {"PLANNER_LLAMA_SERVER": nowhere}) as supervisor:
+        (reason,) = supervisor.snapshot().not_ready
+        assert nowhere in reason
+        assert "make llama" in reason
