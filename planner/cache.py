@@ -155,7 +155,7 @@ def _states(context: _Context, layers: Sequence[int]) -> Iterator[CacheTensor]:
         yield CacheTensor(layer, _F32, hparams.n_embd_r, rows)
         yield CacheTensor(layer, _F32, hparams.n_embd_s, rows)
         if isinstance(ple_layers, tuple) and layer in ple_layers:
-            history = (context.integer("ple.conv_kernel") - 1) * context.integer("ple.ngram_size")
+            history = max(context.integer("ple.conv_kernel") - 1, 0) * context.integer("ple.ngram_size")
             yield CacheTensor(layer, _F32, history * hparams.n_embd_out, rows)
 
 

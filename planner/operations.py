@@ -91,7 +91,7 @@ def runs_on(kind: DeviceKind, reads: Operation, tensor: Tensor, model: ModelFact
 
 def _cuda(reads: Operation, tensor: Tensor, model: ModelFacts) -> bool:
     type_ = ggml.TYPES[tensor.type_id].name
-    rows = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    rows = _rows(tensor)
     if reads is Operation.SSM_SCAN:
         return _cuda_scans(tensor, rows, model)
     multiplies = type_ not in _CUDA_NO_MUL_MAT
@@ -119,10 +119,14 @@ def _vulkan(reads: Operation, tensor: Tensor, model: ModelFacts) -> bool:
     if reads is Operation.ELEMENTWISE:
         return type_ in {"f32", "f16"}
     if reads is Operation.SSM_SCAN:
-        heads = tensor.shape[1] if len(tensor.shape) > 1 else 1
-        in_heads = _ssm(model, "inner_size") // heads % _SCAN_HEAD_MULTIPLE == 0
+        in_heads = _ssm(model, "inner_size") // _rows(tensor) % _SCAN_HEAD_MULTIPLE == 0
         return tensor.shape[0] == 1 and _ssm(model, "state_size") in _VULKAN_SCAN_STATES and in_heads
     return True
+
+
+def _rows(tensor: Tensor) -> int:
+    """Return the tensor's rows, at least one."""
+    return max(tensor.shape[1], 1) if len(tensor.shape) > 1 else 1
 
 
 def _ssm(model: ModelFacts, name: str) -> int:

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 from gguf_files import write_header
+from hypothesis import given
+from hypothesis import strategies as st
 from machines import machine_of, placement_on
 
+from planner import cache, weights
 from planner.accounting import MemoryLedger, account
+from planner.architectures import ARCHITECTURES
+from planner.buffers import HOST_BUFFER
 from planner.build import PINNED_BUILD
-from planner.context import context_params
+from planner.context import context_params, refusal
+from planner.errors import PlannerError
 from planner.model import ModelFacts, read_model
 from planner.types import DeviceKind, LlamaBuild, PlanRequest, Role, Source
 
@@ -107,3 +113,65 @@ def test_an_unknown_architecture_has_no_wrong_numbers(tmp_path: Path) -> None:
     ledger = ledger_of(model_of(tmp_path, "brandnew"))
     assert sources(ledger) == {Source.UNKNOWN}
     assert any("brandnew" in reason for reason in ledger.not_built)
+
+
+KEYS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.key_length_mla",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.indexer.key_length",
+    "attention.indexer.top_k",
+    "attention.indexer.types",
+    "attention.compress_ratios",
+    "attention.recurrent_layers",
+    "attention.causal",
+    "feed_forward_length",
+    "nextn_predict_layers",
+    "expert_used_count",
+    "pooling_type",
+    "ssm.inner_size",
+    "ssm.state_size",
+    "kda.head_dim",
+    "wkv.head_size",
+    "ple.layers",
+    "num_loops",
+)
+ODD_VALUES = (
+    st.integers(0, 4)
+    | st.sampled_from([-1, 1 << 20, (1 << 32) - 1])
+    | st.booleans()
+    | st.floats(-2, 2, width=32)
+    | st.sampled_from(["", "four"])
+    | st.lists(st.integers(0, 4), min_size=1, max_size=5)
+    | st.lists(st.sampled_from(["a", "b"]), min_size=3, max_size=3)
+)
+
+
+@given(
+    architecture=st.sampled_from(sorted(ARCHITECTURES)),
+    odd=st.dictionaries(st.sampled_from(KEYS), ODD_VALUES, max_size=4),
+    kind=st.sampled_from([DeviceKind.CUDA, DeviceKind.VULKAN, DeviceKind.RPC]),
+)
+def test_whatever_the_metadata_says_weights_and_caches_are_sized_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, architecture: str, odd: dict[str, Any], kind: DeviceKind
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "odd.gguf"
+    path.unlink(missing_ok=True)
+    table = [*TENSORS, ("blk.0.ssm_a", "f32", (1, 8)), ("blk.1.ffn_up_exps.weight", "q4_0", (128, 8, 2))]
+    write_header(path, architecture, METADATA | odd, table, tokens=300)
+    problem, request, machine = None, PlanRequest(), machine_of(kind, 2)
+    try:
+        model = read_model(str(path))
+        if refusal(model, request, [kind]) is None:
+            params, placement = context_params(model, request), placement_on(machine, model, request)
+            weights.weight_bytes(model, params, placement, machine, PINNED_BUILD)
+            assert min(cache.layer_bytes(model, params, HOST_BUFFER)) >= 0
+    except PlannerError as error:
+        problem = str(error)
+    assert problem is None or "\n" not in problem
