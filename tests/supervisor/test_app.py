@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
@@ -31,11 +31,12 @@ class Service:
     process: subprocess.Popen[str]
     port: int
     log: list[dict[str, Any]]
+    closing: ExitStack
 
     def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)
+        connection = self.closing.enter_context(closing(HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)))
         connection.request(method, path, None if body is None else json.dumps(body))
-        return connection.getresponse()
+        return self.closing.enter_context(connection.getresponse())
 
     def get(self, path: str) -> Any:
         return json.loads(self.request("GET", path).read())
@@ -89,7 +90,7 @@ def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
         def start(**settings: str) -> Service:
             process = stack.enter_context(run({**environ, **settings}))
             stack.callback(process.kill)
-            service = Service(process, 0, [])
+            service = Service(process, 0, [], stack)
             service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
             service.read_log("serve.ready")
             return service
