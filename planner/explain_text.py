@@ -126,6 +126,10 @@ def _model(outcome: PlanOutcome, width: int, style: Style) -> list[str]:
 def _table(usages: Sequence[DeviceUsage], width: int, style: Style) -> list[str]:
     rows = [_row(usage) for usage in usages]
     widths = [max(len(cell) for cell in column) for column in zip(_HEADINGS, *rows, strict=True)]
+    excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
+    if excess > 0:  # a worker that is out of reach is called by its address
+        widths[0] = max(widths[0] - excess, len(_HEADINGS[0]))
+        rows = [(_clipped(row[0], widths[0], style), *row[1:]) for row in rows]
     indent = widths[0] + len(_GAP)
     room = min(width, sum(widths) + len(_GAP) * (len(widths) - 1)) - indent
     lines = [style.paint(_DIM, _line(_HEADINGS, widths))]
@@ -134,6 +138,11 @@ def _table(usages: Sequence[DeviceUsage], width: int, style: Style) -> list[str]
         lines.append(style.paint(_RED, _line(row, widths)) if over else _line(row, widths))
         lines.append(" " * indent + _bar(usage, room, style))
     return [*lines, _legend(style)]
+
+
+def _clipped(name: str, width: int, style: Style) -> str:
+    mark = "…" if style.unicode else "~"
+    return name if len(name) <= width else name[: width - 1] + mark
 
 
 def _row(usage: DeviceUsage) -> tuple[str, ...]:

@@ -168,6 +168,14 @@ def test_no_line_is_wider_than_the_terminal(name: str, width: int) -> None:
     assert max(len(line) for line in to_text(OUTCOMES[name], width).splitlines()) <= width
 
 
+def test_a_long_device_name_does_not_widen_the_table() -> None:
+    """A worker out of reach is called by its address."""
+    far = replace(PLAN.usages[0], name="RPC[gpu-worker-7.rack-3.example:50052]")
+    text = to_text(replace(PLAN, usages=(far, *PLAN.usages[1:])))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "RPC[gpu" in text
+
+
 @pytest.mark.parametrize(
     "outcome, sentence",
     [
