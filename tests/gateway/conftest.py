@@ -52,7 +52,7 @@ def endless_server(llama_tools: Path, endless_model: Path) -> Iterator[LlamaServ
 
 
 @pytest.fixture
-def runtime() -> FakeRuntime:
+async def runtime() -> FakeRuntime:
     return FakeRuntime()
 
 

@@ -137,16 +137,16 @@ class FakeLease:
         return await self.lost()
 
 
-async def _never() -> str:
-    return await asyncio.get_running_loop().create_future()
-
-
 @dataclass
 class FakeRuntime:
-    """Grants leases on servers that run already, and counts them; ``refusal`` is raised instead where it is set."""
+    """Grants leases on servers that run already, and counts them; ``refusal`` is raised instead where it is set.
+
+    ``endpoints`` are scripted servers; ``loss`` is settled with the story of their end.
+    """
 
     servers: dict[str, LlamaServer] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    loss: asyncio.Future[str] = field(default_factory=asyncio.Future)
     refusal: Exception | None = None
     draining: bool = False
     not_ready: tuple[str, ...] = ()
@@ -189,9 +189,12 @@ class FakeRuntime:
             self.released += 1
             self.returned.set()
 
+    async def _wait_loss(self) -> str:
+        return await asyncio.shield(self.loss)
+
     def _lease(self, model: str, role: Role) -> FakeLease:
         if model in self.endpoints:
-            return FakeLease(self.endpoints[model], model, _never)
+            return FakeLease(self.endpoints[model], model, self._wait_loss)
         if model not in self.servers:
             raise UnknownModel(f"there is no model {model!r}", closest=tuple(self.servers))
         server = self.servers[model]

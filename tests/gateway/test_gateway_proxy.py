@@ -302,3 +302,35 @@ async def test_another_program_on_the_runners_port_is_no_authentication_error(
     async with http.post(f"{url}/v1/chat/completions", json=chat("mock")) as response:
         assert response.status == 502
         assert "refused its own key" in (await response.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_loss_is_told_even_where_the_connection_stays_open(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime, *, begun: bool
+) -> None:
+    """A process can be gone while another one still holds its socket: the supervisor's word counts."""
+    ended = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        if begun:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: half an ev")
+        else:
+            runtime.loss.set_result("it was swept away")
+        await reader.read()  # until the gateway hangs up
+        writer.close()
+        ended.set()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        url = await serve()
+        async with http.post(f"{url}/v1/completions", json={"model": "mock"}) as response:
+            assert response.status == (200 if begun else 502)
+            received = await response.content.readany()
+            if begun:
+                runtime.loss.set_result("it was swept away")
+                received += await response.read()
+            *before, error = received.removesuffix(b"\n\n").split(b"\n\n")
+            assert before == ([b"data: half an ev"] if begun else [])
+            assert "it was swept away" in json.loads(error.removeprefix(b"data: "))["error"]["message"]
+        await ended.wait()
