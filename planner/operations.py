@@ -7,6 +7,7 @@ the host.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
@@ -30,6 +31,16 @@ class Operation(StrEnum):
     SSM_CONV = "ssm_conv"
     SSM_SCAN = "ssm_scan"
     OTHER = "other"  # ROPE, ADD_ID, IM2COL, RWKV_WKV6: run everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight as a slot asks for it. The tied output is a second asking for ``token_embd``."""
+
+    tensor: Tensor
+    reads: Operation
+    tied: bool = False
+    lazy: bool = False
 
 
 _EXPERTS: Final = r"ffn_(down|gate|up|gate_up)_exps|ffn_(down|gate|up)_chexps"

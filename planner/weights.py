@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from planner import ggml
 from planner.architectures import ARCHITECTURES, Architecture
-from planner.buffers import HOST_BUFFER, BufferType, buffer_type
-from planner.operations import Operation, operation, runs_on
+from planner.buffers import BufferType, buffer_type
+from planner.host_memory import HostRule, HostShare, Keeping, host_rule, keeping
+from planner.operations import Operation, Weight, operation, runs_on
 from planner.types import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from planner.context import ContextParams
-    from planner.model import HParams, ModelFacts, Tensor
+    from planner.model import HParams, ModelFacts
     from planner.types import Device, LlamaBuild, Machine, Placement
 
 _BLOCK: Final = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|posnet|convnext)\.(\d{1,4})\.(.+)", re.ASCII)
@@ -42,74 +42,11 @@ _SUFFIXES: Final = frozenset({"weight", "bias", "scale", "scales", "input_scale"
 _NORM_AT_OUTPUT: Final = frozenset({"lfm2", "lfm2moe"})  # theirs is the output's, though called token_embd_norm
 _ROPE_WITHOUT_WINDOW: Final = frozenset({"gemma4", "gemma4-assistant"})
 _EMBEDDING: Final = "token_embd.weight"
-_LAZY_FROM_BYTES: Final = 4 << 30  # src/llama-model-loader.cpp, lazy mode auto
 _HOST: Final = -1
 _HOST_BUFFERS: Final = frozenset({"CPU"})
 
-# Kinds whose drivers offer pinned host memory to llama.cpp (get_host_buffer_type).
-_PINNING: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
 # Kinds whose answers to "do you run that operation" are known (planner.operations).
 _KNOWN_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.RPC})
-# ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type: what each processor feature has repacked, in rows by eight.
-_REPACKED_BY: Final[Mapping[str, frozenset[str]]] = {
-    "avx2": frozenset({"q4_0", "q4_K", "iq4_nl", "mxfp4"}),
-    "avx512f": frozenset({"q2_K"}),
-}
-_REPACK_ROWS: Final = 8
-_OTHER_PACKERS: Final = frozenset({"amx_int8", "asimd", "v", "vxe"})  # processors whose packing has no rule here
-_REPACK_DIMS: Final[Mapping[Operation, int]] = {Operation.MUL_MAT: 2, Operation.MUL_MAT_ID: 3}
-
-
-class _Keeping(Enum):
-    """How the host keeps a weight."""
-
-    LAZY = auto()  # mapped on demand, apart from the others
-    MAPPED = auto()
-    PINNED = auto()
-    REPACKED = auto()
-    ALLOCATED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class HostRule:
-    """How the host keeps weights: mapped from the file or not, pinned or not, which types repacked."""
-
-    mapped: bool
-    pinned: bool
-    repacked: frozenset[str]
-    repack_known: bool
-    lazy_mode: str
-
-
-@dataclass(slots=True)
-class HostShare:
-    """Weights on the host. ``spans`` are the mapped ranges, first and end offset by (lazy, shard).
-
-    A mapped range includes whatever lies between two weights of the host (src/llama-model.cpp, ``get_mapping_range``).
-    """
-
-    spans: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
-    allocated_bytes: int = 0
-    pinned_bytes: int = 0
-    certain: bool = True
-
-    @property
-    def mapped_bytes(self) -> int:
-        """Return the length of all mapped ranges: page cache, not allocations."""
-        return sum(end - first for first, end in self.spans.values())
-
-    def add(self, other: HostShare) -> None:
-        """Take in another share: ranges of one file become one."""
-        self.allocated_bytes += other.allocated_bytes
-        self.pinned_bytes += other.pinned_bytes
-        self.certain = self.certain and other.certain
-        for key, (first, end) in other.spans.items():
-            self.span(key, first, end)
-
-    def span(self, key: tuple[bool, int], first: int, end: int) -> None:
-        """Widen a mapped range so that it holds these bytes of the file."""
-        known = self.spans.get(key, (first, end))
-        self.spans[key] = (min(first, known[0]), max(end, known[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +85,7 @@ def weight_bytes(
 ) -> WeightBytes:
     """Return where the weights of this placement lie. ``not_built`` must be None."""
     devices = [machine.device(name) for name in placement.devices]
-    rule = _host_rule(params, devices, machine, build)
+    rule = host_rule(params, devices, machine, build)
     overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
     places = tuple((device.name, buffer_type(device)) for device in devices) if overrides else ()
     tables = [_shares(model, buffer_type(device), device.kind, rule, overrides, places) for device in devices]
@@ -173,35 +110,27 @@ def weight_bytes(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """A weight as a slot asks for it. The tied output is a second asking for ``token_embd``."""
-
-    tensor: Tensor
-    reads: Operation
-    tied: bool = False
-    lazy: bool = False
-
-
 @lru_cache(maxsize=32)
-def _slots(model: ModelFacts) -> tuple[tuple[tuple[_Weight, ...], ...], str | None]:
+def _slots(model: ModelFacts) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
     """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
     hparams = model.hparams
     rules = ARCHITECTURES[hparams.architecture]
-    slots: list[list[_Weight]] = [[] for _ in range(hparams.n_layer_all + 3)]
+    slots: list[list[Weight]] = [[] for _ in range(hparams.n_layer_all + 3)]
     unknown = None
     for tensor in model.tensors:
+        if _NEVER_LOADED.match(tensor.name):
+            continue
         slot, stem = _slot_of(tensor.name, hparams)
         if slot is None or slot >= len(slots):
             unknown = tensor.name
-        elif not (_NEVER_LOADED.match(tensor.name) or _skipped(hparams, slot, stem, rules)):
+        elif not _skipped(hparams, slot, stem, rules):
             head, _, tail = stem.rpartition(".")
             stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
             lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
-            slots[slot].append(_Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
+            slots[slot].append(Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
     embedding = model.tensor(_EMBEDDING)
     if rules.ties_output and embedding is not None and model.tensor("output.weight") is None:
-        slots[hparams.n_layer_all].append(_Weight(embedding, Operation.MUL_MAT, tied=True))
+        slots[hparams.n_layer_all].append(Weight(embedding, Operation.MUL_MAT, tied=True))
     return tuple(map(tuple, slots)), unknown
 
 
@@ -262,7 +191,7 @@ def _shares(
     }
     buffers = dict(places)
     embedding = model.tensor(_EMBEDDING)
-    input_copy = _keeping(_Weight(embedding, Operation.GET_ROWS), rule) if embedding else None
+    input_copy = keeping(Weight(embedding, Operation.GET_ROWS), rule) if embedding else None
     twice = ARCHITECTURES[model.hparams.architecture].duplicate_first
     shares = []
     for weights in _slots(model)[0]:
@@ -276,58 +205,11 @@ def _shares(
             elif place is None and buffer is not None and runs_on(kind, weight.reads, tensor, model):
                 device_bytes += buffer.allocation(type_, tensor.shape[0], tensor.nbytes)
             else:
-                keeping = _keeping(weight, rule)
-                if not weight.tied or keeping is not input_copy or keeping is _Keeping.MAPPED or twice:
-                    _keep(host, weight, keeping, rule)
+                kept = keeping(weight, rule)
+                if not weight.tied or kept is not input_copy or kept is Keeping.MAPPED or twice:
+                    host.keep(weight, kept, rule)
         shares.append(Share(device_bytes, host, elsewhere))
     return tuple(shares)
-
-
-def _host_rule(params: ContextParams, devices: Sequence[Device], machine: Machine, build: LlamaBuild) -> HostRule:
-    """Return how the host keeps what is left to it (src/llama-model.cpp, ``make_cpu_buft_list``)."""
-    shares_memory = any(device.pool == machine.host.pool and device.kind in _PINNING for device in devices)
-    maps = {"mmap": True, "mmap+mlock": True, "auto": not shares_memory}
-    repacked = frozenset[str]().union(*(_REPACKED_BY.get(feature, ()) for feature in build.cpu_features))
-    known = bool(build.cpu_features) and not build.cpu_features & _OTHER_PACKERS
-    return HostRule(
-        mapped=maps.get(params.load_mode, False),
-        pinned=params.use_host_buffer and any(device.kind in _PINNING for device in devices),
-        repacked=repacked if params.repack else frozenset(),
-        repack_known=known or not params.repack,
-        lazy_mode="off" if shares_memory and params.lazy_mode == "auto" else params.lazy_mode,
-    )
-
-
-def _keeping(weight: _Weight, rule: HostRule) -> _Keeping:
-    """Return how the host keeps a weight: the first buffer type of its list that takes it."""
-    if weight.lazy and (
-        rule.lazy_mode == "on" or (rule.lazy_mode == "auto" and weight.tensor.nbytes > _LAZY_FROM_BYTES)
-    ):
-        return _Keeping.LAZY
-    if rule.pinned:
-        return _Keeping.MAPPED if rule.mapped else _Keeping.PINNED
-    shape = weight.tensor.shape
-    if (
-        ggml.TYPES[weight.tensor.type_id].name in rule.repacked
-        and _REPACK_DIMS.get(weight.reads) == len(shape)
-        and shape[1] % _REPACK_ROWS == 0
-    ):
-        return _Keeping.REPACKED
-    return _Keeping.MAPPED if rule.mapped else _Keeping.ALLOCATED
-
-
-def _keep(host: HostShare, weight: _Weight, keeping: _Keeping, rule: HostRule) -> None:
-    """Put a weight into the host's share."""
-    tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]
-    size = HOST_BUFFER.allocation(type_, tensor.shape[0], tensor.nbytes)
-    if keeping in {_Keeping.LAZY, _Keeping.MAPPED}:
-        host.span((keeping is _Keeping.LAZY, tensor.shard), tensor.offset, tensor.offset + tensor.nbytes)
-    elif keeping is _Keeping.PINNED:
-        host.pinned_bytes += size
-    else:
-        host.allocated_bytes += size
-    if type_.quantized and weight.reads in _REPACK_DIMS and not (rule.pinned or rule.repack_known):
-        host.certain = False
 
 
 def _place(buffer: str, devices: Sequence[Device]) -> str:
