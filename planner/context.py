@@ -123,7 +123,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         use_host_buffer=request.use_host_buffer is not False,
         repack=request.repack is not False,
         embeddings=embeddings,
-        overrides=_overrides(request),
+        overrides=_overrides(request, model.hparams.n_layer_all),
         n_ctx_unpadded=n_ctx_unpadded,
         cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
         not_built=tuple(text for name, text in _WITHOUT_RULE if getattr(request, name)),
@@ -218,13 +218,13 @@ def _flash_attn(model: ModelFacts, request: PlanRequest) -> FlashAttention:
     return request.flash_attn or "auto"
 
 
-def _overrides(request: PlanRequest) -> tuple[tuple[str, str], ...]:
-    """Return all pairs of pattern and buffer type, the user's own first."""
+def _overrides(request: PlanRequest, n_layer_all: int) -> tuple[tuple[str, str], ...]:
+    """Return all pairs of pattern and buffer type, the user's own first; none for layers that are not there."""
     pairs = list(request.override_tensor or ())
     if request.cpu_moe:
         pairs.append((_EXPERTS, _HOST_BUFFER))
-    pairs += [(rf"blk\.{layer}{_EXPERTS}", _HOST_BUFFER) for layer in range(request.n_cpu_moe or 0)]
-    pairs += [(rf"blk\.{layer}{_FFN}", _HOST_BUFFER) for layer in range(request.n_cpu_ffn or 0)]
+    pairs += [(rf"blk\.{layer}{_EXPERTS}", _HOST_BUFFER) for layer in range(min(request.n_cpu_moe or 0, n_layer_all))]
+    pairs += [(rf"blk\.{layer}{_FFN}", _HOST_BUFFER) for layer in range(min(request.n_cpu_ffn or 0, n_layer_all))]
     for pattern, _ in pairs:
         try:
             re.compile(pattern)

@@ -83,6 +83,8 @@ class _Search:
 
     def run(self) -> PlanOutcome:
         devices = _chosen_devices(self.request, self.machine)
+        if not any((self.request.tensor_split or ())[: len(devices)]):
+            self.request = replace(self.request, tensor_split=None)  # as llama.cpp does (src/llama-model.cpp)
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         reason = context.refusal(self.model, settled, [device.kind for device in devices])
