@@ -14,6 +14,7 @@ from planner.units import MIB
 
 if TYPE_CHECKING:
     from planner.context import ContextParams
+    from planner.host_memory import HostShare
     from planner.model import ModelFacts
     from planner.types import LlamaBuild, Machine, Placement
 
@@ -90,7 +91,7 @@ def _weights(placed: weights.WeightBytes, build: LlamaBuild) -> tuple[tuple[Figu
     return on_devices, _figure(total, build, certain=host.certain)
 
 
-def _host_detail(model: ModelFacts, params: ContextParams, host: weights.HostShare | None) -> HostDetail:
+def _host_detail(model: ModelFacts, params: ContextParams, host: HostShare | None) -> HostDetail:
     """Return the host's account in detail; what its weights take is open where no rule places them."""
     return HostDetail(
         mapped_bytes=host.mapped_bytes if host else None,
