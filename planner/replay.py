@@ -20,7 +20,7 @@ from planner.estimate import (
 )
 from planner.ggml import pad
 from planner.graph import Node
-from planner.graphs import build_graph
+from planner.graphs import SHAPES, build_graph
 from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
 from planner.model import ModelFacts
 from planner.scheduler import Offloads, schedule
@@ -95,18 +95,21 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement) -> P
     layers = tuple(cpu if device < 0 else device for device in placement.layer_devices)
     output = cpu if placement.output_device < 0 else placement.output_device
     overrides = [(re.compile(pattern), _backend(buffer, placement)) for pattern, buffer in params.overrides]
+    output_norm = SHAPES[model.hparams.architecture].output_norm
     weights = {}
     for tensor in model.tensors:
         home = next((backend for regex, backend in overrides if regex.search(tensor.name)), None)
-        weights[tensor.name] = _home(tensor.name, layers, output, cpu) if home is None else home
+        weights[tensor.name] = _home(tensor.name, output_norm, layers, output, cpu) if home is None else home
     caches = layers if params.kv_offload else (cpu,) * len(layers)
     return Places(weights, layers, caches, output, cpu)
 
 
-def _home(name: str, layers: Sequence[int], output: int, cpu: int) -> int:
+def _home(name: str, output_norm: str, layers: Sequence[int], output: int, cpu: int) -> int:
     """Return the backend of a weight that no override places (src/llama-arch.cpp, ``LLM_TENSOR_INFOS``)."""
     if name.startswith("blk."):
         return layers[int(name[4 : name.index(".", 4)])]
+    if name.startswith(output_norm):
+        return output
     if name.startswith("token_embd_norm"):  # normalized on the first layer, not with the input
         return layers[0]
     return output if name.startswith("output") else cpu

@@ -11,6 +11,15 @@ from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.latent import LatentDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
+from planner.graphs.state_space import (
+    FalconH1Decoder,
+    Mamba2Decoder,
+    MambaDecoder,
+    NemotronDecoder,
+    PureMamba2Decoder,
+    PureMambaDecoder,
+    ShortConvolutionDecoder,
+)
 from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder
 from planner.model import MetadataValue
 
@@ -23,6 +32,8 @@ _SCALED_MOE: Final = Moe(uses_scales=True)
 _GATED_MOE: Final = Moe(uses_scales=True, shared_gate=SharedGate.SIGMOID)
 _GRANITE: Final = Shape(rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS)
 _GEMMA: Final = Shape(embedding_scale=When.ALWAYS, scaled_query=True)
+
+_LFM2: Final = Shape(onto_residual=(True, True), output_norm="token_embd_norm")
 
 SHAPES: Final[Mapping[str, Shape]] = {
     "afmoe": Shape(
@@ -50,7 +61,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         temperature=True,
         moe=Moe(normalizes=False, weighs_input=True),
     ),
-    "openelm": Shape(),
+    "openelm": Shape(onto_residual=(True, False)),
     "spark2_5": Shape(),
     "arcee": Shape(rope_factors=True, ffn=_RELU_SQUARED),
     "baichuan": Shape(rope=Rope.IF_32_LAYERS),
@@ -85,6 +96,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "exaone4": Shape(
         attention_norm=False, rope=Rope.WINDOWED, rope_factors=True, post_norms=_POST_NORMS, ffn_norm=None
     ),
+    "falcon-h1": Shape(),
     "falcon": Shape(norm="norm", residual=Residual.ATTENTION_FIRST, ffn_norm=None, ffn=_GELU),
     "gemma": _GEMMA,
     "gemma2": Shape(
@@ -106,6 +118,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "gpt2": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
     "gptneox": Shape(norm="norm", ffn=_GELU),
     "granite": _GRANITE,
+    "granitehybrid": Shape(
+        rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.IF_SET
+    ),
     "granitemoe": _GRANITE,
     "granite_swa": Shape(
         rope=Rope.BY_PATTERN,
@@ -119,10 +134,15 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hy_v3": Shape(rope_factors=True, moe=Moe(normalizes=None, scales=None, uses_scales=True), rows=Rows.AFTER_NORM),
     "internlm2": Shape(),
+    "jamba": Shape(rope=Rope.NONE, onto_residual=(True, True), moe=Moe(normalizes=False)),
     "jais": Shape(norm="norm", rope=Rope.NONE),
     "jais2": Shape(norm="norm", ffn=_RELU_SQUARED),
+    "lfm2": _LFM2,
+    "lfm2moe": _LFM2,
     "llama": Shape(rope_factors=True, moe=_SCALED_MOE),
     "maincoder": Shape(query_norm=QueryNorm.AFTER_ROPE),
+    "mamba": Shape(),
+    "mamba2": Shape(),
     "maple": Shape(rope=Rope.WINDOWED),
     "mellum": Shape(moe=_SCALED_MOE),
     "mimo2": Shape(sinks=True, moe=Moe()),
@@ -137,6 +157,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
     "mpt": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU),
     "nanbeige": Shape(rope_factors=True),
+    "nemotron_h": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, rows=Rows.AFTER_NORM),
+    "nemotron_h_moe": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, moe=None, rows=Rows.AFTER_NORM),
     "nemotron": Shape(norm="norm", ffn=_RELU_SQUARED),
     "olmo": Shape(norm="norm", clamps=True),
     "olmo2": Shape(attention_norm=False, query_norm=QueryNorm.ROWS, post_norms=_POST_NORMS, ffn_norm=None),
@@ -145,8 +167,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "paddleocr": Shape(four_positions=When.ALWAYS),
     "pangu-embedded": Shape(),
     "phi2": Shape(norm="norm", scaled_query=True, residual=Residual.FEED_FORWARD_LAST, ffn_norm=None, ffn=_GELU),
-    "phi3": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True, ffn=_FUSED_GATE),
-    "phimoe": Shape(adds_onto_residual=True, rope_factors=True, scaled_query=True),
+    "phi3": Shape(onto_residual=(False, True), rope_factors=True, scaled_query=True, ffn=_FUSED_GATE),
+    "phimoe": Shape(onto_residual=(False, True), rope_factors=True, scaled_query=True),
     "plamo": Shape(residual=Residual.ATTENTION_FIRST, ffn_norm=None),
     "plamo3": Shape(pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "pockettts": Shape(norm="norm", ffn=_GELU),
@@ -177,9 +199,18 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "afmoe": GatedAttentionDecoder,
     "arctic": ArcticDecoder,
     "deepseek2": LatentDecoder,
+    "falcon-h1": FalconH1Decoder,
+    "granitehybrid": Mamba2Decoder,
     "grok": GrokDecoder,
+    "jamba": MambaDecoder,
     "laguna": GatedAttentionDecoder,
+    "lfm2": ShortConvolutionDecoder,
+    "lfm2moe": ShortConvolutionDecoder,
+    "mamba": PureMambaDecoder,
+    "mamba2": PureMamba2Decoder,
     "mistral4": LatentDecoder,
+    "nemotron_h": NemotronDecoder,
+    "nemotron_h_moe": NemotronDecoder,
     "openelm": OpenElmDecoder,
     "qwen35": DeltaNetDecoder,
     "qwen35moe": DeltaNetDecoder,

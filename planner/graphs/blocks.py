@@ -357,7 +357,11 @@ class Blocks:
             hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
         else:
             up = self._experts(x, f"{prefix}up_exps", chosen, how)
-            hidden = graph.glu(self._experts(x, f"{prefix}gate_exps", chosen, how), up) if how.gated else up
+            hidden = (
+                graph.glu(self._experts(x, f"{prefix}gate_exps", chosen, how), up)
+                if how.gated
+                else graph.same("unary", up)
+            )
         experts = self._experts(hidden, f"{prefix}down_exps", chosen, how)
         if not how.weighs_input:
             experts = graph.same("mul", experts, weights)

@@ -51,7 +51,7 @@ class Decoder:
         if self.shape.rows is Rows.BEFORE_NORM:
             x.is_output = True
             x = self.graph.get_rows(x, rows)
-        x = self.blocks.norm(x, "output_norm", -1, self.shape.norm)
+        x = self.blocks.norm(x, self.shape.output_norm, -1, self.shape.norm)
         x.is_output = True
         if self.shape.rows is Rows.AFTER_NORM:
             x = self.graph.get_rows(x, rows)
@@ -101,14 +101,17 @@ class Decoder:
             x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
         if shape.post_norms and not shape.picks_after_norm:
             x = blocks.norm(x, prefix + shape.post_norms[0], il)
-        residual = x = graph.same("add", self.scaled(x), residual)
+        residual = x = self.added(self.scaled(x), residual, onto_residual=shape.onto_residual[0])
         if shape.ffn_norm:
             x = blocks.norm(x, prefix + shape.ffn_norm, il, shape.norm)
         x = self.feed_forward(x, il)
         if shape.post_norms:
             x = blocks.norm(x, prefix + shape.post_norms[1], il if shape.pins_last_norm else -1)
-        x = self.scaled(x)
-        return graph.same("add", residual, x) if shape.adds_onto_residual else graph.same("add", x, residual)
+        return self.added(self.scaled(x), residual, onto_residual=shape.onto_residual[1])
+
+    def added(self, x: Node, residual: Node, *, onto_residual: bool) -> Node:
+        """Return the sum; which operand comes first decides whose memory it may take."""
+        return self.graph.same("add", residual, x) if onto_residual else self.graph.same("add", x, residual)
 
     def parallel_layer(self, x: Node, il: int, picked: Node | None) -> Node:
         """Return the output of a layer whose attention and feed-forward part read the same input."""

@@ -98,7 +98,8 @@ class Shape:
     pins_last_norm: bool = False  # the norm after the feed-forward part knows its layer
     residual: Residual = Residual.SEQUENTIAL
     residual_scale: When = When.NEVER
-    adds_onto_residual: bool = False  # the residual is the first operand of the last sum, whose memory is reused
+    onto_residual: tuple[bool, bool] = (False, False)  # the residual is a sum's first operand, whose memory is reused
+    output_norm: str = "output_norm"
     ffn_norm: str | None = "ffn_norm"
     ffn: tuple[str, ...] = ()  # activations between up and down; none: gate and up in parallel
     moe: Moe | None = field(default_factory=Moe)  # None: blocks with experts are not built here

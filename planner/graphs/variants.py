@@ -54,7 +54,7 @@ class ArcticDecoder(Decoder):
 
 
 class OpenElmDecoder(Decoder):
-    """Heads cut out of one fused product; attention added onto the residual (src/models/openelm.cpp)."""
+    """Heads cut out of one fused product (src/models/openelm.cpp)."""
 
     def query_key_value(self, x: Node, il: int) -> tuple[Node, Node, Node]:
         """Return query, key and value."""
@@ -63,14 +63,3 @@ class OpenElmDecoder(Decoder):
         fused = graph.reshape(blocks.project(x, f"{prefix}qkv"), head, n_head + 2 * n_kv, n_tokens)
         q, k, v = (graph.view(fused, (head, n, n_tokens), fused.nb[1:3]) for n in (n_head, n_kv, n_kv))
         return *self.turned(*self.normed_heads(q, k, prefix, il, skip=False), il), v
-
-    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
-        """Return a layer's output."""
-        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}."
-        residual = x
-        x = self.attention(blocks.norm(x, f"{prefix}attn_norm", il), il)
-        if picked:
-            residual, x = graph.get_rows(residual, picked), graph.get_rows(x, picked)
-        residual = graph.same("add", residual, x)
-        x = blocks.gated_ffn(blocks.norm(residual, f"{prefix}ffn_norm", il), il)
-        return graph.same("add", x, residual)

@@ -85,17 +85,19 @@ def test_replayed_buffers_equal_what_llama_cpp_reserved(sample_model: ReadModel,
 def test_the_closed_form_is_never_below_llama_cpp(sample_model: ReadModel, name: str, case: str) -> None:
     model, params, placement, machine = sample_question(sample_model(name), name, case)
     bound = estimate_buffers(model, params, placement, machine)
-    assert bound is not None
+    assert (bound is None) == any(model.hparams.recr_layers)  # no closed form bounds what a recurrent layer needs
+    if bound is None:
+        return
     estimated = dict(zip((*placement.devices, str(HOST)), (*bound.devices, bound.host), strict=True))
     reserved = RESERVED[name][case]
     assert {device: size for device, size in estimated.items() if size < reserved[device]} == {}
 
 
 def test_a_family_without_a_graph_is_unknown_and_says_so(sample_model: ReadModel) -> None:
-    asked = question(sample_model("mamba-dense"), "-c 4096 -np 1", DeviceKind.RPC, 1)
+    asked = question(sample_model("deepseek4-moe"), "-c 4096 -np 1", DeviceKind.RPC, 1)
     buffers = compute_buffers(*asked, PINNED_BUILD)
     assert [figure.bytes for figure in (*buffers.devices, buffers.host)] == [None, None]
-    assert "mamba" in buffers.not_built[0]
+    assert "deepseek4" in buffers.not_built[0]
 
 
 def test_for_another_build_the_figures_are_bounds(sample_model: ReadModel) -> None:
