@@ -143,10 +143,13 @@ class Finder:
         if request.split_mode == "none":
             yield (self.devices[request.main_gpu or 0],)
             return
+        named = _named(request)
         everyone = range(len(self.devices))
-        by_budget = sorted(everyone, key=lambda i: -self._budget(self.devices[i]))
+        # A device that an override names is taken first: it holds what goes there, layers or not.
+        by_budget = sorted(everyone, key=lambda i: (self.devices[i].name not in named, -self._budget(self.devices[i])))
         one_size = self.spread or request.split_mode != "layer"
-        for size in (len(self.devices),) if one_size else range(1, len(self.devices) + 1):
+        fewest = max(1, sum(device.name in named for device in self.devices))
+        for size in (len(self.devices),) if one_size else range(fewest, len(self.devices) + 1):
             yield tuple(self.devices[i] for i in sorted(by_budget[:size]))
 
     def _budget(self, device: Device) -> int:
@@ -186,8 +189,10 @@ class Finder:
     def _try(self, request: PlanRequest, group: Sequence[Device], n_slots: int, shares: Sequence[float]) -> Candidate:
         """Account for this split. A device that gets no layer is left out: an idle context costs memory too."""
         if request.tensor_split is None:
-            group = tuple(device for device, share in zip(group, shares, strict=True) if share)
-            shares = tuple(float(share) for share in shares if share)
+            kept = [
+                (d, s) for d, s in zip(group, shares, strict=True) if s or (d.name in _named(request) and any(shares))
+            ]
+            group, shares = tuple(device for device, _ in kept), tuple(float(share) for _, share in kept)
         else:
             shares = tuple(shares[i] if i < len(shares) else 0.0 for i in range(len(group)))
         where, output = layers.layer_devices(self.n_slots - 1, n_slots, shares)
@@ -247,6 +252,11 @@ class Finder:
         if not self.model.tensor("output.weight") and (embedding := self.model.tensor("token_embd.weight")):
             weights[-1] += embedding.nbytes
         return weights
+
+
+def _named(request: PlanRequest) -> frozenset[str]:
+    """Return the buffer types that ``--override-tensor`` sends tensors to; a device's bears its name."""
+    return frozenset(buffer for _, buffer in request.override_tensor or ())
 
 
 def _filled(own: MemoryLedger, answer: MemoryLedger) -> MemoryLedger:

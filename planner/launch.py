@@ -42,13 +42,14 @@ def spec(
     With ``fit_margins``, the bytes to leave on each of these devices, llama.cpp's own fit places what the request
     leaves open; without them it is off.
     """
-    used = tuple(machine.device(name) for name in request.devices or ())
+    devices = request.devices or ()
+    used = tuple(machine.device(name) for name in dict.fromkeys((*devices, *(request.devices_draft or ()))))
     names = child_names(used, machine)
     buffers = _buffer_names(used, machine, names)
     request = replace(
         request,
         rpc=_endpoints(used) or None,
-        devices=tuple(names[device.name] for device in used),
+        devices=tuple(names[name] for name in devices),
         devices_draft=_renamed(request.devices_draft, names),
         override_tensor=_rebuffered(request.override_tensor, buffers),
         override_tensor_draft=_rebuffered(request.override_tensor_draft, buffers),

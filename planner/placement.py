@@ -83,6 +83,9 @@ class _Search:
 
     def run(self) -> PlanOutcome:
         devices = _chosen_devices(self.request, self.machine)
+        if self.request.devices_draft is not None:
+            drafts = (_device("--device-draft", name, self.machine) for name in self.request.devices_draft)
+            self.request = replace(self.request, devices_draft=tuple(device.name for device in drafts))
         if not any((self.request.tensor_split or ())[: len(devices)]):
             self.request = replace(self.request, tensor_split=None)  # as llama.cpp does (src/llama-model.cpp)
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
@@ -278,19 +281,21 @@ def _chosen_devices(request: PlanRequest, machine: Machine) -> tuple[Device, ...
     """Return the devices that may be used, in llama-server's order. Raises InvalidRequest for a name that is none."""
     if request.devices is None:
         return tuple(device for device in machine.devices if device.usable)
-    known = {device.name.lower(): device for device in machine.devices}  # llama-server compares without case
-    chosen = []
-    for name in request.devices:
-        device = known.get(name.lower())
-        if device is None:
-            names = ", ".join(device.name for device in machine.devices) or "none at all"
-            raise InvalidRequest(f"--device {name}: no such device; there is {names}")
-        if not device.usable:
-            raise InvalidRequest(f"--device {name}: it cannot be used: {device.why_not}")
-        chosen.append(device)
+    chosen = [_device("--device", name, machine) for name in request.devices]
     if (request.main_gpu or 0) >= max(len(chosen), 1):
         raise InvalidRequest(f"--main-gpu {request.main_gpu}: there are {len(chosen)} devices, counted from 0")
     return tuple(chosen)
+
+
+def _device(flag: str, name: str, machine: Machine) -> Device:
+    """Return the device that this flag names, in any case, as in llama-server. Raises InvalidRequest."""
+    device = next((device for device in machine.devices if device.name.lower() == name.lower()), None)
+    if device is None:
+        names = ", ".join(device.name for device in machine.devices) or "none at all"
+        raise InvalidRequest(f"{flag} {name}: no such device; there is {names}")
+    if not device.usable:
+        raise InvalidRequest(f"{flag} {name}: it cannot be used: {device.why_not}")
+    return device
 
 
 def _pinned_context(settled: PlanRequest) -> PlanRequest:

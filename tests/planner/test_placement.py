@@ -189,6 +189,23 @@ def test_pinned_flags_are_obeyed(
     assert [slots.count(index) for index in range(len(devices))] == counts
 
 
+def test_a_device_that_an_override_names_is_used_and_charged(model: ModelFacts) -> None:
+    """The runner must see it, and what goes there is held against its budget, even where it gets no layer."""
+    request = flags.parse(["-c", "2048", "-ot", "blk.0.=RPC0"]).request
+    outcome = plan(model, request, machine(50 * MIB, 200 * MIB))
+    assert isinstance(outcome, Plan)
+    assert "RPC0" in outcome.placement.devices
+    assert (outcome.usages[0].model.bytes or 0) > 0
+
+
+def test_the_drafts_devices_are_shown_to_the_runner(model: ModelFacts) -> None:
+    request = PlanRequest(n_ctx=2048, model_draft="draft.gguf", devices=("RPC0",), devices_draft=("rpc1",))
+    outcome = plan(model, request, machine(50 * MIB, 200 * MIB))
+    assert isinstance(outcome, Plan)
+    argv = outcome.launch.argv
+    assert argv[argv.index("-devd") + 1] == "RPC1"
+
+
 def test_every_knob_that_was_not_pinned_has_a_value_and_a_reason(model: ModelFacts) -> None:
     """The steps are named once each, and the request that is launched has no open choice about placement."""
     outcome = plan(model, PlanRequest(), machine(100 * MIB, 100 * MIB), Policy(spread=True))
