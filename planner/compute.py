@@ -7,7 +7,7 @@ from typing import Final
 
 from planner.build import is_pinned
 from planner.context import ContextParams
-from planner.estimate import estimate_buffers
+from planner.estimate import F32_BYTES, PIPELINE_COPIES, estimate_buffers, reserved_tokens
 from planner.graphs import SHAPES
 from planner.model import ModelFacts
 from planner.replay import replay
@@ -35,10 +35,12 @@ def compute_buffers(
     """Return what llama.cpp reserves for its graphs (src/llama-context.cpp, ``sched_reserve``).
 
     Simulated where the architecture's graph is replayed for the build that it mirrors; estimated upwards for another
-    build, or where only a closed form bounds the graph; else unknown.
+    build, for pooled embeddings, or where only a closed form bounds the graph; else unknown.
     """
     replayed = _replayed(model, params, placement, machine)
     if replayed is not None and is_pinned(build):
+        if params.embeddings:
+            return _buffers(_with_pooling(replayed, model, params, placement), Source.ESTIMATED)
         return _buffers(replayed, Source.SIMULATED)
     bound = estimate_buffers(model, params, placement, machine)
     if bound is not None:
@@ -54,7 +56,7 @@ def _replayed(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> tuple[int, ...] | None:
     kinds = {machine.device(name).kind for name in placement.devices}
-    if model.hparams.architecture not in SHAPES or params.embeddings or params.split_mode not in {"layer", "none"}:
+    if model.hparams.architecture not in SHAPES or params.split_mode not in {"layer", "none"}:
         return None
     if not kinds <= _REPLAYED_KINDS:
         return None
@@ -62,6 +64,23 @@ def _replayed(
         return replay(model, params, placement, machine)
     except KeyError:  # a tensor that the family's graph reads is not in this file: a variant that is not built here
         return None
+
+
+def _with_pooling(
+    sizes_bytes: tuple[int, ...], model: ModelFacts, params: ContextParams, placement: Placement
+) -> tuple[int, ...]:
+    """Return the buffers with room for what pooling adds: the outputs transposed, their means, and their indices.
+
+    (src/llama-graph.cpp, ``build_pooling``; how a server pools is not among the parameters.) The indices and weights of
+    the means are inputs of the host that are copied to the output's device.
+    """
+    n_outputs = min(reserved_tokens(params), params.n_outputs_max)
+    inputs = F32_BYTES * n_outputs * params.n_seq_max * PIPELINE_COPIES
+    pooled = 2 * F32_BYTES * model.hparams.n_embd * (n_outputs + params.n_seq_max)
+    output = placement.output_device if placement.output_device >= 0 else len(sizes_bytes) - 1
+    added = [0] * (len(sizes_bytes) - 1) + [inputs]
+    added[output] += inputs + pooled
+    return tuple(size + more for size, more in zip(sizes_bytes, added, strict=True))
 
 
 def _buffers(sizes_bytes: tuple[int, ...], source: Source) -> ComputeBuffers:

@@ -170,7 +170,7 @@ class _Form:
         return min(self.n_tokens, self.params.n_outputs_max)
 
     def _output(self) -> int:
-        return F32_BYTES * self.n_vocab_rows * self._n_outputs() + 4 * self._row(self._n_outputs())
+        return F32_BYTES * self.n_vocab_rows * self._n_outputs() + 9 * self._row(self._n_outputs())
 
     def _inputs(self) -> int:
         """Masks, and cache indices: with flash attention off one index per element of V (``build_input_v_idxs``)."""
