@@ -165,10 +165,11 @@ class PerDevice:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator allows, beside the flags: margins, caps, what is already promised, and what holds unless pinned.
+    """What the operator allows beside the flags: margins, caps, what is promised already, what holds unless pinned.
 
     ``held`` is what our own runners hold on each device (it counts against MAX_VRAM); ``promised`` what was granted to
-    loads that the driver does not show yet (it is taken off what is free). ``n_ctx_per_slot`` None: the planner decides.
+    loads that the driver does not show yet (it is taken off what is free). ``n_ctx_per_slot`` None: the planner's
+    choice.
     """
 
     gpu_overhead: PerDevice = PerDevice(default=0)
