@@ -17,6 +17,11 @@ from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machin
 _REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.ROCM})
 
 
+# Kinds that choose experts in one step and keep its small operands until then; which they are is not replayed.
+_FUSING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
+_ROUTER_TENSORS: Final = 8  # logits, probabilities, their order, weights, sums: at most this many rows of all experts
+
+
 @dataclass(frozen=True, slots=True)
 class ComputeBuffers:
     """The buffers of a placement's devices, in its order, and of the host.
@@ -41,6 +46,8 @@ def compute_buffers(
     if replayed is not None and is_pinned(build):
         if params.embeddings:
             return _buffers(_with_pooling(replayed, model, params, placement), Source.ESTIMATED)
+        if any(machine.device(name).kind in _FUSING_KINDS for name in placement.devices) and model.hparams.n_expert:
+            return _buffers(_with_fused_routers(replayed, model, params), Source.ESTIMATED)
         return _buffers(replayed, Source.SIMULATED)
     bound = estimate_buffers(model, params, placement, machine)
     if bound is not None:
@@ -81,6 +88,12 @@ def _with_pooling(
     added = [0] * (len(sizes_bytes) - 1) + [inputs]
     added[output] += inputs + pooled
     return tuple(size + more for size, more in zip(sizes_bytes, added, strict=True))
+
+
+def _with_fused_routers(sizes_bytes: tuple[int, ...], model: ModelFacts, params: ContextParams) -> tuple[int, ...]:
+    """Return the buffers with room for what cards keep while they choose experts (ggml-cuda.cu, ``add_alloc_deps``)."""
+    kept = _ROUTER_TENSORS * F32_BYTES * model.hparams.n_expert * reserved_tokens(params)
+    return (*(size + kept for size in sizes_bytes[:-1]), sizes_bytes[-1])
 
 
 def _buffers(sizes_bytes: tuple[int, ...], source: Source) -> ComputeBuffers:

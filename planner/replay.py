@@ -75,7 +75,8 @@ def _replay(
         pins = offloads_everything(placement, model.hparams.n_layer_all) or n_tokens < PIN_BELOW_TOKENS
         batch = Batch(n_tokens, n_outputs, pins_norms=pins)
         graph = build_graph(Blocks(model.hparams, tensors, params, places, batch), model.metadata)
-        plan = schedule(graph, len(sizes), n_copies, [*offloads, None])
+        reduces = [*(backend.like_cuda for backend in backends), False]
+        plan = schedule(graph, n_copies, [*offloads, None], reduces)
         reserved = GraphAllocator(alignments, [*alloc_sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
         sizes = [max(pair) for pair in zip(sizes, reserved, strict=True)]
     return tuple(sizes)

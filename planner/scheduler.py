@@ -37,19 +37,23 @@ class Schedule:
     n_splits: int
 
 
-def schedule(graph: Graph, n_backends: int, n_copies: int, offloads: Sequence[Offloads | None]) -> Schedule:
+def schedule(
+    graph: Graph, n_copies: int, offloads: Sequence[Offloads | None], reduces: Sequence[bool] | None = None
+) -> Schedule:
     """Return the graph as ``ggml_backend_sched_split_graph`` hands it to the allocator.
 
     ``offloads[b]`` says whether backend ``b`` takes an operation over whose weights lie in host memory
     (``offload_op``), None where it never does. Nodes that already have a backend keep it
     (``ggml_backend_sched_set_tensor_backend``).
+    ``reduces[b]`` says whether backend ``b`` computes a weighted sum in one step and keeps its operands until then
+    (ggml-cuda.cu, ``ggml_backend_cuda_graph_optimize``).
     """
-    cpu = n_backends - 1
+    cpu = len(offloads) - 1
     _assign_from_locations(graph, cpu, offloads)
     _expand(graph.nodes, cpu)
     _assign_sources(graph.nodes)
     splits = _split(graph.nodes, n_copies)
-    return _assemble(graph, splits, n_copies)
+    return _assemble(graph, splits, n_copies, reduces or [False] * len(offloads))
 
 
 def _assign_from_locations(graph: Graph, cpu: int, offloads: Sequence[Offloads | None]) -> None:
@@ -148,18 +152,34 @@ def _copy_to(split: _Split, source: Node, n_copies: int) -> Node:
     return copies[0]
 
 
-def _assemble(graph: Graph, splits: list[_Split], n_copies: int) -> Schedule:
+def _assemble(graph: Graph, splits: list[_Split], n_copies: int, reduces: Sequence[bool]) -> Schedule:
     """Put the copies in front of their split; with pipelining all of them, and the inputs', are leafs."""
     nodes: list[tuple[Node, int]] = []
     for split in splits:
         for source in split.inputs:
-            dependency = Node("none", source.type, source.ne, source.nb, [source], source.view_of or source)
-            nodes.append((dependency, source.backend))
+            nodes.append((_dependency(source, source), source.backend))
             nodes.append((_copy_to(split, source, n_copies), split.backend))
-        nodes.extend((node, node.backend) for node in graph.nodes[split.start : split.end])
+        within = graph.nodes[split.start : split.end]
+        ends = _reductions_of(graph, within) if reduces[split.backend] else {}
+        for node in within:
+            nodes.append((node, node.backend))
+            if id(node) in ends:
+                product = ends[id(node)]
+                nodes.append((_dependency(product.src[0], *product.src[:2]), split.backend))
     leafs = [*_pipeline_leafs(graph, splits, n_copies)] if n_copies > 1 else []
     leafs.extend((leaf, leaf.backend) for leaf in graph.leafs)
     return Schedule(nodes, leafs, len(splits))
+
+
+def _reductions_of(graph: Graph, within: list[Node]) -> dict[int, Node]:
+    """Return the products of the weighted sums that lie wholly among these nodes, by the identity of their last sum."""
+    there = {id(node) for node in within}
+    return {id(total): product for product, total in graph.reductions if id(product) in there and id(total) in there}
+
+
+def _dependency(shape: Node, *sources: Node) -> Node:
+    """Return a node that computes nothing, and keeps its sources until its turn."""
+    return Node("none", shape.type, shape.ne, shape.nb, [*sources], shape.view_of or shape)
 
 
 def _pipeline_leafs(graph: Graph, splits: list[_Split], n_copies: int) -> Iterator[tuple[Node, int]]:

@@ -21,6 +21,8 @@ from planner.model import HParams, Tensor
 # (src/llama-context.cpp, graph_get_cb).
 PIN_BELOW_TOKENS: Final = 32
 
+_MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cuda/ggml-cuda.cu
+
 _ROTATION: Final = 64  # the smallest Hadamard matrix that turns a quantized cache (src/llama-kv-cache.cpp)
 
 
@@ -373,6 +375,8 @@ class Blocks:
         for view in views[1:]:
             total = graph.same("add", total, view)
             graph.expand(total)
+        if not how.weighs_input and 1 < len(views) <= _MAX_REDUCED:
+            graph.reductions.append((experts, total))
         return graph.cont(total) if len(views) == 1 else total
 
     def _route(self, x: Node, il: int, how: Moe, settings: Settings) -> tuple[Node, Node]:

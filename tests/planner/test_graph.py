@@ -69,13 +69,13 @@ def copies_on(plan: Schedule, backend: int) -> list[Node]:
 
 def test_operations_go_where_their_weights_are() -> None:
     graph, first, second = two_layers()
-    schedule(graph, 3, 1, [None, None, None])
+    schedule(graph, 1, [None, None, None])
     assert (first.backend, second.backend) == (0, 1)
 
 
 def test_an_operation_without_weights_stays_with_the_one_before() -> None:
     graph, first, second = two_layers()
-    schedule(graph, 3, 1, [None, None, None])
+    schedule(graph, 1, [None, None, None])
     assert second.src[1].duplicate_layout().ne == first.ne
     assert graph.nodes[1].op == "unary"
     assert graph.nodes[1].backend == 0
@@ -84,7 +84,7 @@ def test_an_operation_without_weights_stays_with_the_one_before() -> None:
 def test_a_pinned_node_is_computed_where_it_is_pinned() -> None:
     graph, _, _ = two_layers()
     graph.nodes[1].backend = 1
-    plan = schedule(graph, 3, 1, [None, None, None])
+    plan = schedule(graph, 1, [None, None, None])
     assert graph.nodes[1].backend == 1
     assert len(copies_on(plan, 1)) == 1
 
@@ -93,14 +93,14 @@ def test_what_another_backend_reads_is_copied_to_it_once() -> None:
     graph, _, second = two_layers()
     third = graph.same("add", second, second.src[1])
     graph.expand(third)
-    plan = schedule(graph, 3, 1, [None, None, None])
+    plan = schedule(graph, 1, [None, None, None])
     assert plan.n_splits == 2
     assert [len(copies_on(plan, backend)) for backend in range(3)] == [1, 1, 0]
 
 
 def test_pipelining_keeps_every_input_and_every_copy_four_times() -> None:
     graph, _, _ = two_layers()
-    plan = schedule(graph, 3, 4, [None, None, None])
+    plan = schedule(graph, 4, [None, None, None])
     kept = [(leaf.is_output, backend) for leaf, backend in plan.leafs if leaf.is_input]
     assert sorted(set(kept)) == [(True, 0), (True, 1), (True, CPU)]
     distinct = {id(leaf): backend for leaf, backend in plan.leafs if leaf.is_input}
@@ -112,7 +112,7 @@ def test_a_device_takes_products_of_host_weights_where_it_offers_to(takes: objec
     graph = Graph()
     product = graph.mul_mat(weight(graph, CPU, 64, 64), graph.input(F32, 64, 8))
     graph.expand(product)
-    plan = schedule(graph, 3, 1, [takes, None, None])  # type: ignore[list-item]
+    plan = schedule(graph, 1, [takes, None, None])  # type: ignore[list-item]
     assert product.backend == where
     assert [copy.ne[:2] for copy in copies_on(plan, 0)] == ([(64, 64), (64, 8)] if where == 0 else [])
 
@@ -123,4 +123,21 @@ def test_each_host_weight_that_is_taken_over_starts_a_split() -> None:
     for _ in range(3):
         x = graph.mul_mat(weight(graph, CPU, 64, 64), x)
     graph.expand(x)
-    assert schedule(graph, 3, 1, [lambda _node: True, None, None]).n_splits == 3
+    assert schedule(graph, 1, [lambda _node: True, None, None]).n_splits == 3
+
+
+def test_a_card_keeps_what_it_sums_in_one_step_until_the_sum() -> None:
+    graph = Graph()
+    product = graph.mul_mat(weight(graph, 0, 64, 64), graph.input(F32, 64, 2))
+    weighted = graph.same("mul", product, graph.input(F32, 1, 2))
+    parts = [graph.view(weighted, (64, 1), (weighted.nb[1],)) for _ in range(2)]
+    for node in (weighted, *parts):
+        graph.expand(node)
+    total = graph.same("add", *parts)
+    graph.expand(total)
+    graph.reductions.append((weighted, total))
+    kept, plain = (
+        [node.src for node, _ in schedule(graph, 1, [None] * 3, reduces).nodes if node.src[:1] == [product]]
+        for reduces in ([True, False, False], None)
+    )
+    assert len(kept) == len(plain) + 1
