@@ -69,6 +69,8 @@ def reserved(plan: dict[str, Any], environment: dict[str, str]) -> dict[tuple[st
         ("-ctk", "q8_0", "-ctv", "q8_0", "-ub", "256"),
         ("-fa", "off", "-c", "2048"),
         ("-ngl", "6", "-kvu", "-np", "2"),
+        ("-nkvo", "-ncffn", "3"),
+        ("-ts", "1,2,5", "-ot", r"blk\.1\.ffn_up=RPC2"),
     ],
     ids=" ".join,
 )
