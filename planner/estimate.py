@@ -8,8 +8,8 @@ The terms follow the widest moments of the graphs of src/models/*.cpp under the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from planner.cache import window_cells
@@ -30,6 +30,9 @@ SMALL_TENSORS_BYTES: Final = 384 * 1024  # index inputs, router outputs, rotatio
 # makes f16 copies of a cache of another type.
 OFFLOADING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
 F16_ATTENTION_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
+
+_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
+_CUDA_SHARED_QUERIES: Final = {192: (128, 8), 320: (256, 32), 512: (512, 1), 576: (512, 1)}  # V's, multiple of heads
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(.+)")
 
@@ -77,6 +80,30 @@ def reserved_tokens(params: ContextParams) -> int:
     return pad(min(params.n_ctx, params.n_ubatch), params.n_seq_max)
 
 
+def fuses_attention(hparams: HParams, params: ContextParams, placement: Placement, like_cuda: Sequence[bool]) -> bool:
+    """Say whether flash attention is used: "auto" turns it off where one layer's device lacks the kernel.
+
+    (src/llama-context.cpp, ``resolve_fused_ops``; ggml-cuda/fattn.cu, ``ggml_cuda_get_best_fattn_kernel``.)
+    """
+    if params.flash_attn != "auto":
+        return params.flash_attn == "on"
+    return all(
+        device < 0
+        or not like_cuda[device]
+        or hparams.n_head_kv[il] == 0
+        or _cuda_attends(hparams.head_k_of(il), hparams.head_v_of(il), hparams.n_head[il] // hparams.n_head_kv[il])
+        for il, device in enumerate(placement.layer_devices)
+    )
+
+
+def _cuda_attends(head_k: int, head_v: int, heads_per_kv: int) -> bool:
+    """Say whether CUDA has a kernel for these head sizes and that many query heads for one of the cache."""
+    if head_k in _CUDA_SHARED_QUERIES:
+        wanted_v, multiple = _CUDA_SHARED_QUERIES[head_k]
+        return head_v == wanted_v and heads_per_kv > 1 and heads_per_kv % multiple == 0
+    return head_k == head_v and head_k in _CUDA_HEADS
+
+
 def estimate_buffers(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> BufferBytes | None:
@@ -84,6 +111,9 @@ def estimate_buffers(
     hparams = model.hparams
     if hparams.architecture not in SHAPES or any(hparams.recr_layers) or not hparams.causal:
         return None
+    like_cuda = [machine.device(name).kind in F16_ATTENTION_KINDS for name in placement.devices]
+    if not fuses_attention(hparams, params, placement, like_cuda):
+        params = replace(params, flash_attn="off")
     form = _Form.of(model, params, placement)
     return BufferBytes(
         devices=tuple(form.device_bytes(index, machine) for index in range(len(placement.devices))),

@@ -121,6 +121,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.leafs: list[Node] = []
+        self.fused_attention: list[tuple[Node, int]] = []  # with its layer
         self.reductions: list[tuple[Node, Node]] = []  # a product by weights, and the last sum over its parts
 
     # -----------------------------------------------------------------------------------------------------------------

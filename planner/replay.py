@@ -14,16 +14,17 @@ from planner.context import ContextParams
 from planner.estimate import (
     OFFLOAD_MIN_ROWS,
     OFFLOADING_KINDS,
+    fuses_attention,
     offloads_everything,
     pipeline_copies,
     reserved_tokens,
 )
 from planner.ggml import pad
-from planner.graph import Node
+from planner.graph import Graph, Node
 from planner.graphs import SHAPES, build_graph
 from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
 from planner.model import ModelFacts
-from planner.scheduler import Offloads, schedule
+from planner.scheduler import Offloads, Schedule, schedule
 from planner.types import Device, DeviceKind, Machine, Placement
 
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the
@@ -62,33 +63,73 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
 def _replay(
     model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...]
 ) -> tuple[int, ...]:
-    places = _places(model, params, placement)
-    tensors = {tensor.name: tensor for tensor in model.tensors}
-    n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
-    alignments = [*(backend.alignment_bytes for backend in backends), HOST_BUFFER.alignment_bytes]
-    alloc_sizes: list[AllocSize] = [_cuda_alloc_size if backend.like_cuda else Node.nbytes for backend in backends]
-    offloads: list[Offloads | None] = [
-        _takes_host_weights if backend.offloads and params.op_offload else None for backend in backends
-    ]
+    replay = _Replay(model, params, placement, backends)
+    fused = replay.fuses_attention()
     sizes = [0] * (len(backends) + 1)
-    for n_tokens, n_outputs in _passes(params):
-        pins = offloads_everything(placement, model.hparams.n_layer_all) or n_tokens < PIN_BELOW_TOKENS
-        batch = Batch(n_tokens, n_outputs, pins_norms=pins)
-        graph = build_graph(Blocks(model.hparams, tensors, params, places, batch), model.metadata)
-        reduces = [*(backend.like_cuda for backend in backends), False]
-        plan = schedule(graph, n_copies, [*offloads, None], reduces)
-        reserved = GraphAllocator(alignments, [*alloc_sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
+    for n_tokens, n_outputs in _passes(model, params):
+        reserved = replay.reserve(n_tokens, n_outputs, fused=fused)
         sizes = [max(pair) for pair in zip(sizes, reserved, strict=True)]
     return tuple(sizes)
 
 
-def _passes(params: ContextParams) -> list[tuple[int, int]]:
+def _passes(model: ModelFacts, params: ContextParams) -> list[tuple[int, int]]:
     """Return tokens and outputs of the graphs that are reserved: the prompt's, and generation's where it may matter."""
     prompt = reserved_tokens(params)
     passes = [(prompt, min(params.n_ctx, params.n_ubatch, params.n_outputs_max))]
-    if prompt < _TOKENS_RATIO * params.n_seq_max:
+    if prompt < _TOKENS_RATIO * params.n_seq_max or any(model.hparams.recr_layers):  # states do not grow with tokens
         passes.append((params.n_seq_max, params.n_seq_max))
     return passes
+
+
+class _Replay:
+    """One question: a model's graphs over the backends of a placement."""
+
+    def __init__(
+        self, model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...]
+    ) -> None:
+        self._model = model
+        self._params = params
+        self._placement = placement
+        self._backends = backends
+        self._places = _places(model, params, placement)
+        self._tensors = {tensor.name: tensor for tensor in model.tensors}
+        self._n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
+
+    def fuses_attention(self) -> bool:
+        """Say whether flash attention is used: "auto" tries a graph and gives up where a layer's runs elsewhere.
+
+        (src/llama-context.cpp, ``resolve_fused_ops``.) It can only where the cache or a weight is away from its layer.
+        """
+        params, hparams = self._params, self._model.hparams
+        like_cuda = [backend.like_cuda for backend in self._backends]
+        if not fuses_attention(hparams, params, self._placement, like_cuda):
+            return False
+        if params.flash_attn == "on" or (params.kv_offload and not params.overrides):
+            return True
+        graph = self._graph(params.n_seq_max, params.n_seq_max, fused=True)
+        self._schedule(graph)
+        return all(node.backend == self._places.layers[il] for node, il in graph.fused_attention)
+
+    def reserve(self, n_tokens: int, n_outputs: int, *, fused: bool) -> tuple[int, ...]:
+        """Return the bytes of each backend's buffer for one graph."""
+        plan = self._schedule(self._graph(n_tokens, n_outputs, fused=fused))
+        alignments = [*(backend.alignment_bytes for backend in self._backends), HOST_BUFFER.alignment_bytes]
+        sizes: list[AllocSize] = [_cuda_alloc_size if backend.like_cuda else Node.nbytes for backend in self._backends]
+        return GraphAllocator(alignments, [*sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
+
+    def _graph(self, n_tokens: int, n_outputs: int, *, fused: bool) -> Graph:
+        everything = offloads_everything(self._placement, self._model.hparams.n_layer_all)
+        pins = everything or n_tokens < PIN_BELOW_TOKENS
+        batch = Batch(n_tokens, n_outputs, pins_norms=pins, fuses_attention=fused)
+        blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch)
+        return build_graph(blocks, self._model.metadata)
+
+    def _schedule(self, graph: Graph) -> Schedule:
+        offloads: list[Offloads | None] = [
+            _takes_host_weights if backend.offloads and self._params.op_offload else None for backend in self._backends
+        ]
+        reduces = [*(backend.like_cuda for backend in self._backends), False]
+        return schedule(graph, self._n_copies, [*offloads, None], reduces)
 
 
 def _places(model: ModelFacts, params: ContextParams, placement: Placement) -> Places:

@@ -44,6 +44,7 @@ class Batch:
     n_tokens: int
     n_outputs: int
     pins_norms: bool
+    fuses_attention: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ class Blocks:
         self.params = params
         self.places = places
         self.batch = batch
-        self.flash_attn = params.flash_attn != "off"
+        self.flash_attn = batch.fuses_attention
         self._tensors = tensors
         self._weights: dict[str, Node] = {}
 
@@ -235,7 +236,7 @@ class Blocks:
             graph.expand(node)
         stored_k = self._store_k(cache, k, il)
         stored_v = self._store_v(cache, v, il)
-        out = self._heads(cache.mask, q, stored_k, stored_v, sinks=sinks, capped=capped)
+        out = self._heads(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
         return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def latent_attention(self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int) -> Node:
@@ -244,7 +245,7 @@ class Blocks:
             self.graph.expand(node)
         stored = self._store_k(cache, k, il)
         seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
-        return self._heads(cache.mask, q, stored, seen, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
+        return self._heads(cache.mask, q, stored, seen, il, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
 
     def _rotated(self, x: Node, rotation: Node) -> Node:
         size = rotation.ne[0]
@@ -309,6 +310,7 @@ class Blocks:
         q: Node,
         k: Node,
         v: Node,
+        il: int,
         *,
         sinks: Node | None = None,
         v_up: Node | None = None,
@@ -322,6 +324,7 @@ class Blocks:
         q, k, v = (graph.permute_heads(node) for node in (q, k, v))
         if self.flash_attn:
             out = graph.flash_attn(q, k, graph.transpose(v) if v_trans else v, mask, sinks)
+            graph.fused_attention.append((out, il))
             if v_up:
                 out = graph.mul_mat(v_up, graph.permute_heads(out))
                 out = graph.cont(graph.permute_heads(out))
