@@ -72,6 +72,7 @@ def test_the_oracle_agrees_with_the_formulas(
     params = context_params(model, PlanRequest(n_ctx=2048, flash_attn="on"))
     ask = oracle.ask(build)
     assert ask is not None
+    before = set(psutil.Process().children(recursive=True))
     answer = ask(model, params, candidate, where)
     assert answer is not None
     ours = account(model, params, candidate, where, build)
@@ -84,7 +85,7 @@ def test_the_oracle_agrees_with_the_formulas(
         assert theirs.model.source is Source.ORACLE
     assert ours.host.context.bytes == answer.host.context.bytes
     assert ours.host.compute.bytes == answer.host.compute.bytes
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) == before
 
 
 def test_an_architecture_without_rule_is_planned_by_asking(build: LlamaBuild, embedding_model: Path) -> None:
@@ -105,9 +106,10 @@ def test_a_file_that_llama_cpp_cannot_load_has_no_answer(build: LlamaBuild, chat
     ask = oracle.ask(build)
     assert ask is not None
     params = context_params(model, PlanRequest(n_ctx=2048))
+    before = set(psutil.Process().children(recursive=True))
     answer = ask(replace(model, paths=(str(broken),)), params, placement(model, (), 0, ()), machine(0))
     assert answer is None
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) == before
 
 
 def test_only_the_pinned_build_is_asked(build: LlamaBuild) -> None:

@@ -33,9 +33,14 @@ def described(module: ModuleType) -> list[str]:
             lines += [
                 f"    {each}{inspect.signature(method)}"
                 for each, method in vars(value).items()
-                if inspect.isfunction(method) and (each == "__init__" or not each.startswith("_")) and method.__doc__
+                if inspect.isfunction(method) and method.__module__ == module.__name__ and is_public(each)
             ]
     return lines
+
+
+def is_public(name: str) -> bool:
+    """Say whether a method is part of what others call."""
+    return name == "__init__" or not name.startswith("_")
 
 
 def rendered() -> str:
