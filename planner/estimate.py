@@ -14,7 +14,7 @@ from typing import Final
 
 from planner.cache import window_cells
 from planner.context import ContextParams
-from planner.ggml import BY_NAME, pad
+from planner.ggml import BY_NAME, pad, row_bytes
 from planner.graphs import SHAPES
 from planner.graphs.shape import Rows
 from planner.model import HParams, ModelFacts, Tensor
@@ -112,12 +112,17 @@ def estimate_buffers(
     if hparams.architecture not in SHAPES or any(hparams.recr_layers) or not hparams.causal:
         return None
     like_cuda = [machine.device(name).kind in F16_ATTENTION_KINDS for name in placement.devices]
-    if not fuses_attention(hparams, params, placement, like_cuda):
-        params = replace(params, flash_attn="off")
-    form = _Form.of(model, params, placement)
+    settings = {params.flash_attn if fuses_attention(hparams, params, placement, like_cuda) else "off"}
+    if (
+        params.flash_attn == "auto" and not params.kv_offload
+    ):  # whether attention stays with its layer is not known here
+        settings |= {"on", "off"}
+    forms = [_Form.of(model, replace(params, flash_attn=setting), placement) for setting in settings]
     return BufferBytes(
-        devices=tuple(form.device_bytes(index, machine) for index in range(len(placement.devices))),
-        host=form.host_bytes(machine),
+        devices=tuple(
+            max(form.device_bytes(index, machine) for form in forms) for index in range(len(placement.devices))
+        ),
+        host=max(form.host_bytes(machine) for form in forms),
     )
 
 
@@ -188,7 +193,8 @@ class _Form:
         """Return the host's buffer: every input, and what its blocks compute."""
         row = self._row(self.n_tokens)
         inputs = self.copies * (self._inputs() + row + self._row(self._n_outputs())) + row
-        blocks = {il: parts.on_host for il, parts in enumerate(self.parts) if parts.on_host}
+        moved = frozenset[str]() if self.params.kv_offload else frozenset({"attn"})
+        blocks = {il: parts.on_host | moved for il, parts in enumerate(self.parts) if parts.on_host | moved}
         widest = max((self._block(il, machine.host.kind, parts) for il, parts in blocks.items()), default=0)
         output = self._output() if self.placement.output_device < 0 else 0
         return inputs - (row if blocks else 0) + max(widest, output) + SMALL_TENSORS_BYTES
@@ -234,12 +240,23 @@ class _Form:
             cells = window_cells(self.hparams, self.params)
         scores = per_element * cells * self.hparams.n_head[il] if self.params.flash_attn == "off" else 0
         if width.mla:
-            return 5 * row + width.mla * per_element + scores + self._f16_cache(il, cells, kind)
-        rows = 4 * row if width.q > self.hparams.n_embd else 3 * row
+            return 9 * row + width.mla * per_element + scores + self._copied_cache(il, cells, kind)
+        rows = (4 if width.q > self.hparams.n_embd else 3) * row + (0 if self.params.kv_offload else 2 * row)
         if scores:
-            return rows + scores + (2 * width.q + 2 * width.kv) * per_element
+            return rows + scores + (2 * width.q + 2 * width.kv) * per_element + self._copied_cache(il, cells, kind)
         rotated = 3 * width.q + width.kv if BY_NAME[self.params.cache_type_k].quantized else 0
-        return rows + (3 * width.q + rotated + 2 * width.kv) * per_element + self._f16_cache(il, cells, kind)
+        return rows + (3 * width.q + rotated + 2 * width.kv) * per_element + self._copied_cache(il, cells, kind)
+
+    def _copied_cache(self, il: int, cells: int, kind: DeviceKind) -> int:
+        """Copies of a layer's cache: in f16 for a card's attention, and as it is where it stays on the host."""
+        copied = 0
+        if not self.params.kv_offload and kind is not DeviceKind.HOST:
+            for name, width in (
+                (self.params.cache_type_k, self.hparams.n_embd_k_gqa(il)),
+                (self.params.cache_type_v, self.hparams.n_embd_v_gqa(il)),
+            ):
+                copied += row_bytes(BY_NAME[name], width) * cells * self.params.n_stream
+        return copied + self._f16_cache(il, cells, kind)
 
     def _f16_cache(self, il: int, cells: int, kind: DeviceKind) -> int:
         """Copies that flash attention makes of a cache that is not f16 (ggml-cuda/fattn.cu, fattn-common.cuh)."""

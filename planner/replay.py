@@ -104,7 +104,7 @@ class _Replay:
         like_cuda = [backend.like_cuda for backend in self._backends]
         if not fuses_attention(hparams, params, self._placement, like_cuda):
             return False
-        if params.flash_attn == "on" or (params.kv_offload and not params.overrides):
+        if params.flash_attn == "on":
             return True
         graph = self._graph(params.n_seq_max, params.n_seq_max, fused=True)
         self._schedule(graph)
