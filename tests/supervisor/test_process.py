@@ -17,7 +17,6 @@ import pytest
 from supervisor import strays
 from supervisor.process import SHIM, Child, describe_exit, scrubbed
 
-GRACE_S = 0.05
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
 
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
@@ -35,8 +34,10 @@ pytestmark = pytest.mark.anyio
 @contextmanager
 def started(program: str) -> Iterator[Child]:
     child = Child([sys.executable, "-c", program], scrubbed(os.environ))
-    yield child
-    child.close()
+    try:
+        yield child
+    finally:
+        child.close()
 
 
 async def ended(child: Child) -> str:
@@ -45,9 +46,9 @@ async def ended(child: Child) -> str:
     return child.reap()
 
 
-async def stopped(child: Child) -> str:
+async def stopped(child: Child, grace_s: float) -> str:
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(child.stop, GRACE_S)
+        tasks.start_soon(child.stop, grace_s)
         return await ended(child)
 
 
@@ -63,13 +64,13 @@ async def test_what_a_child_writes_is_read_to_the_end() -> None:
 async def test_a_child_that_obeys_ends_with_the_first_term() -> None:
     with started(CLEAN) as child:
         assert await child.read() == b"up\n"
-        assert await stopped(child) == "exit status 3"
+        assert await stopped(child, grace_s=30.0) == "exit status 3"
 
 
 async def test_a_child_that_ignores_term_is_killed() -> None:
     with started(DEAF) as child:
         assert await child.read() == b"deaf\n"
-        assert await stopped(child) == "killed by SIGKILL"
+        assert await stopped(child, grace_s=0.05) == "killed by SIGKILL"
 
 
 async def test_nothing_of_a_child_s_group_is_left_when_it_is_reaped() -> None:
