@@ -14,14 +14,11 @@ from planner.cache import window_cells
 from planner.context import ContextParams
 from planner.ggml import BY_NAME, TYPES, GgmlType
 from planner.graph import F16, F32, I32, I64, Graph, Node
-from planner.graphs.shape import Moe, Settings
 from planner.model import HParams, Tensor
 
 # Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
 # (src/llama-context.cpp, graph_get_cb).
 PIN_BELOW_TOKENS: Final = 32
-
-_MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cuda/ggml-cuda.cu
 
 _ROTATION: Final = 64  # the smallest Hadamard matrix that turns a quantized cache (src/llama-kv-cache.cpp)
 
@@ -90,6 +87,10 @@ class Blocks:
             if home is None:
                 self._weights[name] = node
         return node
+
+    def has(self, name: str) -> bool:
+        """Say whether the file has a tensor of that name."""
+        return name in self._tensors
 
     def needed(self, name: str, home: int | None = None) -> Node:
         """Return a tensor of the file. Raises KeyError where it has none of that name."""
@@ -178,7 +179,7 @@ class Blocks:
         graph, hparams, n_tokens, prefix = self.graph, self.hparams, self.batch.n_tokens, f"blk.{il}.attn_"
         head_k, head_v = hparams.head_k_of(il), hparams.head_v_of(il)
         heads = ((head_k, hparams.n_head[il]), (head_k, hparams.n_head_kv[il]), (head_v, hparams.n_head_kv[il]))
-        if f"{prefix}qkv.weight" in self._tensors:
+        if self.has(f"{prefix}qkv.weight"):
             fused = self.biased(self.project(x, f"{prefix}qkv"), f"{prefix}qkv")
             if clamps:
                 fused = graph.same("clamp", fused)
@@ -343,90 +344,6 @@ class Blocks:
                 out.backend = self.places.cpu
         graph.expand(out)
         return out
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Experts
-
-    def moe(self, x: Node, il: int, how: Moe, settings: Settings) -> Node:
-        """Return the weighted sum of the chosen experts (``build_moe_ffn``)."""
-        graph, prefix = self.graph, f"blk.{il}.ffn_"
-        n_embd, n_tokens, _, _ = x.ne
-        chosen, weights = self._route(x, il, how, settings)
-        graph.expand(weights)
-        x = graph.reshape(x, n_embd, 1, n_tokens)
-        if how.weighs_input:
-            x = graph.same("mul", graph.repeat(x, (n_embd, chosen.ne[0], n_tokens, 1)), weights)
-        if f"{prefix}gate_up_exps.weight" in self._tensors:
-            both = self._experts(x, f"{prefix}gate_up_exps", chosen, how)
-            half = (both.ne[0] // 2, *both.ne[1:3])
-            hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
-        else:
-            up = self._experts(x, f"{prefix}up_exps", chosen, how)
-            hidden = (
-                graph.glu(self._experts(x, f"{prefix}gate_exps", chosen, how), up)
-                if how.gated
-                else graph.same("unary", up)
-            )
-        experts = self._experts(hidden, f"{prefix}down_exps", chosen, how)
-        if not how.weighs_input:
-            experts = graph.same("mul", experts, weights)
-        graph.expand(experts)
-        views = [graph.view(experts, (n_embd, n_tokens), (experts.nb[2],)) for _ in range(experts.ne[1])]
-        for view in views:
-            graph.expand(view)
-        total = views[0]
-        for view in views[1:]:
-            total = graph.same("add", total, view)
-            graph.expand(total)
-        if not how.weighs_input and 1 < len(views) <= _MAX_REDUCED:
-            graph.reductions.append((experts, total))
-        return graph.cont(total) if len(views) == 1 else total
-
-    def _route(self, x: Node, il: int, how: Moe, settings: Settings) -> tuple[Node, Node]:
-        """Return the chosen experts and their weights."""
-        graph, used, n_tokens = self.graph, self.hparams.n_expert_used, x.ne[1]
-        scores = self.biased(self.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
-        probabilities = scores if how.softmax_after else graph.same("soft_max", scores)
-        bias = self.weight(f"blk.{il}.exp_probs_b.bias") or self.weight(f"blk.{il}.exp_probs_b")
-        selection = graph.same("add", probabilities, bias) if bias else probabilities
-        selection = self._grouped(scores if how.weighs_input else selection, settings)
-        chosen = graph.top_k(selection, used)
-        weights = graph.get_rows(graph.reshape(probabilities, 1, probabilities.ne[0], n_tokens), chosen)
-        if how.softmax_after:
-            weights = graph.same("soft_max", graph.reshape(weights, used, n_tokens))
-            weights = graph.reshape(weights, 1, used, n_tokens)
-        normalizes = how.normalizes
-        if bool(settings.get("expert_weights_norm")) if normalizes is None else normalizes:
-            flat = graph.reshape(weights, used, n_tokens)
-            total = graph.same("clamp", graph.sum_rows(flat))
-            weights = graph.reshape(graph.same("div", flat, total), 1, used, n_tokens)
-        scales = settings.number("expert_weights_scale") not in {0.0, 1.0} if how.scales is None else how.scales
-        return chosen, graph.same("scale", weights) if scales else weights
-
-    def _grouped(self, selection: Node, settings: Settings) -> Node:
-        """Return the scores with all but the best groups of experts masked, where the header groups them."""
-        graph, (n_expert, n_tokens, _, _) = self.graph, selection.ne
-        n_groups, n_used = int(settings.number("expert_group_count")), int(settings.number("expert_group_used_count"))
-        if n_groups <= 1:
-            return selection
-        groups = graph.reshape(selection, n_expert // n_groups, n_groups, n_tokens)
-        best = graph.top_k(groups, 2)
-        best = graph.get_rows(graph.reshape(groups, 1, *groups.ne[:3]), best)
-        best = graph.sum_rows(graph.reshape(best, *best.ne[1:]))
-        kept = graph.top_k(graph.reshape(best, *best.ne[1:3]), n_used)
-        masked = graph.set_rows(graph.same("fill", groups), graph.get_rows(groups, kept), kept)
-        return graph.reshape(masked, n_expert, n_tokens)
-
-    def _experts(self, x: Node, name: str, chosen: Node, how: Moe) -> Node:
-        """Return one product per chosen expert, scaled and shifted where the file says so (``build_lora_mm_id``)."""
-        graph = self.graph
-        out = graph.mul_mat_id(self.needed(f"{name}.weight"), x, chosen)
-        scale = self.weight(f"{name}.scale") if how.uses_scales else None
-        if scale:
-            per_expert = graph.repeat(graph.reshape(scale, 1, scale.ne[0], 1), (1, scale.ne[0], x.ne[2], 1))
-            out = graph.same("mul", out, graph.get_rows(per_expert, chosen))
-        bias = self.weight(f"{name}.bias")
-        return graph.same("add_id", out, bias, chosen) if bias else out
 
 
 def _row_bytes(type_: GgmlType, n_elements: int) -> int:

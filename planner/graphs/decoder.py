@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.graph import F32, I32, Graph, Node
 from planner.graphs.blocks import Blocks, CacheInputs
+from planner.graphs.experts import moe
 from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
@@ -226,7 +227,7 @@ class Decoder:
             return blocks.sequential_ffn(x, il, shape.ffn) if shape.ffn else blocks.gated_ffn(x, il)
         if shape.moe is None:
             raise KeyError(f"blk.{il}.ffn_up.weight")
-        routed = blocks.moe(x, il, shape.moe, self.settings)
+        routed = moe(blocks, x, il, shape.moe, self.settings)
         if not blocks.weight(f"blk.{il}.ffn_up_shexp.weight"):
             return routed
         shared = blocks.gated_ffn(x, il, "_shexp")
