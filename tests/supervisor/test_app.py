@@ -139,7 +139,7 @@ def test_a_killed_child_ends_its_stream_with_an_error_and_is_replaced(serve: Ser
 
 
 def test_sigterm_refuses_new_work_first_and_then_ends_streams_and_children(serve: Serve, endless_model: Path) -> None:
-    service = serve(PLANNER_DRAIN_TIMEOUT="1s")
+    service = serve(PLANNER_DRAIN_TIMEOUT="1s", PLANNER_STOP_GRACE="200ms")
     stream = service.chat("tiny-endless", stream=True)
     assert stream.read(10)
     child = os.pidfd_open(service.runner()["pid"])
@@ -157,7 +157,7 @@ def test_sigterm_refuses_new_work_first_and_then_ends_streams_and_children(serve
 
 
 def test_a_second_signal_hurries(serve: Serve, endless_model: Path) -> None:
-    service = serve(PLANNER_DRAIN_TIMEOUT="1h")
+    service = serve(PLANNER_DRAIN_TIMEOUT="1h", PLANNER_STOP_GRACE="200ms")
     stream = service.chat("tiny-endless", stream=True)
     assert stream.read(10)
     service.process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 import anyio
@@ -23,6 +24,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 Models = Callable[..., Path]
 Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
 PRINTED_TO = 0.01 * 1024 * 1024  # llama-server prints MiB with two decimals
+
+
+class Worker(Protocol):
+    endpoint: str
 
 
 async def ask(lease: Lease, **body: object) -> str:
@@ -72,6 +77,28 @@ async def test_a_model_is_loaded_when_it_is_asked_for(
         assert log.entries[at + 1]["event"] == "runner.loading"
         counters = supervisor.snapshot().counters["tiny-chat"]
         assert (counters.launches, counters.requests_granted) == (1, 2)
+
+
+async def test_workers_serve_one_model_at_a_time_with_the_bytes_that_were_planned(
+    supervising: Supervising,
+    models: Models,
+    chat_model: Path,
+    embedding_model: Path,
+    rpc_workers: Callable[[int], tuple[Worker, ...]],
+) -> None:
+    """A worker serves one client, so the second model waits for the first, idle, to be stopped."""
+    endpoints = ",".join(worker.endpoint for worker in rpc_workers(2))
+    settings = {"PLANNER_RPC_SERVERS": endpoints, "PLANNER_SCHED_SPREAD": "1"}
+    async with supervising(models(chat_model, embedding_model), settings) as supervisor:
+        for model, role in (("tiny-chat", Role.CHAT), ("tiny-embedding", Role.EMBEDDING)):
+            async with supervisor.acquire(model, role):
+                runner = only_runner(supervisor)
+            assert runner.model == model
+            assert [use.device for use in runner.uses] == ["RPC0", "RPC1", "Host"]
+            for use in runner.uses:
+                assert use.planned_bytes is not None
+                assert use.measured_bytes is not None
+                assert abs(use.measured_bytes - use.planned_bytes) <= 3 * PRINTED_TO
 
 
 async def test_the_key_is_needed_and_not_on_the_command_line(
