@@ -8,7 +8,7 @@ What is not untouched, and why:
 - ``X-Conversation-Id`` is dropped: with it llama-server goes on generating after the client has left
   (tools/server/server-http.cpp, the resumable stream).
 - ``Origin`` goes no further and ``Access-Control-*`` comes no further: the gateway has judged the page itself.
-- A stream whose runner is lost ends with an error event instead of ``[DONE]``.
+- A stream whose runner is lost ends, after its last whole event, with an error event instead of ``[DONE]``.
 
 Each request has a connection of its own. An idle kept connection would occupy one of llama-server's few HTTP threads,
 and a request sent into one that the server is just closing could not be told from one that was begun.
@@ -29,6 +29,7 @@ from yarl import URL
 
 from supervisor.api import Lease
 from supervisor.gateway.errors import RunnerLost, answer_to
+from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents
 from supervisor.gateway.exchange import EXCHANGE
 
 T = TypeVar("T")
@@ -40,7 +41,6 @@ LAST_BYTES_S: Final = 0.25
 # The connection breaks a moment before the exit is noticed; so long the gateway waits for the reason.
 STORY_TIMEOUT_S: Final = 1.0
 SSE_CONTENT_TYPE: Final = "text/event-stream"
-SSE_EVENT_END: Final = b"\n\n"
 # Which model answered, percent-encoded where its id has other than ASCII.
 MODEL_HEADER: Final = "X-Loadmaster-Model"
 
@@ -158,18 +158,23 @@ async def _relay(
     )
     response.headers[MODEL_HEADER] = quote(lease.model, safe="/:@+ ")
     await response.prepare(request)
-    last = b""
+    events = WholeEvents(MAX_HELD_BYTES if response.content_type == SSE_CONTENT_TYPE else 0)
     try:
         while chunk:
-            request[EXCHANGE].mark_first_byte()
-            await response.write(chunk)
-            last = chunk
+            await _send(response, request, events.feed(chunk))
             chunk = await line.result(upstream.content.readany())
     except RunnerLost as error:
-        await _end_broken(response, request, error, clean=last.endswith(SSE_EVENT_END))
+        await _end_broken(response, request, error, clean=events.clean)
     else:
+        await _send(response, request, events.rest())
         await response.write_eof()
     return response
+
+
+async def _send(response: web.StreamResponse, request: web.Request, piece: bytes) -> None:
+    if piece:
+        request[EXCHANGE].mark_first_byte()
+        await response.write(piece)
 
 
 async def _end_broken(response: web.StreamResponse, request: web.Request, error: RunnerLost, *, clean: bool) -> None:
@@ -178,7 +183,7 @@ async def _end_broken(response: web.StreamResponse, request: web.Request, error:
     exchange.broken = str(error)
     if response.content_type == SSE_CONTENT_TYPE:
         event = answer_to(error, exchange.request_id).event()
-        await response.write(event if clean else SSE_EVENT_END + event)
+        await response.write(event if clean else EVENT_END + event)
         await response.write_eof()
     elif request.transport is not None:
         request.transport.abort()  # the promised length cannot be kept: a cut connection is the only honest sign

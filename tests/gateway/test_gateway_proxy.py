@@ -132,6 +132,39 @@ async def test_the_openai_package_raises_on_a_broken_stream(serve: Serve, endles
             [chunk async for chunk in stream]
 
 
+async def recorded(http: aiohttp.ClientSession, server: LlamaServer) -> bytes:
+    """Return the bytes of a whole streamed answer, from the server itself."""
+    headers = {"Authorization": f"Bearer {server.endpoint.api_key}"}
+    body = chat(server.model, stream=True)
+    async with http.post(f"{server.endpoint.base_url}/v1/chat/completions", json=body, headers=headers) as answer:
+        return await answer.read()
+
+
+@pytest.mark.parametrize("into", [0, 1, 5, 6, 7, 40, -1])
+async def test_a_stream_cut_within_an_event_shows_the_openai_package_our_error(
+    serve: Serve, http: aiohttp.ClientSession, chat_server: LlamaServer, runtime: FakeRuntime, into: int
+) -> None:
+    """Real events, the last of them cut so many bytes after its beginning: the client never sees the half."""
+    events = (await recorded(http, chat_server)).split(b"\n\n")
+    sent = b"\n\n".join([*events[:3], (events[3] + b"\n\n")[:into]])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head + b"%x\r\n%s\r\n" % (len(sent), sent))
+        runtime.loss.set_result("it was killed by SIGKILL")
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        async with openai.AsyncOpenAI(base_url=f"{await serve()}/v1", api_key="none", max_retries=0) as client:
+            stream = await client.chat.completions.create(model="mock", messages=[HELLO], stream=True)
+            seen = [await anext(stream) for _ in range(3)]
+            with pytest.raises(openai.APIError, match="killed by SIGKILL"):
+                await anext(stream)
+    assert seen[2].choices
+
+
 async def test_a_runner_killed_before_its_first_byte_is_a_bad_gateway(
     serve: Serve, http: aiohttp.ClientSession, endless_server: LlamaServer
 ) -> None:
@@ -314,7 +347,7 @@ async def test_a_loss_is_told_even_where_the_connection_stays_open(
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         if begun:
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: half an ev")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\ndata: half an ev")
         else:
             runtime.loss.set_result("it was swept away")
         await reader.read()  # until the gateway hangs up
@@ -331,6 +364,6 @@ async def test_a_loss_is_told_even_where_the_connection_stays_open(
                 runtime.loss.set_result("it was swept away")
                 received += await response.read()
             *before, error = received.removesuffix(b"\n\n").split(b"\n\n")
-            assert before == ([b"data: half an ev"] if begun else [])
+            assert before == ([b"data: 1"] if begun else [])
             assert "it was swept away" in json.loads(error.removeprefix(b"data: "))["error"]["message"]
         await ended.wait()
