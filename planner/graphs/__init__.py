@@ -155,7 +155,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
     "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
     "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
-    "mpt": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU),
+    "mpt": Shape(
+        query_norm=QueryNorm.NONE, norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU
+    ),
     "nanbeige": Shape(rope_factors=True),
     "nemotron_h": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, rows=Rows.AFTER_NORM),
     "nemotron_h_moe": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, moe=None, rows=Rows.AFTER_NORM),

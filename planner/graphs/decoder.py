@@ -156,6 +156,8 @@ class Decoder:
         blocks, how, prefix = self.blocks, self.shape.query_norm, f"blk.{il}.attn_"
         clamps = self.shape.clamps and self.settings.number("attention.clamp_kqv") > 0
         q, k, v = blocks.qkv(x, il, clamps=clamps, rows_normed=how is QueryNorm.ROWS)
+        if how is QueryNorm.NONE and self.blocks.has(f"{prefix}q_norm.weight"):
+            raise KeyError(f"{prefix}q_norm.weight")
         if how is QueryNorm.AFTER_ROPE:
             q, k = self.normed_heads(*self.turned(q, k, il), prefix, il, skip=False)
             return self.tempered(q, il), k, v

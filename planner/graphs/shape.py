@@ -31,6 +31,7 @@ class Rope(StrEnum):
 class QueryNorm(StrEnum):
     """Where query and key are normalized, in files that have weights for it."""
 
+    NONE = "not at all; files that have weights for it are not built here"
     HEADS = "each head, before rope"
     ROWS = "the whole row, before it is cut into heads"
     AFTER_ROPE = "each head, after rope"
