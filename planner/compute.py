@@ -26,7 +26,7 @@ _ROUTER_TENSORS: Final = 8  # logits, probabilities, their order, weights, sums:
 class ComputeBuffers:
     """The buffers of a placement's devices, in its order, and of the host.
 
-    ``not_built`` says why figures are unknown; it is empty where none is.
+    ``not_built`` names what has no rule, so that figures are unknown; it is empty where none is.
     """
 
     devices: tuple[Figure, ...]
@@ -55,7 +55,7 @@ def compute_buffers(
         if replayed is not None:
             sizes_bytes = tuple(max(pair) for pair in zip(sizes_bytes, replayed, strict=True))
         return _buffers(sizes_bytes, Source.ESTIMATED)
-    reason = f"the compute graph of {model.hparams.architecture} is not built here"
+    reason = f"the compute graph of {model.hparams.architecture}"
     return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
 
 
@@ -69,7 +69,10 @@ def _replayed(
         return None
     try:
         return replay(model, params, placement, machine)
-    except KeyError:  # a tensor that the family's graph reads is not in this file: a variant that is not built here
+    except (
+        LookupError,
+        ArithmeticError,
+    ):  # the file lacks a tensor or a figure of this family: a variant not built here
         return None
 
 
