@@ -80,7 +80,7 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
     for device in (*machine.devices, machine.host):
         is_host = device is machine.host
         index = -1 if is_host else rank.get(device.name)
-        figures = ledger.host if is_host else None if index is None else ledger.devices[index]
+        figures = ledger.elsewhere.get(device.name) if index is None else (*ledger.devices, ledger.host)[index]
         row = DeviceUsage(device.name, device.kind, device.total_bytes, device.free_bytes, limits.of(device.name))
         if figures is not None:
             row = replace(
@@ -96,14 +96,12 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
     return tuple(rows)
 
 
-def host_allocated(ledger: MemoryLedger) -> int | None:
-    """Return the bytes that the host must really have: everything but what is mapped from the file (page cache)."""
+def _host_allocated(ledger: MemoryLedger) -> int:
+    """Return the bytes that the host must really have: what is known, but for what is mapped (page cache)."""
     host, detail = ledger.host, ledger.host_detail
-    parts = (host.model.bytes, host.context.bytes, host.compute.bytes, detail.output_buffer_bytes)
-    more = (detail.mapped_bytes, detail.prompt_cache_bytes)
-    if None in parts or None in more:
-        return None
-    return sum(part or 0 for part in parts) - (detail.mapped_bytes or 0) + (detail.prompt_cache_bytes or 0)
+    weights = (detail.allocated_bytes, detail.pinned_bytes)
+    parts = (*weights, host.context.bytes, host.compute.bytes, detail.output_buffer_bytes, detail.prompt_cache_bytes)
+    return sum(part or 0 for part in parts)
 
 
 def shortfalls(
@@ -111,14 +109,10 @@ def shortfalls(
 ) -> tuple[Shortfall, ...]:
     """Return where the candidate needs more than there is: by device, the host by allocations only, then by pool.
 
-    A figure that is not known is no shortfall here; the search asks for it elsewhere.
+    Where a figure is not known, the others alone have to fit.
     """
-    needed: dict[str, int] = {}
-    for row in rows:
-        is_host = row.kind is DeviceKind.HOST
-        planned = host_allocated(ledger) if is_host else row.planned_bytes
-        if planned is not None and (is_host or planned):
-            needed[row.name] = planned
+    needed = {row.name: row.known_bytes for row in rows if row.known_bytes and row.kind is not DeviceKind.HOST}
+    needed[machine.host.name] = _host_allocated(ledger)
     short = [
         Shortfall(name, bytes_needed, limit)
         for name, bytes_needed in needed.items()

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from planner import budget, layers, packing
+from planner import budget, companions, layers, packing
 from planner.accounting import DeviceBytes, MemoryLedger, account
+from planner.charges import charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
 from planner.types import Device, DeviceUsage, LlamaBuild, Machine, Placement, PlanRequest, Shortfall
@@ -40,8 +41,7 @@ class Candidate:
     @property
     def unknown(self) -> bool:
         """Say whether some figure that matters is not known, so that nobody can tell whether it fits."""
-        everyone = (*self.ledger.devices, self.ledger.host)
-        return any(None in {f.model.bytes, f.context.bytes, f.compute.bytes} for f in everyone)
+        return self.ledger.unknown
 
     @property
     def fits(self) -> bool:
@@ -70,6 +70,13 @@ class Finder:
     def n_slots(self) -> int:
         """Return how many layers llama.cpp counts: all blocks and the output."""
         return self.model.hparams.n_layer_all + 1
+
+    def is_settled_by(self, request: PlanRequest) -> bool:
+        """Say whether these flags say where every layer goes, so that no figures have to be compared."""
+        if not self.devices or request.n_gpu_layers == 0:
+            return True
+        one_way = len(self.devices) == 1 or request.split_mode == "none" or request.tensor_split is not None
+        return one_way and request.n_gpu_layers not in {None, "auto"}
 
     def complete(self, request: PlanRequest) -> Candidate:
         """Return a placement of everything that is to lie on devices; the nearest attempt where none fits.
@@ -199,16 +206,11 @@ class Finder:
         placement = Placement(tuple(device.name for device in group), where, output, n_slots, tuple(shares))
         params = context_params(self.model, request)
         ledger = account(self.model, params, placement, self.machine, self.build)
-        attempt = self._judge(request, params, placement, ledger)
-        if attempt.unknown and self.oracle is not None:
+        if ledger.unknown and self.oracle is not None:
             answer = self.oracle(self.model, params, placement, self.machine)
-            if answer is not None:
-                attempt = self._judge(request, params, placement, _filled(ledger, answer))
-        return attempt
-
-    def _judge(
-        self, request: PlanRequest, params: ContextParams, placement: Placement, ledger: MemoryLedger
-    ) -> Candidate:
+            ledger = ledger if answer is None else _filled(ledger, answer)
+        beside = companions.charges(self.model, params, placement, self.machine, self.build)
+        ledger = charged(ledger, placement, beside)
         rows = budget.usages(self.machine, placement, ledger, self.limits)
         short = budget.shortfalls(self.machine, rows, ledger, self.limits)
         return Candidate(request, params, placement, ledger, rows, short)

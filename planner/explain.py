@@ -45,6 +45,13 @@ def _plan_headline(plan: Plan) -> str:
     capacity = _capacity(plan.request, plan.n_ctx_per_slot)
     if plan.fit_by_llama:
         return "Can run, but how much memory it takes is not known beforehand: llama.cpp places it while it loads"
+    if plan.is_known:
+        return _where(plan, capacity)
+    where = _where(plan, capacity).replace("Fits", "Probably fits", 1)
+    return f"{where} (how much memory computing takes is not known)"
+
+
+def _where(plan: Plan, capacity: str) -> str:
     n_layers = len(plan.placement.layer_devices)
     on_gpu = sum(index >= 0 for index in plan.placement.layer_devices)
     match plan.placement.kind:

@@ -28,9 +28,10 @@ def nearest(
         if not change.possible:
             continue
         outcome = answer(replace(request, **change.fields))
-        fits = isinstance(outcome, Plan)
+        fits = isinstance(outcome, Plan) and not outcome.fit_by_llama
         # How long a context fits is known only now.
-        name = f"--ctx-size {outcome.request.n_ctx}" if fits and "n_ctx" in change.fields else change.flags
+        n_ctx = outcome.request.n_ctx if fits and "n_ctx" in change.fields else None
+        name = change.flags if n_ctx is None else f"--ctx-size {n_ctx}"
         tried.append(NearestChange(name, fits))
     return tuple(tried)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, context, knobs, launch
+from planner import budget, companions, context, knobs, launch
 from planner.build import is_pinned
 from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
@@ -90,19 +90,20 @@ class _Search:
             self.request = replace(self.request, tensor_split=None)  # as llama.cpp does (src/llama-model.cpp)
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)
-        reason = context.refusal(self.model, settled, [device.kind for device in devices])
+        kinds = [device.kind for device in devices]
+        reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model)
         if reason is not None:
             return Refused(self.model.summary, settled, self.build, reason, knob_decisions, self.warnings)
         limits = budget.budgets(self.machine, self.policy)
         spread = self.policy.spread
         finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
         found = self._with_context(finder, settled)
-        if not found.unknown:
+        if not found.unknown or finder.is_settled_by(settled):
             self._decide_placement(found)
         self.decisions += knob_decisions
-        if found.unknown:
+        if found.unknown and not finder.is_settled_by(settled):
             return self._left_to_llama(finder, found)
-        return self._plan(found) if found.fits else self._no_fit(found)
+        return self._no_fit(found) if found.shortfalls else self._plan(found)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Context
@@ -142,6 +143,9 @@ class _Search:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         floor = min(MIN_CONTEXT, trained)
         complete = _longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        if complete is not None and complete.unknown and finder.is_settled_by(settled):
+            self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
+            return finder.complete(knobs.with_context(settled, floor))
         if complete is not None:
             self._decide_context(complete, trained)
             return complete
@@ -173,7 +177,7 @@ class _Search:
         placement = found.placement
         if self.request.devices is None:
             if len(placement.devices) == 1:
-                why = "one device is enough" if found.fits else "it has the most room"
+                why = "it has the most room" if found.shortfalls else "one device is enough"
             elif placement.devices:
                 why = "PLANNER_SCHED_SPREAD asks for all of them" if self.policy.spread else "fewer would not hold it"
             else:
@@ -200,8 +204,25 @@ class _Search:
             n_ctx_per_slot=self._per_slot(found),
             launch=launch.spec(self.model.summary.path, request, self.machine, self.build),
             decisions=self.decisions,
-            warnings=self.warnings + _plan_warnings(self.model, found, used),
+            warnings=self.warnings + self._unknown_figures(found) + _plan_warnings(self.model, found, used),
         )
+
+    def _unknown_figures(self, found: Candidate) -> tuple[str, ...]:
+        """Return a line that names the figures which are not known, and why; none where all are."""
+        everyone = (*found.ledger.devices, found.ledger.host)
+        parts = {
+            "weights": any(row.model.bytes is None for row in everyone),
+            "context": any(row.context.bytes is None for row in everyone),
+            "compute": any(row.compute.bytes is None for row in everyone),
+        }
+        unknown = [part for part, is_unknown in parts.items() if is_unknown]
+        if not unknown:
+            return ()
+        return (f"how much {' and '.join(unknown)} takes is unknown: {self._why_unknown(found)}; leave room for it",)
+
+    def _why_unknown(self, found: Candidate) -> str:
+        asked = "llama.cpp could not say" if self.oracle else "llama.cpp was not asked (--no-oracle, or none to ask)"
+        return f"there is no rule here for {', '.join(found.ledger.not_built)}, and {asked}"
 
     def _no_fit(self, found: Candidate) -> NoFit:
         return NoFit(
@@ -226,7 +247,6 @@ class _Search:
 
     def _left_to_llama(self, finder: Finder, found: Candidate) -> Plan:
         """Return a plan whose bytes nobody knows: llama.cpp's own fit places it within our budgets."""
-        missing = ", ".join(found.ledger.not_built) or "compute buffers"
         keeps_context = self._context_is_pinned
         devices = tuple(str(device.name) for device in finder.devices)
         request = replace(
@@ -252,10 +272,7 @@ class _Search:
             n_ctx_per_slot=self._per_slot(found) if keeps_context else None,
             launch=launch.spec(self.model.summary.path, request, self.machine, self.build, fit_margins=margins),
             decisions=self.decisions,
-            warnings=(
-                *self.warnings,
-                f"there is no rule here for {missing}, and llama.cpp could not be asked: every figure is unknown",
-            ),
+            warnings=(*self.warnings, f"every figure is unknown: {self._why_unknown(found)}"),
             fit_by_llama=True,
         )
 
@@ -349,8 +366,6 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
         )
     if blind := [row.name for row in found.usages if row.planned_bytes and row.free_bytes is None]:
         warnings.append(f"{', '.join(blind)}: how much is free is not known, so nothing was held against it")
-    if found.ledger.not_built:
-        warnings.append(f"no rule here covers {', '.join(found.ledger.not_built)}")
     host = found.usages[-1]
     if host.planned_bytes is not None and (host.headroom_bytes or 0) < 0:
         mapped = format_size(found.ledger.host_detail.mapped_bytes or 0)

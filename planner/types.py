@@ -326,8 +326,14 @@ class DeviceUsage:
     @property
     def planned_bytes(self) -> int | None:
         """Return model + context + compute + overhead, or None where one of them is unknown."""
+        unknown = None in {self.model.bytes, self.context.bytes, self.compute.bytes}
+        return None if unknown else self.known_bytes
+
+    @property
+    def known_bytes(self) -> int:
+        """Return the sum of what is known: it takes at least that much."""
         parts = (self.model.bytes, self.context.bytes, self.compute.bytes)
-        return None if None in parts else sum(part or 0 for part in parts) + self.overhead_bytes
+        return sum(part or 0 for part in parts) + self.overhead_bytes
 
     @property
     def headroom_bytes(self) -> int | None:
@@ -397,6 +403,11 @@ class Plan:
     decisions: tuple[Decision, ...] = ()
     warnings: tuple[str, ...] = ()
     fit_by_llama: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Say whether every figure is known, so that other models can be planned beside this one."""
+        return not self.fit_by_llama and all(usage.planned_bytes is not None for usage in self.usages)
 
 
 @dataclass(frozen=True, slots=True)

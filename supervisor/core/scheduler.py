@@ -207,8 +207,8 @@ def _weigh(pool: Pool, load: Load, plan: LoadPlan | None, no_fit: DoesNotFit | N
 
 
 def _usable_beside(plan: LoadPlan | None) -> LoadPlan | None:
-    """Return the plan, unless llama.cpp itself is to fit it: then its bytes are unknown and it has to be alone."""
-    return None if plan is None or plan.plan.fit_by_llama else plan
+    """Return the plan, unless some of its bytes are unknown: then it has to be alone."""
+    return plan if plan is not None and plan.plan.is_known else None
 
 
 def _cannot_fit(model: ModelId, no_fit: DoesNotFit | None) -> Refusal:

@@ -60,15 +60,15 @@ class LoadPlan:
     @property
     def is_best_possible(self) -> bool:
         """Say whether no other state of the machine could give a better plan: all on devices, or no device at all."""
-        if self.plan.fit_by_llama:
+        if not self.plan.is_known:
             return False
         has_devices = any(usage.kind is not DeviceKind.HOST for usage in self.plan.usages)
         return not has_devices or self.layers_on_devices == len(self.plan.placement.layer_devices) + 1
 
     def planned_bytes(self) -> dict[str, int]:
-        """Return what the plan takes on each device that it uses and on the host; 0 where that is not known yet."""
+        """Return what the plan takes on each device that it uses and on the host, as far as that is known."""
         used = {*self.plan.placement.devices, HOST}
-        return {usage.name: usage.planned_bytes or 0 for usage in self.plan.usages if usage.name in used}
+        return {usage.name: usage.known_bytes for usage in self.plan.usages if usage.name in used}
 
 
 @dataclass(frozen=True, slots=True)
