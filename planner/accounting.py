@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from planner import cache, weights
@@ -34,14 +36,22 @@ class DeviceBytes:
 class MemoryLedger:
     """Bytes per device of the placement (same order as ``Placement.devices``), and the host's account.
 
-    ``not_built`` names each rule that is missing for this model or these flags; the figures it touches are unknown,
-    and an oracle may fill them in. Empty where every figure is ours.
+    ``elsewhere`` are devices that the model itself does not use, by name. ``not_built`` names each rule that is missing
+    for this model or these flags; the figures it touches are unknown, and an oracle may fill them in. Empty where every
+    figure is ours.
     """
 
     devices: tuple[DeviceBytes, ...]
     host: DeviceBytes
     host_detail: HostDetail
     not_built: tuple[str, ...] = ()
+    elsewhere: Mapping[str, DeviceBytes] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def unknown(self) -> bool:
+        """Say whether some figure is not known."""
+        everyone = (*self.devices, self.host, *self.elsewhere.values())
+        return any(None in {each.model.bytes, each.context.bytes, each.compute.bytes} for each in everyone)
 
 
 def account(
@@ -52,7 +62,7 @@ def account(
     Weights and caches are exact for the pinned build, compute simulated where the family's graph is built, estimated
     (never below llama.cpp's) where only a closed form is known, unknown otherwise. The host's model figure is the sum
     of what is mapped, allocated and pinned for weights; its output buffer and prompt cache are in the detail alone,
-    as llama.cpp's own breakdown leaves them out.
+    as llama.cpp's own breakdown leaves them out. What is loaded beside the model is added by ``planner.charges``.
     """
     reasons = list(params.not_built)
     if params.split_mode == "tensor":
@@ -83,12 +93,12 @@ def account(
 def _weights(placed: weights.WeightBytes, build: LlamaBuild) -> tuple[tuple[Figure, ...], Figure]:
     """Return the weights on each device and on the host."""
     on_devices = tuple(
-        _figure(size, build, certain=certain)
+        figure(size, build, certain=certain)
         for size, certain in zip(placed.devices, placed.certain_devices, strict=True)
     )
     host = placed.host
     total = host.mapped_bytes + host.allocated_bytes + host.pinned_bytes
-    return on_devices, _figure(total, build, certain=host.certain)
+    return on_devices, figure(total, build, certain=host.certain)
 
 
 def _host_detail(model: ModelFacts, params: ContextParams, host: HostShare | None) -> HostDetail:
@@ -112,8 +122,8 @@ def _caches(
     for layer, device in enumerate(placement.layer_devices):
         home = device if params.kv_offload else -1  # the last table is the host's
         sums[home] += tables[home][layer]
-    figures = tuple(_figure(size, build, certain=rule.certain) for size, rule in zip(sums, rules, strict=False))
-    return figures, _figure(sums[-1], build, certain=True)
+    figures = tuple(figure(size, build, certain=rule.certain) for size, rule in zip(sums, rules, strict=False))
+    return figures, figure(sums[-1], build, certain=True)
 
 
 def _output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
@@ -127,6 +137,6 @@ def _output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
     return _FLOAT_BYTES * width * rows
 
 
-def _figure(size_bytes: int, build: LlamaBuild, *, certain: bool) -> Figure:
-    """Return the figure: exact for the build whose source the rules mirror and a device whose rules are known."""
+def figure(size_bytes: int, build: LlamaBuild, *, certain: bool) -> Figure:
+    """Return these bytes: exact for the build whose source the rules mirror and a device whose rules are known."""
     return Figure(size_bytes, Source.EXACT if certain and is_pinned(build) else Source.ESTIMATED)

@@ -66,7 +66,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _explain(words: Sequence[str]) -> int:
-    from planner import flags, placement
+    from planner import companions, flags, placement
     from planner.model import read_model
     from planner.oracle import ask
     from planner.policy import from_settings
@@ -87,6 +87,7 @@ def _explain(words: Sequence[str]) -> int:
     machine, build = _machine(line, settings)
     request = replace(request, rpc=None)  # its workers are devices of the machine now
     oracle = None if line.options.no_oracle else ask(build)
+    model = companions.attach(model, request)
     outcome = placement.search(model, request, machine, from_settings(settings), build, oracle)
     outcome = replace(outcome, warnings=(*odd, *line.notes, *outcome.warnings))
     _show(outcome, as_json=line.options.json)

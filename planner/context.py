@@ -35,7 +35,6 @@ _WITHOUT_RULE: Final = (
     ("model_draft", "a draft model (--model-draft)"),
     ("spec_type", "speculative decoding (--spec-type)"),
     ("mmproj", "a projector (--mmproj)"),
-    ("lora", "LoRA adapters (--lora)"),
     ("override_kv", "overridden metadata (--override-kv)"),
 )
 
@@ -126,8 +125,15 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         overrides=_overrides(request, model.hparams.n_layer_all),
         n_ctx_unpadded=n_ctx_unpadded,
         cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
-        not_built=tuple(text for name, text in _WITHOUT_RULE if getattr(request, name)),
+        not_built=_not_built(model, request),
     )
+
+
+def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
+    missing = [text for name, text in _WITHOUT_RULE if getattr(request, name)]
+    if len(request.lora or ()) != len(model.adapters):
+        missing.append("LoRA adapters that were not read (--lora)")
+    return tuple(missing)
 
 
 def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind] = ()) -> str | None:

@@ -16,7 +16,7 @@ from planner.gguf import MetadataValue
 from planner.hparams import HParams
 from planner.types import ModelSummary, Role
 
-__all__ = ["HParams", "MetadataValue", "ModelFacts", "Tensor", "read_model"]
+__all__ = ["Attachment", "HParams", "MetadataValue", "ModelFacts", "Tensor", "read_attachment", "read_model"]
 
 # gguf-split's and llama_split_path's naming (src/llama.cpp).
 _SPLIT_NAME: Final = re.compile(r"(?P<prefix>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.ASCII)
@@ -47,11 +47,21 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Attachment:
+    """A file that llama.cpp loads for a model and that is none by itself: a LoRA adapter or a projector."""
+
+    path: str
+    metadata: Mapping[str, MetadataValue]
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelFacts:
     """One model: summary for readers, hyper-parameters and tensors for the rules, metadata for what is rare.
 
     ``tokens`` and other long arrays are not in ``metadata``: an array there is present only where it is short
-    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model.
+    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``adapters`` are
+    what a request has loaded with the model (``planner.companions``).
     Compared by identity, so that what is computed once per model can be kept with it.
     """
 
@@ -63,6 +73,7 @@ class ModelFacts:
     paths: tuple[str, ...]
     shard_bytes: tuple[int, ...]
     byte_order: str = "little"
+    adapters: tuple[Attachment, ...] = ()
 
     def tensor(self, name: str) -> Tensor | None:
         """Return the tensor of that name, or None."""
@@ -78,11 +89,7 @@ def read_model(path: str) -> ModelFacts:
     paths = _shard_paths(path, headers[0])
     headers += [_open(shard) for shard in paths[1:]]
     _check_shards(paths, headers)
-    tensors = tuple(
-        Tensor(info.name, info.type.id, info.shape, info.nbytes, info.offset, shard)
-        for shard, header in enumerate(headers)
-        for info in header.tensors
-    )
+    tensors = _tensors(headers)
     first = headers[0]
     facts = hparams.read_hparams(path, first, frozenset(tensor.name for tensor in tensors))
     return ModelFacts(
@@ -94,6 +101,20 @@ def read_model(path: str) -> ModelFacts:
         paths=paths,
         shard_bytes=tuple(header.file_bytes for header in headers),
         byte_order=first.byte_order,
+    )
+
+
+def read_attachment(path: str) -> Attachment:
+    """Return what the header of this file says. Raises ModelFileError where it is missing, unreadable or malformed."""
+    header = _open(path)
+    return Attachment(path, header.metadata, _tensors([header]))
+
+
+def _tensors(headers: list[gguf.Header]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(info.name, info.type.id, info.shape, info.nbytes, info.offset, shard)
+        for shard, header in enumerate(headers)
+        for info in header.tensors
     )
 
 

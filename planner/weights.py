@@ -110,6 +110,30 @@ def weight_bytes(
     )
 
 
+def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> dict[str, int]:
+    """Return which device of the placement holds each tensor, -1 for the host; the host's of two copies.
+
+    ``not_built`` must be None.
+    """
+    devices = [machine.device(name) for name in placement.devices]
+    overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
+    overridden = _overridden(model, overrides)
+    slots, _ = _slots(model)
+    ropes = {placement.layer_devices[layer] for layer in _rope_slots(model)}
+    owners = zip(slots, (*placement.layer_devices, placement.output_device, _HOST), strict=False)
+    homes: dict[str, int] = {}
+    for weights, home in (*owners, *((slots[-1], home) for home in ropes)):
+        for weight in weights:
+            name, place = weight.tensor.name, overridden.get(weight.tensor.name)
+            found = _HOST
+            if place is not None:
+                found = placement.devices.index(place) if place in placement.devices else _HOST
+            elif home != _HOST and runs_on(devices[home].kind, weight.reads, weight.tensor, model):
+                found = home
+            homes[name] = min(found, homes.get(name, found))
+    return homes
+
+
 @lru_cache(maxsize=32)
 def _slots(model: ModelFacts) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
     """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
@@ -176,6 +200,11 @@ def _matched(model: ModelFacts, pattern: str) -> frozenset[str]:
     return frozenset(tensor.name for tensor in model.tensors if found(tensor.name))
 
 
+def _overridden(model: ModelFacts, overrides: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Return where overrides put tensors, by name: the first that matches wins."""
+    return {name: place for pattern, place in reversed(overrides) for name in _matched(model, pattern)}
+
+
 @lru_cache(maxsize=128)
 def _shares(
     model: ModelFacts,
@@ -186,9 +215,7 @@ def _shares(
     places: tuple[tuple[str, BufferType], ...],
 ) -> tuple[Share, ...]:
     """Return each slot's share where the slot lies on a device of that buffer type, or on the host for None."""
-    overridden = {  # the first override that matches wins
-        name: place for pattern, place in reversed(overrides) for name in _matched(model, pattern)
-    }
+    overridden = _overridden(model, overrides)
     buffers = dict(places)
     embedding = model.tensor(_EMBEDDING)
     input_copy = keeping(Weight(embedding, Operation.GET_ROWS), rule) if embedding else None

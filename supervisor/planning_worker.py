@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from config import light
 from gpu.detect import Detected, detect
-from planner import explain, launch, oracle, placement
+from planner import companions, explain, launch, oracle, placement
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
@@ -112,7 +112,7 @@ class Worker:
         policy = from_settings(self._settings, held=held, promised=promised)
         request = PlanRequest(role=question.role, mmproj=question.mmproj)
         try:
-            facts = self._read(question.path)
+            facts = companions.attach(self._read(question.path), request)
             build = detected.llama.build
             outcome = placement.search(facts, request, machine, policy, build, oracle.ask(build))
         except PlannerError as error:
