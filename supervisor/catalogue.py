@@ -2,15 +2,20 @@
 
 A model's id is its relative path without ``.gguf`` and without the suffix of a split file. Projectors are no models:
 each belongs to the model beside it. A file that cannot be served is listed all the same, with the reason.
+
+A name that a client sends is only ever looked up among these ids: no text of a request becomes a path.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -48,9 +53,9 @@ def scan(folder: Path, read: Callable[[str], ModelFacts]) -> tuple[ModelEntry, .
 
     Raises OSError where the folder itself cannot be read.
     """
-    root = folder.resolve(strict=True)
-    next(root.iterdir(), None)  # os.walk would pass over a folder that may not be read
-    found = {path: _read(path, root, read) for path in sorted(_files(root)) if _is_first(path)}
+    root = Path(os.path.realpath(folder, strict=True))
+    next(root.iterdir(), None)  # the walk passes over a folder that may not be read
+    found = {path: _read(path, read) for path in sorted(_files(root)) if _is_first(path)}
     projectors = [path for path, facts in found.items() if _is_projector(path, facts)]
     models = {path: facts for path, facts in found.items() if path not in projectors}
     entries = [
@@ -65,12 +70,10 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._entries: Mapping[ModelId, ModelEntry] = {}
-        self.scanned = False
 
     def replace(self, entries: tuple[ModelEntry, ...]) -> None:
         """Take the result of a scan."""
         self._entries = {entry.id: entry for entry in entries}
-        self.scanned = True
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -89,22 +92,43 @@ class Catalogue:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Yield GGUF files. Folders are not entered through links, so that no loop is walked and no file found twice."""
+    """Yield GGUF files. Links are the operator's own doing: files and folders behind them are taken like others.
+
+    No folder is entered twice, so that no loop is walked; one that is there by itself goes by its own name.
+    """
+    folders, linked, entered = [root], deque[Path](), set[str]()
     count = 0
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if name.endswith(".gguf") and not name.startswith("."):
+    while folders or linked:
+        folder = folders.pop() if folders else linked.popleft()
+        real = os.path.realpath(folder)
+        if real in entered:
+            continue
+        entered.add(real)
+        for path in _listed(folder):
+            if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a link leads into what we may not enter
+                (linked if path.is_symlink() else folders).append(path)
+            elif path.suffix == ".gguf":
                 count += 1
                 if count > MAX_FILES:
                     return
-                yield Path(folder, name)
+                yield path
 
 
-def _read(path: Path, root: Path, read: Callable[[str], ModelFacts]) -> ModelFacts | str:
+def _listed(folder: Path) -> list[Path]:
+    """Return what a folder holds, hidden entries left out; nothing where it may not be read."""
+    with suppress(OSError):
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return []
+
+
+def _read(path: Path, read: Callable[[str], ModelFacts]) -> ModelFacts | str:
     """Return the file's facts, or the line that says why there are none."""
-    if not path.resolve().is_relative_to(root):
-        return f"{path} is a link that leaves {root}: put the file there"
+    try:
+        path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            why = "leads in a circle" if error.errno == errno.ELOOP else f"leads to {path.readlink()}: {error.strerror}"
+            return f"{path} is a link that {why}; link it to a file that is there, or remove it"
     try:
         return read(str(path))
     except PlannerError as error:
@@ -140,15 +164,16 @@ def _projector_of(path: Path, projectors: list[Path], models: list[Path]) -> str
 
 
 def _entry(path: Path, model_id: ModelId, facts: ModelFacts | str, mmproj: str | None) -> ModelEntry:
-    try:
+    size_bytes, modified_at = 0, 0.0
+    with suppress(OSError):  # then the facts say why
         status = path.stat()
-        entry = ModelEntry(model_id, str(path), status.st_size, status.st_mtime)
-    except OSError as error:
-        return ModelEntry(model_id, str(path), 0, 0.0, problem=f"{path} cannot be read: {error.strerror}")
+        size_bytes, modified_at = status.st_size, status.st_mtime
     if isinstance(facts, str):
-        return replace(entry, problem=facts)
-    return replace(
-        entry,
+        return ModelEntry(model_id, str(path), size_bytes, modified_at, problem=facts)
+    return ModelEntry(
+        model_id,
+        str(path),
+        modified_at=modified_at,
         file_bytes=facts.summary.file_bytes,
         role=facts.role,
         architecture=facts.summary.architecture,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -52,21 +53,53 @@ def test_what_cannot_be_served_is_listed_with_the_reason(tmp_path: Path, chat_mo
     root = tmp_path / "models"
     root.mkdir()
     (root / "noise.gguf").write_bytes(b"noise")
-    (root / "outside.gguf").symlink_to(chat_model)
     (root / "lost.gguf").symlink_to(root / "nowhere.gguf")
+    (root / "round.gguf").symlink_to(root / "round.gguf")
     shutil.copy(chat_model, root / "real.gguf")
-    (root / "inside.gguf").symlink_to(root / "real.gguf")
     problems = {str(entry.id): entry.problem for entry in scan(root, read_model)}
-    assert problems["real"] is None
-    assert problems["inside"] is None
-    assert "noise.gguf" in (problems["noise"] or "")
-    assert "leaves" in (problems["outside"] or "")
-    assert "lost.gguf" in (problems["lost"] or "")
+    assert problems.pop("real") is None
+    said = {"noise": "noise.gguf", "lost": "lost.gguf is a link that leads to", "round": "round.gguf .* in a circle"}
+    assert problems.keys() == said.keys()
+    for name, pattern in said.items():
+        assert re.search(pattern, problems[name] or "")
+
+
+def test_links_to_files_and_folders_elsewhere_are_served_under_their_own_names(
+    tmp_path: Path, chat_model: Path
+) -> None:
+    """As operators keep them: a store on another disk, linked piece by piece into the models folder."""
+    root, store = tmp_path / "models", tmp_path / "store"
+    (store / "deep").mkdir(parents=True)
+    (root / "own").mkdir(parents=True)
+    for path in (store / "deep/a.gguf", store / "blob-of-b", root / "own/c.gguf"):
+        shutil.copy(chat_model, path)
+    (root / "b.gguf").symlink_to(store / "blob-of-b")
+    (root / "linked").symlink_to(store)
+    (root / "also-own").symlink_to(root / "own")
+    (store / "back").symlink_to(root)
+    (store / "itself").symlink_to(store / "itself")
+    assert ids(scan(root, read_model)) == ["b", "linked/deep/a", "own/c"]
+    assert all(entry.problem is None for entry in scan(root, read_model))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "own/../c", "./c", "c.gguf", "c\0", "", "."])
+def test_no_name_that_a_client_sends_is_taken_for_a_path(tmp_path: Path, chat_model: Path, name: str) -> None:
+    root = tmp_path / "models"
+    root.mkdir()
+    shutil.copy(chat_model, root / "c.gguf")
+    shutil.copy(chat_model, tmp_path / "secret.gguf")
+    catalogue = Catalogue()
+    catalogue.replace(scan(root, read_model))
+    assert catalogue.find("c") is not None
+    assert catalogue.find(name) is None
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         scan(tmp_path / "nowhere", read_model)
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    with pytest.raises(OSError, match="symbolic links"):
+        scan(tmp_path / "round", read_model)
 
 
 def test_closest_names_ignore_case_and_leave_out_what_is_unlike() -> None:
