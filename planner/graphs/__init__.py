@@ -20,7 +20,8 @@ from planner.graphs.state_space import (
     PureMambaDecoder,
     ShortConvolutionDecoder,
 )
-from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder
+from planner.graphs.uncached import UncachedDecoder
+from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder, RefactDecoder
 from planner.model import MetadataValue
 
 _GELU: Final = ("unary",)
@@ -89,6 +90,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "deepseek": Shape(rope_factors=True, moe=Moe(normalizes=False, scales=None)),
     "deepseek2": Shape(moe=_HEADER_MOE),
     "dots1": Shape(moe=_HEADER_MOE),
+    "dream": Shape(),
     "ernie4_5": Shape(),
     "ernie4_5-moe": Shape(),
     "exaone": Shape(rope_factors=True),
@@ -139,6 +141,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "jais2": Shape(norm="norm", ffn=_RELU_SQUARED),
     "lfm2": _LFM2,
     "lfm2moe": _LFM2,
+    "llada": Shape(),
+    "llada-moe": Shape(moe=Moe(normalizes=False)),
     "llama": Shape(rope_factors=True, moe=_SCALED_MOE),
     "maincoder": Shape(query_norm=QueryNorm.AFTER_ROPE),
     "mamba": Shape(),
@@ -188,7 +192,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "qwen3tts": Shape(four_positions=When.ALWAYS),
     "qwen3vl": Shape(four_positions=When.ALWAYS),
     "qwen3vlmoe": Shape(four_positions=When.ALWAYS),
-    "refact": Shape(rope=Rope.NONE, moe=None),
+    "refact": Shape(rope=Rope.NONE),
+    "rnd1": Shape(),
     "seed_oss": Shape(ffn_norm="post_attention_norm"),
     "smollm3": Shape(rope=Rope.BUT_EVERY_FOURTH),
     "stablelm": Shape(norm="norm"),
@@ -201,6 +206,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "afmoe": GatedAttentionDecoder,
     "arctic": ArcticDecoder,
     "deepseek2": LatentDecoder,
+    "dream": UncachedDecoder,
     "falcon-h1": FalconH1Decoder,
     "granitehybrid": Mamba2Decoder,
     "grok": GrokDecoder,
@@ -208,6 +214,8 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "laguna": GatedAttentionDecoder,
     "lfm2": ShortConvolutionDecoder,
     "lfm2moe": ShortConvolutionDecoder,
+    "llada": UncachedDecoder,
+    "llada-moe": UncachedDecoder,
     "mamba": PureMambaDecoder,
     "mamba2": PureMamba2Decoder,
     "mistral4": LatentDecoder,
@@ -217,6 +225,8 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "qwen35": DeltaNetDecoder,
     "qwen35moe": DeltaNetDecoder,
     "qwen3next": SpreadDeltaNetDecoder,
+    "refact": RefactDecoder,
+    "rnd1": UncachedDecoder,
     "spark2_5": GatedAttentionDecoder,
 }
 

@@ -6,7 +6,7 @@ that llama.cpp reserves memory for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,7 +60,13 @@ class Blocks:
     """One graph under construction for one model, batch and placement of its tensors."""
 
     def __init__(
-        self, hparams: HParams, tensors: Mapping[str, Tensor], params: ContextParams, places: Places, batch: Batch
+        self,
+        hparams: HParams,
+        tensors: Mapping[str, Tensor],
+        params: ContextParams,
+        places: Places,
+        batch: Batch,
+        adapters: Sequence[Mapping[str, Sequence[Tensor]]] = (),
     ) -> None:
         self.graph = Graph()
         self.hparams = hparams
@@ -69,6 +75,7 @@ class Blocks:
         self.batch = batch
         self.flash_attn = batch.fuses_attention
         self._tensors = tensors
+        self._adapters = adapters
         self._weights: dict[str, Node] = {}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -99,9 +106,11 @@ class Blocks:
             raise KeyError(name)
         return node
 
-    def output_weight(self) -> Node:
-        """Return the output projection: the embedding again, in the output's buffer, where the file ties them."""
-        return self.weight("output.weight") or self.needed("token_embd.weight", self.places.output)
+    def output(self, x: Node) -> Node:
+        """Return the logits: by the embedding again, in the output's buffer, where the file ties them."""
+        if self.has("output.weight"):
+            return self.project(x, "output")
+        return self.graph.mul_mat(self.needed("token_embd.weight", self.places.output), x)
 
     def embedded_tokens(self) -> Node:
         """Return the rows of the input batch (``build_inp_embd``): looked up, or given as vectors instead."""
@@ -109,6 +118,8 @@ class Blocks:
         tokens = graph.input(I32, n_tokens)
         vectors = graph.input(F32, self.hparams.n_embd, n_tokens)
         rows = graph.get_rows(self.needed("token_embd.weight"), tokens)
+        for a, b in self._adapted("token_embd.weight"):
+            rows = graph.same("add", rows, graph.same("scale", graph.mul_mat(b, graph.get_rows(a, tokens))))
         graph.expand(rows)
         graph.expand(vectors)
         return rows
@@ -162,9 +173,35 @@ class Blocks:
 
     def project(self, x: Node, name: str) -> Node:
         """Return a product with a weight, scaled where the file has a scale (``build_lora_mm``)."""
-        x = self.graph.mul_mat(self.needed(f"{name}.weight"), x)
+        graph = self.graph
+        product = graph.mul_mat(self.needed(f"{name}.weight"), x)
         scale = self.weight(f"{name}.scale")
-        return self.graph.same("mul", x, scale) if scale else x
+        product = graph.same("mul", product, scale) if scale else product
+        for a, b in self._adapted(f"{name}.weight"):
+            product = graph.same("add", product, graph.same("scale", graph.mul_mat(b, graph.mul_mat(a, x))))
+        return product
+
+    def project_chosen(self, x: Node, name: str, chosen: Node, *, scaled: bool) -> Node:
+        """Return the products with the weights of the chosen experts (``build_lora_mm_id``)."""
+        graph = self.graph
+        product = graph.mul_mat_id(self.needed(f"{name}.weight"), x, chosen)
+        scale = self.weight(f"{name}.scale") if scaled else None
+        if scale:
+            per_expert = graph.repeat(graph.reshape(scale, 1, scale.ne[0], 1), (1, scale.ne[0], x.ne[2], 1))
+            product = graph.same("mul", product, graph.get_rows(per_expert, chosen))
+        for a, b in self._adapted(f"{name}.weight"):
+            low_rank = graph.mul_mat_id(a, x, chosen)
+            product = graph.same("add", product, graph.same("scale", graph.mul_mat_id(b, low_rank, chosen)))
+        return product
+
+    def _adapted(self, name: str) -> Iterator[tuple[Node, Node]]:
+        """Yield A and B of every adapter that changes this weight; they lie where it lies."""
+        for adapter in self._adapters:
+            if name in adapter:
+                nodes = [self.graph.leaf(TYPES[part.type_id], part.shape) for part in adapter[name]]
+                for node in nodes:
+                    node.home, node.is_weight = self.places.weights[name], True
+                yield nodes[0], nodes[1]
 
     def biased(self, x: Node, name: str) -> Node:
         """Return the tensor with a bias added, where the file has one."""
@@ -248,6 +285,17 @@ class Blocks:
         seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
         return self._heads(cache.mask, q, stored, seen, il, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
 
+    def batch_mask(self) -> Node:
+        """Return the mask over the batch's own tokens (``build_attn_inp_no_cache``)."""
+        n_tokens = self.batch.n_tokens
+        return self.graph.input(F16 if self.flash_attn else F32, n_tokens, n_tokens)
+
+    def uncached_attention(self, mask: Node, q: Node, k: Node, v: Node, il: int) -> Node:
+        """Return attention over the batch's own tokens (``build_attn`` over ``llm_graph_input_attn_no_cache``)."""
+        for node in (q, k, v):
+            self.graph.expand(node)
+        return self._heads(mask, q, k, v, il)
+
     def _rotated(self, x: Node, rotation: Node) -> Node:
         size = rotation.ne[0]
         rows = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3] // size
@@ -324,7 +372,9 @@ class Blocks:
         q = graph.view(q, (q.ne[0], q.ne[1], per_stream, streams), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
         q, k, v = (graph.permute_heads(node) for node in (q, k, v))
         if self.flash_attn:
-            out = graph.flash_attn(q, k, graph.transpose(v) if v_trans else v, mask, sinks)
+            v = graph.transpose(v) if v_trans else v
+            k, v = (graph.new("cpy", F16, node.ne, node) if node.type is F32 else node for node in (k, v))
+            out = graph.flash_attn(q, k, v, mask, sinks)
             graph.fused_attention.append((out, il))
             if v_up:
                 out = graph.mul_mat(v_up, graph.permute_heads(out))

@@ -75,7 +75,7 @@ class Decoder:
 
     def logits(self, x: Node) -> Node:
         """Return the output rows' logits."""
-        x = self.blocks.biased(self.graph.mul_mat(self.blocks.output_weight(), x), "output")
+        x = self.blocks.biased(self.blocks.output(x), "output")
         if self.settings.has(self.shape.logit_scale, "logit_scale"):
             x = self.graph.same("scale", x)
         if self.settings.has(self.shape.capped_logits, "final_logit_softcapping"):

@@ -85,12 +85,7 @@ def _grouped(graph: Graph, selection: Node, settings: Settings) -> Node:
 
 
 def _experts(blocks: Blocks, x: Node, name: str, chosen: Node, how: Moe) -> Node:
-    """Return one product per chosen expert, scaled and shifted where the file says so (``build_lora_mm_id``)."""
-    graph = blocks.graph
-    out = graph.mul_mat_id(blocks.needed(f"{name}.weight"), x, chosen)
-    scale = blocks.weight(f"{name}.scale") if how.uses_scales else None
-    if scale:
-        per_expert = graph.repeat(graph.reshape(scale, 1, scale.ne[0], 1), (1, scale.ne[0], x.ne[2], 1))
-        out = graph.same("mul", out, graph.get_rows(per_expert, chosen))
+    """Return one product per chosen expert, scaled and shifted where the file says so."""
+    out = blocks.project_chosen(x, name, chosen, scaled=how.uses_scales)
     bias = blocks.weight(f"{name}.bias")
-    return graph.same("add_id", out, bias, chosen) if bias else out
+    return blocks.graph.same("add_id", out, bias, chosen) if bias else out

@@ -63,3 +63,13 @@ class OpenElmDecoder(Decoder):
         fused = graph.reshape(blocks.project(x, f"{prefix}qkv"), head, n_head + 2 * n_kv, n_tokens)
         q, k, v = (graph.view(fused, (head, n, n_tokens), fused.nb[1:3]) for n in (n_head, n_kv, n_kv))
         return *self.turned(*self.normed_heads(q, k, prefix, il, skip=False), il), v
+
+
+class RefactDecoder(Decoder):
+    """A decoder that reads no experts, even where the file has some (src/models/refact.cpp)."""
+
+    def feed_forward(self, x: Node, il: int) -> Node:
+        """Return a dense part, or only its activation where the file has none."""
+        if self.blocks.has(f"blk.{il}.ffn_up.weight"):
+            return self.blocks.gated_ffn(x, il)
+        return self.graph.same("unary", x)
