@@ -79,7 +79,7 @@ async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socke
             await runner.setup()
             await web.SockSite(runner, bound).start()
             _log.info("serve.listening", url=_url(bound))
-            tasks.start_soon(_become_ready, inventory, notifier)
+            tasks.start_soon(_look_around, inventory, notifier)
             tasks.start_soon(_feed_watchdog, notifier)
             await supervisor.wait_stopped()
         finally:
@@ -89,12 +89,13 @@ async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socke
     _log.info("serve.stopped")
 
 
-async def _become_ready(inventory: Inventory, notifier: Notifier) -> None:
-    """Find out what there is, then tell systemd; what is missing is told on ``/readyz``."""
+async def _look_around(inventory: Inventory, notifier: Notifier) -> None:
+    """Find out what there is, then tell systemd; what is missing is told on ``/readyz`` and looked for again."""
     await inventory.look_around()
     problems = inventory.not_ready
     _log.info("serve.ready", models=len(inventory.entries), not_ready=list(problems))
     notifier.ready("; ".join(problems) or f"{len(inventory.entries)} models, none loaded yet")
+    await inventory.keep_looking()
 
 
 async def _obey_signals(

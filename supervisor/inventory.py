@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,10 @@ from supervisor.core.types import PlanProblem
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Surroundings
 
+LOOK_AGAIN_S: Final = 2.0  # for what is missing; short beside the minutes that building or mounting it takes
 RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, must not keep the disk busy
+LLAMA_SERVER: Final = "llama-server"
+MODELS: Final = "models"
 SHOWN_NAME: Final = 200  # characters of a name that is not ours, in an error line
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.inventory")
@@ -32,7 +36,9 @@ class Inventory:
         self._catalogue = Catalogue()
         self._scanning = anyio.Lock()
         self._scanned_at: float | None = None
-        self._problems = {"llama-server": "llama-server has not been looked for yet", "models": "not scanned yet"}
+        self._looked_at = -math.inf
+        self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
+        self._warned: frozenset[str] = frozenset()
         self.llama: LlamaBuild | None = None
         self.machine: Machine | None = None
 
@@ -53,14 +59,18 @@ class Inventory:
         except PlanningFailed as error:
             answer = Failed(str(error))
         match answer:
-            case Surroundings(machine, llama, not_found):
-                self.machine, self.llama = machine, llama if not_found is None else None
-                self._note("llama-server", not_found)
-                for warning in machine.warnings:
-                    _log.warning("machine.warning", warning=warning)
+            case Surroundings():
+                self._take(answer)
             case Failed(reason):
-                self._note("llama-server", reason)
+                self._note(LLAMA_SERVER, reason)
         await self.scan()
+
+    async def keep_looking(self) -> None:
+        """Look again for what is missing, for as long as the service runs."""
+        while True:
+            await anyio.sleep(LOOK_AGAIN_S)
+            if self._problems:
+                await self.look_around()
 
     async def scan(self) -> None:
         """Read the models folder, unless that was done just now."""
@@ -73,10 +83,10 @@ class Inventory:
                 answer = Failed(str(error))
             self._scanned_at = anyio.current_time()
             if isinstance(answer, Failed):
-                self._note("models", answer.reason)
+                self._note(MODELS, answer.reason)
             elif isinstance(answer, tuple):
                 self._catalogue.replace(answer)
-                self._note("models", None)
+                self._note(MODELS, None)
                 broken = [entry.problem for entry in answer if entry.problem is not None]
                 _log.info("models.scanned", folder=str(self._models), models=len(answer), broken=broken)
 
@@ -105,6 +115,9 @@ class Inventory:
         if entry is None:
             problem = PlanProblem(f"it is no longer in {self._models}")
             return Planned(command.model, command.revision, problem)
+        missing = self._problems.get(LLAMA_SERVER)
+        if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:
+            return Planned(command.model, command.revision, PlanProblem(missing, ours=True))
         question = MakePlan(
             entry.path, entry.role, entry.mmproj, command.held, command.promised, assume_empty=command.assume_empty
         )
@@ -113,17 +126,28 @@ class Inventory:
         except PlanningFailed as error:
             answer = Failed(str(error))
         match answer:
-            case PlanAnswer(outcome, machine):
-                self.machine = machine or self.machine
+            case PlanAnswer(outcome, surroundings):
+                self._take(surroundings)
                 return Planned(command.model, command.revision, outcome)
             case _:
                 reason = answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}"
                 return Planned(command.model, command.revision, PlanProblem(reason, ours=True))
 
+    def _take(self, found: Surroundings) -> None:
+        """Remember what was found, and log what is new about it."""
+        self._looked_at = anyio.current_time()
+        self.machine, self.llama = found.machine, found.llama if found.not_found is None else None
+        self._note(LLAMA_SERVER, found.not_found)
+        for warning in found.machine.warnings:
+            if warning not in self._warned:
+                _log.warning("machine.warning", warning=warning)
+        self._warned = frozenset(found.machine.warnings)
+
     def _note(self, what: str, problem: str | None) -> None:
         """Remember a problem, or that there is none any more."""
         if problem is None:
-            self._problems.pop(what, None)
+            if self._problems.pop(what, None) is not None:
+                _log.info("found", what=what)
         elif self._problems.get(what) != problem:
             self._problems[what] = problem
             _log.error("not_ready", what=what, reason=problem)

@@ -53,10 +53,10 @@ class MakePlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
-    """A plan or why there is none, and the machine that it was made for."""
+    """A plan or why there is none, and what it was made for."""
 
     outcome: LoadPlan | DoesNotFit | PlanProblem
-    machine: Machine | None
+    surroundings: Surroundings
 
 
 @dataclass(frozen=True, slots=True)

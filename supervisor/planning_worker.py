@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from config import light
 from gpu.detect import Detected, detect
+from gpu.llama import Search
 from planner import companions, explain, launch, oracle, placement
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
@@ -57,13 +59,13 @@ class Worker:
         self._settings = light.read(environ).settings
         self._headers: dict[tuple[str, int, int], ModelFacts] = {}
         self._detected: Detected | None = None
+        self._stamp: tuple[int, int] | None = None  # of its llama-server
 
     def answer(self, question: Question) -> Answer:
         """Return the answer to this question."""
         match question:
             case LookAround():
-                detected = self._detect(frozenset())
-                return Surroundings(detected.machine, detected.llama.build, detected.llama.not_found())
+                return _surroundings(self._detect(frozenset()))
             case ScanModels(folder):
                 return self._scan(folder)
             case MakePlan():
@@ -89,13 +91,17 @@ class Worker:
         return self._headers[key]
 
     def _detect(self, leased: frozenset[str]) -> Detected:
+        previous = self._detected
+        if previous is not None and _stamp(previous.llama) != self._stamp:
+            previous = replace(previous, llama=Search(None, ()))  # it was built anew, or removed: look for it again
         self._detected = detect(
             self._environ,
             llama_server=self._settings.llama_server,
             rpc_servers=self._settings.rpc_servers,
             leased=leased,
-            previous=self._detected,
+            previous=previous,
         )
+        self._stamp = _stamp(self._detected.llama)
         return self._detected
 
     def _plan(self, question: MakePlan) -> PlanAnswer:
@@ -104,8 +110,13 @@ class Worker:
             device.endpoint for device in known if device.endpoint is not None and device.name in question.held
         )
         detected = self._detect(leased)
+        return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
+
+    def _search(
+        self, question: MakePlan, detected: Detected, leased: frozenset[str]
+    ) -> LoadPlan | DoesNotFit | PlanProblem:
         if (not_found := detected.llama.not_found()) is not None:
-            return PlanAnswer(PlanProblem(not_found, ours=True), detected.machine)
+            return PlanProblem(not_found, ours=True)
         machine = _emptied(detected.machine, question.held) if question.assume_empty else detected.machine
         machine = machine if question.assume_empty else _without_workers(machine, leased)
         held, promised = ({}, {}) if question.assume_empty else (question.held, question.promised)
@@ -116,14 +127,26 @@ class Worker:
             build = detected.llama.build
             outcome = placement.search(facts, request, machine, policy, build, oracle.ask(build))
         except PlannerError as error:
-            return PlanAnswer(PlanProblem(str(error)), detected.machine)
+            return PlanProblem(str(error))
         match outcome:
             case Plan():
-                return PlanAnswer(_load_plan(outcome, machine), detected.machine)
+                return _load_plan(outcome, machine)
             case NoFit(causes=causes):
-                return PlanAnswer(DoesNotFit(explain.headline(outcome), causes), detected.machine)
+                return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
-                return PlanAnswer(PlanProblem(explain.headline(outcome)), detected.machine)
+                return PlanProblem(explain.headline(outcome))
+
+
+def _surroundings(detected: Detected) -> Surroundings:
+    return Surroundings(detected.machine, detected.llama.build, detected.llama.not_found())
+
+
+def _stamp(search: Search) -> tuple[int, int] | None:
+    """Return what changes when the llama-server that was found is replaced or removed."""
+    with suppress(OSError):
+        status = Path(search.build.path or "").stat()
+        return status.st_mtime_ns, status.st_size
+    return None
 
 
 def _load_plan(plan: Plan, machine: Machine) -> LoadPlan:

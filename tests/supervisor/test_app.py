@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -192,6 +193,21 @@ def test_a_missing_models_folder_and_llama_server_make_it_unready_not_dead(serve
     text = response.read().decode()
     assert "PLANNER_MODELS" in text
     assert "make llama" in text
+
+
+def test_a_llama_server_and_models_that_come_later_are_found_without_a_restart(
+    serve: Serve, chat_model: Path, llama_tools: Path, tmp_path: Path
+) -> None:
+    folder, server = tmp_path / "later", tmp_path / "llama-server"
+    service = serve(PLANNER_MODELS=str(folder), PLANNER_LLAMA_SERVER=str(server))
+    folder.mkdir()
+    shutil.copy(chat_model, folder)
+    assert service.read_log("found")["what"] == "models"
+    assert str(server) in service.chat("tiny-chat").read().decode()
+    server.symlink_to(llama_tools / "llama-server")
+    assert service.read_log("found")["what"] == "llama-server"
+    assert service.request("GET", "/readyz").status == 200
+    assert service.chat("tiny-chat").status == 200
 
 
 def test_systemd_is_told(environ: dict[str, str], llama_tools: Path, tmp_path: Path) -> None:

@@ -16,7 +16,17 @@ import pytest
 from event_log import EventLog
 
 from planner.types import Role
-from supervisor.api import BadModel, Lease, LoadFailed, QueueFull, RunnerView, ShuttingDown, UnknownModel, WrongRole
+from supervisor.api import (
+    BadModel,
+    Lease,
+    LoadFailed,
+    PlannerFailed,
+    QueueFull,
+    RunnerView,
+    ShuttingDown,
+    UnknownModel,
+    WrongRole,
+)
 from supervisor.runtime import Supervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
@@ -196,6 +206,18 @@ async def test_a_runner_that_cannot_be_started_is_said_so(
         with pytest.raises(LoadFailed, match=f"cannot start {server}: Permission denied"):
             async with supervisor.acquire("tiny-chat", Role.CHAT):
                 pass
+
+
+async def test_a_llama_server_that_is_removed_is_missed_with_the_next_load(
+    supervising: Supervising, models: Models, chat_model: Path, llama_tools: Path, tmp_path: Path
+) -> None:
+    server = tmp_path / "llama-server"
+    server.symlink_to(llama_tools / "llama-server")
+    async with supervising(models(chat_model), {"PLANNER_LLAMA_SERVER": str(server)}) as supervisor:
+        server.unlink()
+        with pytest.raises(PlannerFailed, match=f"no llama-server found.*{server}"):
+            await hold_named(supervisor, "tiny-chat", Role.CHAT)
+        assert supervisor.snapshot().not_ready
 
 
 async def test_models_are_swapped_where_only_one_may_be_loaded(
