@@ -1,9 +1,8 @@
 """Asks the installed llama.cpp itself what it would reserve, by a load that reads sizes only.
 
 That takes 0.1 to 1 s and a process of its own: the library aborts on some errors and swaps a global logger. It is
-asked only for what the formulas do not cover. What it says differs from a real load in two known ways: with layers on
-the host it leaves out mapped weights, and with pipelining it loses the pins of norms to their layer's device, so that
-each device but the first is overstated by a few activations (ggml-backend.cpp, ``ggml_backend_sched_reserve``).
+asked only for what the formulas do not cover. What it says of weights on the host leaves out those that are mapped or
+repacked; its compute buffers are made those of a real load (``planner.oracle_reservation``), or are upper bounds.
 """
 
 from __future__ import annotations
@@ -83,12 +82,15 @@ class _Asker:
             "params": asdict(params),
         }
         answer = _run(question)
-        if answer is None or len(answer) != len(devices) + 1:
+        if answer is None or len(answer["rows"]) != len(devices) + 1:
             return None
         # A stand-in has a CPU's alignment: for a worker that is as good as can be known, for a card it is near.
         sources = [Source.ORACLE if device.kind is DeviceKind.RPC or not stands_in else Source.ESTIMATED
                    for device, stands_in in zip(devices, stand_ins, strict=True)]  # fmt: skip
-        rows = [_bytes(row, source) for row, source in zip(answer, [*sources, Source.ORACLE], strict=True)]
+        rows = [
+            _bytes(row, source, as_reserved=answer["as_reserved"])
+            for row, source in zip(answer["rows"], [*sources, Source.ORACLE], strict=True)
+        ]
         return MemoryLedger(tuple(rows[:-1]), rows[-1], HostDetail(None, None, None, None, None))
 
 
@@ -97,12 +99,13 @@ def _needs_stand_in(device: Device, machine: Machine) -> bool:
     return machine.what_if or device.kind is DeviceKind.RPC
 
 
-def _bytes(row: list[int], source: Source) -> DeviceBytes:
-    model, context, compute = (Figure(value, source) for value in row)
-    return DeviceBytes(model, context, compute)
+def _bytes(row: list[int], source: Source, *, as_reserved: bool) -> DeviceBytes:
+    model, context, compute = row
+    reserved = Figure(compute, source if as_reserved else Source.ESTIMATED)
+    return DeviceBytes(Figure(model, source), Figure(context, source), reserved)
 
 
-def _run(question: dict[str, Any]) -> list[list[int]] | None:
+def _run(question: dict[str, Any]) -> dict[str, Any] | None:
     """Return the answer of the child, None where it failed or took too long. No process of it is left behind."""
     child = subprocess.Popen(
         [sys.executable, "-m", "planner.oracle_child"],

@@ -1,8 +1,9 @@
 """The oracle's child: ``python -m planner.oracle_child``, one question as JSON on stdin, the answer on stdout.
 
-The question is ``planner.oracle``'s; the answer is ``[[model, context, compute], ...]`` in bytes, the host last. The
-structures are those of include/llama.h at the pinned commit; their defaults are checked before they are trusted. A
-C++ exception in the library ends the process, which the parent takes for no answer.
+The question is ``planner.oracle``'s; the answer's ``rows`` are ``[[model, context, compute], ...]`` in bytes, the host
+last, and ``as_reserved`` says whether the compute buffers are a real load's (else they are upper bounds). The
+structures are those of include/llama.h at the pinned commit; their defaults are checked before they are trusted. A C++
+exception in the library ends the process, which the parent takes for no answer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from planner.ggml import BY_NAME
+from planner.oracle_reservation import Reservation
 
 MAX_DEVICES: Final = 16
 WORKER_READY_S: Final = 5.0
@@ -134,11 +136,12 @@ def main() -> int:
             if question["worker"]:
                 count = question["devices"].count(None)
                 add_worker(libraries, stack.enter_context(worker(question["worker"], count)))
+            reservation = Reservation(libraries.base, libraries.llama)
             rows = memory(libraries, question)
     except (OSError, AttributeError, Unusable) as error:
         sys.stderr.write(f"oracle: {error}\n")
         return 1
-    os.write(answer_fd, json.dumps(rows).encode())
+    os.write(answer_fd, json.dumps({"rows": rows, "as_reserved": reservation.complete}).encode())
     return 0
 
 

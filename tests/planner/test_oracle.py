@@ -56,8 +56,8 @@ def build(llama_tools: Path, free_environment: dict[str, str]) -> LlamaBuild:
 
 @pytest.mark.parametrize(
     "devices, n_gpu_layers, shares",
-    [((), 0, ()), (("RPC0",), 9, (9.0,)), (("RPC0", "RPC1"), 6, (2.0, 4.0))],
-    ids=["host", "one device", "two devices and host"],
+    [((), 0, ()), (("RPC0",), 9, (9.0,)), (("RPC0", "RPC1"), 6, (2.0, 4.0)), (("RPC0", "RPC1"), 9, (4.0, 5.0))],
+    ids=["host", "one device", "two devices and host", "two devices, pipelined"],
 )
 def test_the_oracle_agrees_with_the_formulas(
     build: LlamaBuild,
@@ -66,7 +66,7 @@ def test_the_oracle_agrees_with_the_formulas(
     n_gpu_layers: int,
     shares: tuple[float, ...],
 ) -> None:
-    """Where both can tell, and nothing is pipelined, every device's bytes are the same."""
+    """Where both can tell, every device's bytes are the same: those of a real load, pins of norms included."""
     model, where = read_model(os.fspath(endless_model)), machine(2)
     candidate = placement(model, devices, n_gpu_layers, shares)
     params = context_params(model, PlanRequest(n_ctx=2048, flash_attn="on"))
