@@ -10,6 +10,7 @@ from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.latent import LatentDecoder
+from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 from planner.graphs.state_space import (
     FalconH1Decoder,
@@ -21,7 +22,15 @@ from planner.graphs.state_space import (
     ShortConvolutionDecoder,
 )
 from planner.graphs.uncached import UncachedDecoder
-from planner.graphs.variants import ArcticDecoder, GatedAttentionDecoder, GrokDecoder, OpenElmDecoder, RefactDecoder
+from planner.graphs.variants import (
+    ArcticDecoder,
+    GatedAttentionDecoder,
+    GrokDecoder,
+    MuseGlimmerDecoder,
+    OpenElmDecoder,
+    RefactDecoder,
+    TalkieDecoder,
+)
 from planner.model import MetadataValue
 
 _GELU: Final = ("unary",)
@@ -71,12 +80,21 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "bloom": Shape(norm="norm", rope=Rope.NONE, embedding_norm=True, ffn=_GELU),
     "chatglm": Shape(ffn=_FUSED_GATE),
     "codeshell": Shape(norm="norm", ffn=_GELU),
+    "cogvlm": Shape(rows=Rows.EVERY_TOKEN),
     "cohere2": Shape(
         norm="norm",
         rope=Rope.WINDOWED,
         rope_factors=True,
         residual=Residual.INPUT_FIRST,
         ffn_norm=None,
+        logit_scale=When.IF_SET,
+    ),
+    "cohere2moe": Shape(
+        rope_factors=True,
+        residual=Residual.INPUT_FIRST,
+        ffn_norm=None,
+        moe=Moe(normalizes=None, scales=None, uses_scales=True),
+        rows=Rows.AFTER_NORM,
         logit_scale=When.IF_SET,
     ),
     "command-r": Shape(
@@ -131,6 +149,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         residual_scale=When.IF_SET,
         logit_scale=When.ALWAYS,
     ),
+    "grovemoe": Shape(),
     "hunyuan-dense": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan-moe": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
@@ -162,6 +181,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "mpt": Shape(
         query_norm=QueryNorm.NONE, norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU
     ),
+    "muse-glimmer": Shape(rope=Rope.WINDOWED, logit_scale=When.ALWAYS, capped_logits=When.IF_SET),
     "nanbeige": Shape(rope_factors=True),
     "nemotron_h": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, rows=Rows.AFTER_NORM),
     "nemotron_h_moe": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, moe=None, rows=Rows.AFTER_NORM),
@@ -195,21 +215,25 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "refact": Shape(rope=Rope.NONE),
     "rnd1": Shape(),
     "seed_oss": Shape(ffn_norm="post_attention_norm"),
+    "smallthinker": Shape(),
     "smollm3": Shape(rope=Rope.BUT_EVERY_FOURTH),
     "stablelm": Shape(norm="norm"),
     "starcoder": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
     "starcoder2": Shape(norm="norm", ffn=_GELU),
+    "talkie": Shape(query_norm=QueryNorm.AFTER_ROPE, logit_scale=When.ALWAYS),
     "xverse": Shape(),
 }
 
 _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "afmoe": GatedAttentionDecoder,
     "arctic": ArcticDecoder,
+    "cohere2moe": Cohere2MoeDecoder,
     "deepseek2": LatentDecoder,
     "dream": UncachedDecoder,
     "falcon-h1": FalconH1Decoder,
     "granitehybrid": Mamba2Decoder,
     "grok": GrokDecoder,
+    "grovemoe": GroveMoeDecoder,
     "jamba": MambaDecoder,
     "laguna": GatedAttentionDecoder,
     "lfm2": ShortConvolutionDecoder,
@@ -219,6 +243,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "mamba": PureMambaDecoder,
     "mamba2": PureMamba2Decoder,
     "mistral4": LatentDecoder,
+    "muse-glimmer": MuseGlimmerDecoder,
     "nemotron_h": NemotronDecoder,
     "nemotron_h_moe": NemotronDecoder,
     "openelm": OpenElmDecoder,
@@ -227,7 +252,9 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "qwen3next": SpreadDeltaNetDecoder,
     "refact": RefactDecoder,
     "rnd1": UncachedDecoder,
+    "smallthinker": SmallThinkerDecoder,
     "spark2_5": GatedAttentionDecoder,
+    "talkie": TalkieDecoder,
 }
 
 

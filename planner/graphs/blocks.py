@@ -195,12 +195,15 @@ class Blocks:
         return product
 
     def _adapted(self, name: str) -> Iterator[tuple[Node, Node]]:
-        """Yield A and B of every adapter that changes this weight; they lie where it lies."""
+        """Yield A and B of every adapter that changes this weight.
+
+        They lie where it lies, but the scheduler does not know them as weights (src/llama-adapter.cpp sets no usage).
+        """
         for adapter in self._adapters:
             if name in adapter:
                 nodes = [self.graph.leaf(TYPES[part.type_id], part.shape) for part in adapter[name]]
                 for node in nodes:
-                    node.home, node.is_weight = self.places.weights[name], True
+                    node.home = self.places.weights[name]
                 yield nodes[0], nodes[1]
 
     def biased(self, x: Node, name: str) -> Node:

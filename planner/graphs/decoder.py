@@ -10,7 +10,7 @@ from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shap
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
 _MEDIUM_LAYERS = 32  # what src/models/baichuan.cpp takes for the smaller model
 _PLAIN_NORM_NOT_WITH = 128  # experts, src/models/llama4.cpp
-_NO_ROPE_STEP = 4  # n_no_rope_layer_step, src/llama-hparams.h, src/models/smollm3.cpp
+NO_ROPE_STEP = 4  # n_no_rope_layer_step, src/llama-hparams.h, src/models/smollm3.cpp
 
 
 class Decoder:
@@ -164,13 +164,13 @@ class Decoder:
         q, k = self.turned(*self.normed_heads(q, k, prefix, il, skip=how is not QueryNorm.HEADS), il)
         q = self.tempered(q, il)
         plain = how is QueryNorm.PLAIN_AFTER_ROPE and self.hparams.n_expert != _PLAIN_NORM_NOT_WITH
-        if plain and self._uses_rope(il):
+        if plain and self.uses_rope(il):
             q, k = self.graph.same("rms_norm", q), self.graph.same("rms_norm", k)
         return q, k, v
 
     def tempered(self, q: Node, il: int) -> Node:
         """Return the query scaled by position, where the family does; with layers without rope, only in those."""
-        if self._temperature is None or (self.shape.rope is Rope.BUT_EVERY_FOURTH and self._uses_rope(il)):
+        if self._temperature is None or (self.shape.rope is Rope.BUT_EVERY_FOURTH and self.uses_rope(il)):
             return q
         return self.graph.same("mul", q, self._temperature)
 
@@ -193,17 +193,18 @@ class Decoder:
 
     def turned(self, q: Node, k: Node, il: int) -> tuple[Node, Node]:
         """Return query and key with positions turned in, where the layer does that."""
-        if self._positions is None or not self._uses_rope(il):
+        if self._positions is None or not self.uses_rope(il):
             return q, k
         factors = self.blocks.rope_factors(il) if self.shape.rope_factors else None
         return self.blocks.rope(q, self._positions, factors), self.blocks.rope(k, self._positions, factors)
 
-    def _uses_rope(self, il: int) -> bool:
+    def uses_rope(self, il: int) -> bool:
+        """Say whether a layer turns positions in."""
         rope, windowed = self.shape.rope, self.hparams.swa_layers
         if rope is Rope.WINDOWED:
             return windowed[il] or not any(windowed)
         if rope is Rope.BUT_EVERY_FOURTH:
-            step = _NO_ROPE_STEP if any(windowed) or not self.shape.temperature else self.hparams.n_layer
+            step = NO_ROPE_STEP if any(windowed) or not self.shape.temperature else self.hparams.n_layer
             return (il + 1) % step != 0
         if rope is Rope.BY_PATTERN:
             pattern = self.settings.get("attention.rope_pattern")

@@ -11,27 +11,32 @@ from planner.graphs.shape import Moe, Settings
 _MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cuda/ggml-cuda.cu
 
 
-def moe(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings) -> Node:
-    """Return the weighted sum of the chosen experts (``build_moe_ffn``)."""
+def moe(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None = None) -> Node:
+    """Return the weighted sum of the chosen experts; ``scores`` are the router's where it has run before."""
+    chosen, weights = _route(blocks, x, il, how, settings, scores)
+    return mixed(blocks, x, il, how, chosen, weights)
+
+
+def mixed(blocks: Blocks, x: Node, il: int, how: Moe, chosen: Node, weights: Node, suffix: str = "exps") -> Node:
+    """Return the weighted sum of the experts that were chosen (``build_moe_ffn``, from the weights on)."""
     graph, prefix = blocks.graph, f"blk.{il}.ffn_"
     n_embd, n_tokens, _, _ = x.ne
-    chosen, weights = _route(blocks, x, il, how, settings)
     graph.expand(weights)
     x = graph.reshape(x, n_embd, 1, n_tokens)
     if how.weighs_input:
         x = graph.same("mul", graph.repeat(x, (n_embd, chosen.ne[0], n_tokens, 1)), weights)
-    if blocks.has(f"{prefix}gate_up_exps.weight"):
-        both = _experts(blocks, x, f"{prefix}gate_up_exps", chosen, how)
+    if blocks.has(f"{prefix}gate_up_{suffix}.weight"):
+        both = _experts(blocks, x, f"{prefix}gate_up_{suffix}", chosen, how)
         half = (both.ne[0] // 2, *both.ne[1:3])
         hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
     else:
-        up = _experts(blocks, x, f"{prefix}up_exps", chosen, how)
+        up = _experts(blocks, x, f"{prefix}up_{suffix}", chosen, how)
         hidden = (
-            graph.glu(_experts(blocks, x, f"{prefix}gate_exps", chosen, how), up)
+            graph.glu(_experts(blocks, x, f"{prefix}gate_{suffix}", chosen, how), up)
             if how.gated
             else graph.same("unary", up)
         )
-    experts = _experts(blocks, hidden, f"{prefix}down_exps", chosen, how)
+    experts = _experts(blocks, hidden, f"{prefix}down_{suffix}", chosen, how)
     if not how.weighs_input:
         experts = graph.same("mul", experts, weights)
     graph.expand(experts)
@@ -47,10 +52,15 @@ def moe(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings) -> Node:
     return graph.cont(total) if len(views) == 1 else total
 
 
-def _route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings) -> tuple[Node, Node]:
+def router_scores(blocks: Blocks, x: Node, il: int) -> Node:
+    """Return each token's score of every expert."""
+    return blocks.biased(blocks.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
+
+
+def _route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None) -> tuple[Node, Node]:
     """Return the chosen experts and their weights."""
     graph, used, n_tokens = blocks.graph, blocks.hparams.n_expert_used, x.ne[1]
-    scores = blocks.biased(blocks.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
+    scores = router_scores(blocks, x, il) if scores is None else scores
     probabilities = scores if how.softmax_after else graph.same("soft_max", scores)
     bias = blocks.weight(f"blk.{il}.exp_probs_b.bias") or blocks.weight(f"blk.{il}.exp_probs_b")
     selection = graph.same("add", probabilities, bias) if bias else probabilities
@@ -62,11 +72,17 @@ def _route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings) -> tu
         weights = graph.reshape(weights, 1, used, n_tokens)
     normalizes = how.normalizes
     if bool(settings.get("expert_weights_norm")) if normalizes is None else normalizes:
-        flat = graph.reshape(weights, used, n_tokens)
-        total = graph.same("clamp", graph.sum_rows(flat))
-        weights = graph.reshape(graph.same("div", flat, total), 1, used, n_tokens)
+        weights = normalized(graph, weights)
     scales = settings.number("expert_weights_scale") not in {0.0, 1.0} if how.scales is None else how.scales
     return chosen, graph.same("scale", weights) if scales else weights
+
+
+def normalized(graph: Graph, weights: Node) -> Node:
+    """Return the weights of each token's experts divided by their sum."""
+    _, used, n_tokens, _ = weights.ne
+    flat = graph.reshape(weights, used, n_tokens)
+    total = graph.same("clamp", graph.sum_rows(flat))
+    return graph.reshape(graph.same("div", flat, total), 1, used, n_tokens)
 
 
 def _grouped(graph: Graph, selection: Node, settings: Settings) -> Node:

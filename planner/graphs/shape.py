@@ -53,6 +53,7 @@ class Rows(StrEnum):
     IN_LAST_LAYER = "after the last layer's attention"
     BEFORE_NORM = "before the output norm"
     AFTER_NORM = "after the output norm"
+    EVERY_TOKEN = "nowhere: every token yields outputs"
 
 
 class SharedGate(StrEnum):

@@ -25,6 +25,78 @@ class GatedAttentionDecoder(Decoder):
         return blocks.project(x, f"{prefix}output")
 
 
+class MuseGlimmerDecoder(GatedAttentionDecoder):
+    """Norms without weights of their own, or without a layer of their own (src/models/muse-glimmer.cpp)."""
+
+    def embedding(self) -> Node:
+        """Return the tokens' rows, normalized."""
+        return self.graph.same("rms_norm", super().embedding())
+
+    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return a layer's output."""
+        graph, blocks, prefix, residual = self.graph, self.blocks, f"blk.{il}.", x
+        x = self.attention(blocks.norm(x, f"{prefix}attn_norm", il), il)
+        x = blocks.norm(x, f"{prefix}post_attention_norm", -1)
+        if picked:
+            x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
+        residual = graph.same("add", x, residual)
+        x = self.feed_forward(blocks.norm(residual, f"{prefix}ffn_norm", il), il)
+        return graph.same("add", blocks.norm(x, f"{prefix}post_ffw_norm", -1), residual)
+
+
+class TalkieDecoder(Decoder):
+    """Norms without weights, and the embedding added to every layer's output (src/models/talkie.cpp)."""
+
+    def embedding(self) -> Node:
+        """Return the tokens' rows, normalized."""
+        self._embedded = self.graph.same("rms_norm", super().embedding())
+        return self._embedded
+
+    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return a layer's output."""
+        graph, residual, skipped = self.graph, x, self._embedded
+        x = self.attention(graph.same("rms_norm", x), il)
+        if picked:
+            x, residual, skipped = (graph.get_rows(node, picked) for node in (x, residual, skipped))
+        residual = graph.same("add", x, residual)
+        x = graph.same("add", self.feed_forward(graph.same("rms_norm", residual), il), residual)
+        return graph.same(
+            "add", x, graph.same("mul", skipped, self.blocks.needed(f"blk.{il}.layer_output_scale.weight"))
+        )
+
+    def normed_heads(self, q: Node, k: Node, prefix: str, il: int, *, skip: bool) -> tuple[Node, Node]:
+        """Return query and key with each head normalized, the key without weights."""
+        del skip
+        return self.blocks.norm(q, f"{prefix}q_norm", il), self.graph.same("rms_norm", k)
+
+
+class HrmTextDecoder(GatedAttentionDecoder):
+    """Two stacks of layers in turn, over a slow and a fast state (src/models/hrm-text.cpp)."""
+
+    def layers(self, x: Node, rows: Node) -> Node:
+        """Return the slow state after all cycles."""
+        del rows
+        low: Node = self.blocks.needed("hrm.z_l_init")
+        slow_cycles, fast_cycles, depth = (
+            int(self.settings.number(f"hrm.{name}")) for name in ("h_cycles", "l_cycles", "layers_per_stack")
+        )
+        first = 0
+        for _ in range(slow_cycles):
+            for _ in range(fast_cycles):
+                low = self._stack(self.graph.same("add", x, low), first, depth)
+                first += depth
+            x = self._stack(self.graph.same("add", x, low), first, depth)
+            first += depth
+        return x
+
+    def _stack(self, x: Node, first: int, depth: int) -> Node:
+        graph = self.graph
+        for il in range(first, first + depth):
+            x = graph.same("add", self.attention(graph.same("rms_norm", x), il), x)
+            x = graph.same("add", self.feed_forward(graph.same("rms_norm", x), il), x)
+        return graph.same("rms_norm", x)
+
+
 class GrokDecoder(Decoder):
     """Experts and a dense part side by side (src/models/grok.cpp)."""
 
