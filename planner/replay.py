@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
+from planner.adapters import pairs
 from planner.allocator import AllocSize, GraphAllocator
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.context import ContextParams
@@ -21,11 +21,12 @@ from planner.estimate import (
 )
 from planner.ggml import pad
 from planner.graph import Graph, Node
-from planner.graphs import SHAPES, build_graph
+from planner.graphs import build_graph
 from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
 from planner.model import ModelFacts
 from planner.scheduler import Offloads, Schedule, schedule
 from planner.types import Device, DeviceKind, Machine, Placement
+from planner.weights import tensor_homes
 
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the
 # tokens is that many times as large, and what does not (rotations, copied weights) is in both or in the prompt's only.
@@ -56,14 +57,16 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
 
     Raises KeyError where the architecture's graph is not built here or the file lacks one of its tensors.
     """
-    return _replay(model, params, placement, tuple(Backend.of(machine.device(name)) for name in placement.devices))
+    backends = tuple(Backend.of(machine.device(name)) for name in placement.devices)
+    homes = tensor_homes(model, params, placement, machine)
+    return _replay(model, params, placement, backends, tuple(homes.get(tensor.name, -1) for tensor in model.tensors))
 
 
 @lru_cache(maxsize=256)
 def _replay(
-    model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...]
+    model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...], homes: tuple[int, ...]
 ) -> tuple[int, ...]:
-    replay = _Replay(model, params, placement, backends)
+    replay = _Replay(model, params, placement, backends, homes)
     fused = replay.fuses_attention()
     sizes = [0] * (len(backends) + 1)
     for n_tokens, n_outputs in _passes(model, params):
@@ -85,13 +88,20 @@ class _Replay:
     """One question: a model's graphs over the backends of a placement."""
 
     def __init__(
-        self, model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...]
+        self,
+        model: ModelFacts,
+        params: ContextParams,
+        placement: Placement,
+        backends: tuple[Backend, ...],
+        homes: tuple[int, ...],
     ) -> None:
         self._model = model
         self._params = params
         self._placement = placement
         self._backends = backends
-        self._places = _places(model, params, placement)
+        self._places = _places(model, params, placement, homes)
+        # Latest first: llama.cpp keeps them in a hash map, and libstdc++'s yields them so (src/llama-adapter.h).
+        self._adapters = tuple(map(pairs, reversed(model.adapters)))
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
 
@@ -121,7 +131,7 @@ class _Replay:
         everything = offloads_everything(self._placement, self._model.hparams.n_layer_all)
         pins = everything or n_tokens < PIN_BELOW_TOKENS
         batch = Batch(n_tokens, n_outputs, pins_norms=pins, fuses_attention=fused)
-        blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch)
+        blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch, self._adapters)
         return build_graph(blocks, self._model.metadata)
 
     def _schedule(self, graph: Graph) -> Schedule:
@@ -132,35 +142,15 @@ class _Replay:
         return schedule(graph, self._n_copies, [*offloads, None], reduces)
 
 
-def _places(model: ModelFacts, params: ContextParams, placement: Placement) -> Places:
+def _places(model: ModelFacts, params: ContextParams, placement: Placement, homes: Sequence[int]) -> Places:
     cpu = len(placement.devices)
     layers = tuple(cpu if device < 0 else device for device in placement.layer_devices)
     output = cpu if placement.output_device < 0 else placement.output_device
-    overrides = [(re.compile(pattern), _backend(buffer, placement)) for pattern, buffer in params.overrides]
-    output_norm = SHAPES[model.hparams.architecture].output_norm
-    weights = {}
-    for tensor in model.tensors:
-        home = next((backend for regex, backend in overrides if regex.search(tensor.name)), None)
-        weights[tensor.name] = _home(tensor.name, output_norm, layers, output, cpu) if home is None else home
+    weights = {
+        tensor.name: cpu if device < 0 else device for tensor, device in zip(model.tensors, homes, strict=True)
+    }
     caches = layers if params.kv_offload else (cpu,) * len(layers)
     return Places(weights, layers, caches, output, cpu)
-
-
-def _home(name: str, output_norm: str, layers: Sequence[int], output: int, cpu: int) -> int:
-    """Return the backend of a weight that no override places (src/llama-arch.cpp, ``LLM_TENSOR_INFOS``)."""
-    if name.startswith("blk."):
-        return layers[int(name[4 : name.index(".", 4)])]
-    if name.startswith(output_norm):
-        return output
-    if name.startswith("token_embd_norm"):  # normalized on the first layer, not with the input
-        return layers[0]
-    return output if name.startswith("output") else cpu
-
-
-def _backend(buffer_type_name: str, placement: Placement) -> int:
-    """Return the backend that an override names: a device by its own name, a worker's followed by its address."""
-    name = buffer_type_name.partition("[")[0]
-    return placement.devices.index(name) if name in placement.devices else len(placement.devices)
 
 
 def _takes_host_weights(node: Node) -> bool:

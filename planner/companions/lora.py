@@ -6,9 +6,9 @@ What they add to the graphs is the graphs' affair (``planner.graphs.blocks``).
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from planner import ggml, weights
+from planner import adapters, ggml, weights
 from planner.accounting import DeviceBytes, figure
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.charges import Charge
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from planner.model import Attachment, ModelFacts, Tensor
     from planner.types import LlamaBuild, Machine, Placement
 
-PARTS: Final = (".lora_a", ".lora_b")
-_IGNORED: Final = "_norm.weight"
-_EMBEDDING: Final = "token_embd.weight"
-
 
 def refusal(model: ModelFacts, adapter: Attachment) -> str | None:
     """Return why llama.cpp would not load this adapter for this model, or None (``llama_adapter_lora_init_impl``)."""
@@ -32,10 +28,9 @@ def refusal(model: ModelFacts, adapter: Attachment) -> str | None:
     architecture = adapter.metadata.get("general.architecture")
     if architecture != model.hparams.architecture:
         return f"{adapter.path} is an adapter for {architecture}, the model is {model.hparams.architecture}"
-    pairs = _pairs(adapter)
-    if pairs is None:
-        return f"{adapter.path} holds tensors that belong to no LoRA adapter"
-    for name, pair in pairs.items():
+    if name := adapters.stranger(adapter):
+        return f"{adapter.path} holds {name}, which belongs to no LoRA adapter"
+    for name, pair in adapters.pairs(adapter).items():
         if problem := _misfit(model, name, pair):
             return f"{adapter.path}: {problem}; is it an adapter of another model?"
     return None
@@ -52,7 +47,7 @@ def charge(
     rules = [*(buffer_type(machine.device(name)) for name in placement.devices), HOST_BUFFER]
     sums = Counter[int]()
     for adapter in model.adapters:
-        for name, pair in (_pairs(adapter) or {}).items():
+        for name, pair in adapters.pairs(adapter).items():
             for tensor in pair:
                 home = homes.get(name, -1)
                 type_ = ggml.TYPES[tensor.type_id]
@@ -68,26 +63,14 @@ def charge(
     )
 
 
-def _pairs(adapter: Attachment) -> dict[str, list[Tensor]] | None:
-    """Return the A and B of each matrix by its name; None where some tensor is neither."""
-    pairs: dict[str, list[Tensor]] = {}
-    for tensor in sorted(adapter.tensors, key=lambda tensor: tensor.name):  # A before B
-        base, dot, part = tensor.name.rpartition(".")
-        if dot + part in PARTS:
-            pairs.setdefault(base, []).append(tensor)
-        elif not tensor.name.endswith(_IGNORED):
-            return None
-    return pairs
-
-
-def _misfit(model: ModelFacts, name: str, pair: list[Tensor]) -> str | None:
+def _misfit(model: ModelFacts, name: str, pair: tuple[Tensor, ...]) -> str | None:
     base = model.tensor(name)
-    if len(pair) != len(PARTS):
+    if len(pair) != adapters.N_PARTS:
         return f"the pair for {name} lacks a part"
     if base is None:
         return f"the model has no tensor {name}"
     a, b, (n_in, n_out) = *(_shape(tensor) for tensor in pair), _shape(base)
-    looked_up = name.endswith(_EMBEDDING)
+    looked_up = name == adapters.EMBEDDING
     fits = (b[1], a[1]) == (n_in, n_out) if looked_up else (a[0], b[1]) == (n_in, n_out) and a[1] == b[0]
     return None if fits else f"the pair for {name} has another shape than the model's"
 
