@@ -213,19 +213,28 @@ def _stop_loading(runner: Runner, _event: StopRequested, now: float, _limits: Li
 
 
 def _stop_ready(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
-    if runner.in_flight and event.drain_until is not None:
-        return _enter(runner, S.DRAINING, now, deadline=event.drain_until), ()
-    return _stop(runner, now, "asked to stop")
+    if not runner.in_flight:
+        return _stop(runner, now, "asked to stop")
+    if event.drain_until is None:
+        return _cut_short(runner, now, "the runner was told to stop at once")
+    return _enter(runner, S.DRAINING, now, deadline=event.drain_until), ()
 
 
 def _stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
     if event.drain_until is not None:
         return runner, ()
-    return _stop(runner, now, "asked to stop at once")
+    return _cut_short(runner, now, "the runner was told to stop at once")
 
 
-def _drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
-    return _stop(runner, now, f"{runner.in_flight} requests did not finish in the time given to them")
+def _drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
+    given = f"{limits.drain_timeout_s:g} s"
+    return _cut_short(runner, now, f"the service stops, and this did not finish in the {given} of DRAIN_TIMEOUT")
+
+
+def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
+    """Stop it, and tell the holders of leases at once: the child may take its time to go."""
+    stopping, commands = _stop(runner, now, f"{runner.in_flight} requests in flight: {story}")
+    return stopping, (*commands, LoseLeases(runner.model, runner.generation, story))
 
 
 def _unload(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
@@ -264,25 +273,24 @@ def _fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outco
         wanted_back=was_serving and state is S.BACKOFF,
     )
     report = ReportFailure(runner.model, runner.generation, failure, while_loading=runner.load_seconds is None)
-    gone, commands = _gone(failed, failure.reason)
-    return gone, (report, *commands)
+    lost = (LoseLeases(runner.model, runner.generation, failure.reason),) if runner.in_flight else ()
+    return _without_child(failed), (report, *lost)
 
 
-def _gone(runner: Runner, story: str) -> Outcome:
-    """Forget the child, which is reaped, and tell whoever still held a lease on it."""
-    lost = (LoseLeases(runner.model, runner.generation, story),) if runner.in_flight else ()
-    gone = replace(runner, pid=None, url=None, in_flight=0, measured_bytes=MappingProxyType({}), pending_failure=None)
-    return gone, lost
+def _without_child(runner: Runner) -> Runner:
+    """Forget the child, which is reaped."""
+    return replace(runner, pid=None, url=None, in_flight=0, measured_bytes=MappingProxyType({}), pending_failure=None)
 
 
 def _stopped(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
+    """Whoever held a lease was told when it was told to stop."""
     if (failure := runner.pending_failure) is not None:
         return _fail(runner, replace(failure, exit=event.exit, log_tail=event.log_tail), now, limits)
-    return _gone(_enter(runner, S.STOPPED, now), f"the runner was stopped ({event.exit})")
+    return _without_child(_enter(runner, S.STOPPED, now)), ()
 
 
 def _never_spawned(runner: Runner, _event: SpawnFailed, now: float, _limits: Limits) -> Outcome:
-    return _gone(_enter(runner, S.STOPPED, now), "the runner was never started")
+    return _without_child(_enter(runner, S.STOPPED, now)), ()
 
 
 def _retry_allowed(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:

@@ -67,6 +67,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.open_tickets: set[int] = set()
         self.held: dict[int, Child] = {}
         self.stopping: set[Child] = set()
+        self.lost: set[Child] = set()  # those whose leases were lost
 
     def post(self, event: Event) -> None:
         self.pool, commands = scheduler.step(self.pool, event, self.now)
@@ -87,8 +88,11 @@ class PoolMachine(RuleBasedStateMachine):
                 case Reject(ticket):
                     self.open_tickets.remove(ticket)
                 case LoseLeases(model, generation):
-                    assert (model, generation) not in self.alive
-                    assert (model, generation) in self.held.values()
+                    child = (model, generation)
+                    assert child not in self.alive or child in self.stopping
+                    assert child in self.held.values()
+                    assert child not in self.lost, "told once"
+                    self.lost.add(child)
                 case _:
                     pass
 
@@ -160,6 +164,10 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_pool_waits_for_the_open_tickets_only(self) -> None:
         assert {ticket.id for ticket in self.pool.waiting} == self.open_tickets
+
+    @invariant()
+    def whoever_holds_a_dead_child_s_lease_was_told(self) -> None:
+        assert {child for child in self.held.values() if child not in self.alive} <= self.lost
 
     @invariant()
     def in_flight_is_what_is_held_on_live_children(self) -> None:

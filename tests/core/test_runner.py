@@ -172,10 +172,23 @@ def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
     assert (one_left.state, commands) == (RunnerState.DRAINING, ())
     stopping, commands = step(one_left, RequestFinished(MODEL, 1), 3.0, LIMITS)
     assert (stopping.state, type(commands[0])) == (RunnerState.STOPPING, StopProcess)
-    late, commands = step(draining, DeadlinePassed(MODEL, 1), 9.0, LIMITS)
-    assert (late.state, type(commands[0])) == (RunnerState.STOPPING, StopProcess)
-    _, commands = step(late, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 10.0, LIMITS)
-    assert isinstance(commands[0], LoseLeases), "who still held a lease is told"
+
+
+@pytest.mark.parametrize(
+    "event, said",
+    [(DeadlinePassed(MODEL, 1), "10 s of DRAIN_TIMEOUT"), (StopRequested(MODEL, 1, drain_until=None), "at once")],
+)
+def test_what_is_cut_short_is_told_at_once_and_not_again(event: RunnerEvent, said: str) -> None:
+    """The child may take as long as it likes to go."""
+    draining = runner_in(RunnerState.DRAINING, in_flight=2, deadline=9.0)
+    stopping, commands = step(draining, event, 9.0, LIMITS)
+    assert (stopping.state, stopping.in_flight) == (RunnerState.STOPPING, 2)
+    stop, lost = commands
+    assert isinstance(stop, StopProcess)
+    assert isinstance(lost, LoseLeases)
+    assert said in lost.story
+    stopped, commands = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 10.0, LIMITS)
+    assert (stopped.state, stopped.in_flight, commands) == (RunnerState.STOPPED, 0, ())
 
 
 def test_an_idle_runner_stops_without_draining() -> None:
