@@ -2,63 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live_server import MIB, assert_as_planned, explain
 
 pytestmark = pytest.mark.llama
-
-MIB = 1024 * 1024
-LOG_RESOLUTION_MIB = 0.01  # llama.cpp prints two decimals
-READY = "server is listening on"
-GIVE_UP = re.compile(r"error|exiting due to")
-BUFFER = re.compile(r"(\S+?)(?:\[(\S+)\])?\s+(model|KV|RS|compute) buffer size\s*=\s*([0-9.]+) MiB")
-KIND = {"model": "model_bytes", "KV": "context_bytes", "RS": "context_bytes", "compute": "compute_bytes"}
-
-
-def explain(*words: str, environment: dict[str, str]) -> dict[str, Any]:
-    """Return what ``planner explain --json`` prints for these words."""
-    command = [sys.executable, "-m", "planner", "explain", *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr or done.stdout
-    plan: dict[str, Any] = json.loads(done.stdout)
-    return plan
-
-
-def reserved(plan: dict[str, Any], environment: dict[str, str]) -> dict[tuple[str, str], float]:
-    """Launch the plan and return what llama-server prints while it loads: MiB by worker address or Host, and kind."""
-    command = [*plan["launch"]["argv"], "--port", "0"]
-    server = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment | plan["launch"]["env"],
-    )
-    sums: dict[tuple[str, str], float] = {}
-    lines = []
-    try:
-        assert server.stderr is not None
-        for line in server.stderr:
-            lines.append(line)
-            if (found := BUFFER.search(line)) is not None and "~llama_context" not in line:
-                name, endpoint, kind, mib = found.groups()
-                key = (endpoint or ("Host" if name.startswith("CPU") else name), KIND[kind])
-                sums[key] = sums.get(key, 0.0) + float(mib)
-            if READY in line or "llama_server: model loaded" in line:
-                return sums
-    finally:
-        server.kill()
-        server.wait()
-        if server.stderr is not None:
-            server.stderr.close()
-    pytest.fail("llama-server ended while it loaded:\n" + "".join(lines[-15:]))
 
 
 @pytest.mark.parametrize(
@@ -98,10 +49,5 @@ def test_every_device_gets_the_bytes_that_the_plan_says(
     used = [name for name in ("RPC0", "RPC1", "RPC2") if planned[name]["layers"]]
     assert used == ["RPC0", "RPC1", "RPC2"], "the sizes were chosen so that every device is needed"
 
-    measured = reserved(plan, free_environment)
-
     lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
-    for name, place in lies_at.items():
-        for kind in ("model_bytes", "context_bytes", "compute_bytes"):
-            printed = measured.get((place, kind), 0.0)
-            assert planned[name][kind] / MIB == pytest.approx(printed, abs=LOG_RESOLUTION_MIB), (name, kind, printed)
+    assert_as_planned(plan, lies_at, free_environment)

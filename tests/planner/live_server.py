@@ -1,0 +1,82 @@
+"""A plan held against a llama-server that really loads: what it prints per device while it does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+MIB = 1024 * 1024
+LOG_RESOLUTION_MIB = 0.01  # llama.cpp prints two decimals
+READY = "llama_server: listening on"
+BUFFER = re.compile(r"(\S+?)(?:\[(\S+)\])?\s+(model|LoRA|KV|RS|compute) buffer size\s*=\s*([0-9.]+) MiB")
+KIND = {
+    "model": "model_bytes",
+    "LoRA": "model_bytes",
+    "KV": "context_bytes",
+    "RS": "context_bytes",
+    "compute": "compute_bytes",
+}
+RESERVES = "sched_reserve: reserving"
+
+
+def explain(*words: str, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what ``planner explain --json`` prints for these words."""
+    command = [sys.executable, "-m", "planner", "explain", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(environment), timeout=60, check=False)
+    assert done.returncode == 0, done.stderr or done.stdout
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
+def reserved(plan: Mapping[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, str], float]:
+    """Launch the plan and return what llama-server prints while it loads: MiB by worker address or Host, and kind.
+
+    Of graphs that are reserved more than once, the last counts.
+    """
+    command = [*plan["launch"]["argv"], "--port", "0"]
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, **plan["launch"]["env"]},
+    )
+    sums: dict[tuple[str, str], float] = {}
+    lines = []
+    try:
+        assert server.stderr is not None
+        for line in server.stderr:
+            lines.append(line)
+            if RESERVES in line:
+                sums = {key: mib for key, mib in sums.items() if key[1] != "compute_bytes"}
+            if (found := BUFFER.search(line)) is not None and "~llama_context" not in line:
+                name, endpoint, kind, mib = found.groups()
+                key = (endpoint or ("Host" if name.startswith("CPU") else name), KIND[kind])
+                sums[key] = sums.get(key, 0.0) + float(mib)
+            if READY in line:
+                return sums
+    finally:
+        server.kill()
+        server.wait()
+        if server.stderr is not None:
+            server.stderr.close()
+    pytest.fail("llama-server ended while it loaded:\n" + "".join(lines[-15:]))
+
+
+def assert_as_planned(
+    plan: Mapping[str, Any], places: Mapping[str, str], environment: Mapping[str, str], *, resolution: float = 0.0
+) -> None:
+    """Launch the plan and hold every figure of every device against what is reserved at its place."""
+    measured = reserved(plan, environment)
+    planned = {device["name"]: device for device in plan["devices"]}
+    for name, place in places.items():
+        for kind in ("model_bytes", "context_bytes", "compute_bytes"):
+            printed = measured.get((place, kind), 0.0)
+            allowed = LOG_RESOLUTION_MIB + resolution
+            assert planned[name][kind] / MIB == pytest.approx(printed, abs=allowed), (name, kind, printed)
