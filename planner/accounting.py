@@ -50,8 +50,16 @@ class MemoryLedger:
     @property
     def unknown(self) -> bool:
         """Say whether some figure is not known."""
+        return self._has(Source.UNKNOWN)
+
+    @property
+    def estimated(self) -> bool:
+        """Say whether some figure is only an upper bound."""
+        return self._has(Source.ESTIMATED)
+
+    def _has(self, source: Source) -> bool:
         everyone = (*self.devices, self.host, *self.elsewhere.values())
-        return any(None in {each.model.bytes, each.context.bytes, each.compute.bytes} for each in everyone)
+        return any(source in {each.model.source, each.context.source, each.compute.source} for each in everyone)
 
 
 def account(

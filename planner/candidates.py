@@ -17,7 +17,7 @@ from planner.accounting import DeviceBytes, MemoryLedger, account
 from planner.charges import charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
-from planner.types import Device, DeviceUsage, LlamaBuild, Machine, Placement, PlanRequest, Shortfall
+from planner.types import Device, DeviceUsage, Figure, LlamaBuild, Machine, Placement, PlanRequest, Shortfall, Source
 
 Oracle = Callable[[ModelFacts, ContextParams, Placement, Machine], MemoryLedger | None]
 
@@ -137,6 +137,10 @@ class Finder:
                 limit, step = min(limit, n_slots), max(step // 2, 1)
         return best
 
+    def confirmed(self, attempt: Candidate) -> Candidate:
+        """Return a finalist with what is only estimated here replaced by what llama.cpp says, where it can say."""
+        return self._evaluated(attempt.request, attempt.placement, confirm=True) if self.oracle else attempt
+
     def on_host(self, request: PlanRequest) -> Candidate:
         """Return the placement that uses no device at all."""
         return self._try(request, (), 0, ())
@@ -203,10 +207,14 @@ class Finder:
         else:
             shares = tuple(shares[i] if i < len(shares) else 0.0 for i in range(len(group)))
         where, output = layers.layer_devices(self.n_slots - 1, n_slots, shares)
-        placement = Placement(tuple(device.name for device in group), where, output, n_slots, tuple(shares))
+        names = tuple(device.name for device in group)
+        return self._evaluated(request, Placement(names, where, output, n_slots, tuple(shares)))
+
+    def _evaluated(self, request: PlanRequest, placement: Placement, *, confirm: bool = False) -> Candidate:
+        """Account for this placement; llama.cpp is asked for what is unknown, and to ``confirm`` what is estimated."""
         params = context_params(self.model, request)
         ledger = account(self.model, params, placement, self.machine, self.build)
-        if ledger.unknown and self.oracle is not None:
+        if self.oracle is not None and (ledger.unknown or (confirm and ledger.estimated)):
             answer = self.oracle(self.model, params, placement, self.machine)
             ledger = ledger if answer is None else _filled(ledger, answer)
         beside = companions.charges(self.model, params, placement, self.machine, self.build)
@@ -262,11 +270,15 @@ def _named(request: PlanRequest) -> frozenset[str]:
 
 
 def _filled(own: MemoryLedger, answer: MemoryLedger) -> MemoryLedger:
-    """Return our ledger with its unknown figures taken from the oracle's answer."""
+    """Return our ledger with the oracle's figures where ours are unknown, or estimated and its own are not."""
+
+    def better(mine: Figure, other: Figure) -> Figure:
+        takes = mine.bytes is None or (mine.source is Source.ESTIMATED and other.source is Source.ORACLE)
+        return other if takes else mine
 
     def fill(ours: DeviceBytes, theirs: DeviceBytes) -> DeviceBytes:
         pairs = ((ours.model, theirs.model), (ours.context, theirs.context), (ours.compute, theirs.compute))
-        return DeviceBytes(*(other if mine.bytes is None else mine for mine, other in pairs))
+        return DeviceBytes(*(better(mine, other) for mine, other in pairs))
 
     devices = tuple(fill(mine, other) for mine, other in zip(own.devices, answer.devices, strict=True))
     return replace(own, devices=devices, host=fill(own.host, answer.host))

@@ -72,6 +72,7 @@ class ContextParams:
     overrides: tuple[tuple[str, str], ...]  # (regex, buffer type) in llama.cpp's order: -ot, -cmoe, -ncmoe, -ncffn
     n_ctx_unpadded: int = 0
     cache_ram_mib: int = CACHE_RAM_MIB
+    pooling: str | None = None  # of embeddings; None: the model's own
     not_built: tuple[str, ...] = ()
 
     @property
@@ -125,6 +126,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         overrides=_overrides(request, model.hparams.n_layer_all),
         n_ctx_unpadded=n_ctx_unpadded,
         cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
+        pooling=_pooling(request),
         not_built=_not_built(model, request),
     )
 
@@ -214,6 +216,11 @@ def _embeds(request: PlanRequest) -> bool:
     """Say whether llama-server is started to embed or to rank (``server_output_limits``)."""
     pools = request.pooling is not None and request.pooling != "none"
     return bool(request.embeddings or request.reranking or pools) or request.role is not Role.CHAT
+
+
+def _pooling(request: PlanRequest) -> str | None:
+    ranks = request.reranking or request.role is Role.RERANK
+    return request.pooling or ("rank" if ranks else None)
 
 
 def _flash_attn(model: ModelFacts, request: PlanRequest) -> FlashAttention:

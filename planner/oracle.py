@@ -1,8 +1,8 @@
 """Asks the installed llama.cpp itself what it would reserve, by a load that reads sizes only.
 
 That takes 0.1 to 1 s and a process of its own: the library aborts on some errors and swaps a global logger. It is
-asked only for what the formulas do not cover. What it says of weights on the host leaves out those that are mapped or
-repacked; its compute buffers are made those of a real load (``planner.oracle_reservation``), or are upper bounds.
+asked only for what the formulas do not cover. Its compute buffers are made those of a real load
+(``planner.oracle_reservation``), or are upper bounds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from planner.build import is_pinned
 from planner.candidates import Oracle
 from planner.context import ContextParams
 from planner.model import ModelFacts
-from planner.types import Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
+from planner.types import UNKNOWN_FIGURE, Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
 
 TIMEOUT_S: Final = 30.0  # for one question; a 260k vocabulary takes 0.4 s, a cold GPU driver several seconds
 MAX_QUESTIONS: Final = 16  # a search that needs more would take longer than anybody waits
@@ -58,7 +58,7 @@ class _Asker:
         """Return what llama.cpp says to this placement, or None where it cannot be asked or does not answer."""
         key = (params, placement)
         if key not in self.answers:
-            if len(self.answers) >= MAX_QUESTIONS or params.not_built:
+            if len(self.answers) >= MAX_QUESTIONS or params.not_built or model.adapters:
                 return None
             self.answers[key] = self._ask(model, params, placement, machine)
         return self.answers[key]
@@ -84,13 +84,15 @@ class _Asker:
         answer = _run(question)
         if answer is None or len(answer["rows"]) != len(devices) + 1:
             return None
-        # A stand-in has a CPU's alignment: for a worker that is as good as can be known, for a card it is near.
-        sources = [Source.ORACLE if device.kind is DeviceKind.RPC or not stands_in else Source.ESTIMATED
-                   for device, stands_in in zip(devices, stand_ins, strict=True)]  # fmt: skip
-        rows = [
-            _bytes(row, source, as_reserved=answer["as_reserved"])
-            for row, source in zip(answer["rows"], [*sources, Source.ORACLE], strict=True)
-        ]
+        # A stand-in computes and aligns as a CPU does: for a worker that is as good as can be known, for a card near.
+        near = any(
+            stands_in and device.kind is not DeviceKind.RPC
+            for device, stands_in in zip(devices, stand_ins, strict=True)
+        )
+        source = Source.ESTIMATED if near else Source.ORACLE
+        rows = [_bytes(row, source, as_reserved=answer["as_reserved"]) for row in answer["rows"]]
+        if params.overrides or -1 in placement.layer_devices:
+            rows[-1] = replace(rows[-1], model=UNKNOWN_FIGURE)  # a size-only load leaves out what is mapped or repacked
         return MemoryLedger(tuple(rows[:-1]), rows[-1], HostDetail(None, None, None, None, None))
 
 

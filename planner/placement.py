@@ -97,7 +97,7 @@ class _Search:
         limits = budget.budgets(self.machine, self.policy)
         spread = self.policy.spread
         finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
-        found = self._with_context(finder, settled)
+        found = finder.confirmed(self._with_context(finder, settled))
         if not found.unknown or finder.is_settled_by(settled):
             self._decide_placement(found)
         self.decisions += knob_decisions
@@ -134,6 +134,7 @@ class _Search:
 
     def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
         complete = finder.complete(request)
+        complete = complete if complete.fits else finder.confirmed(complete)
         if complete.fits or complete.unknown:
             return complete
         partial = finder.partial(request, complete)

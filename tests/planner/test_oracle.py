@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from gpu import llama
 from planner import layers, oracle
-from planner.accounting import account
+from planner.accounting import MemoryLedger, account
 from planner.build import PINNED_BUILD
 from planner.context import context_params
 from planner.model import ModelFacts, read_model
@@ -29,6 +30,7 @@ from planner.types import (
     PlanRequest,
     Policy,
     PoolId,
+    Role,
     Source,
 )
 
@@ -117,3 +119,27 @@ def test_only_the_pinned_build_is_asked(build: LlamaBuild) -> None:
     assert oracle.ask(PINNED_BUILD) is None
     assert oracle.ask(replace(build, commit="badc0de")) is None
     assert oracle.ask(replace(build, library_path="/nowhere/libllama.so")) is None
+
+
+def test_what_is_estimated_is_asked_for_once_the_search_is_over(build: LlamaBuild, endless_model: Path) -> None:
+    """The buffers of pooled embeddings are estimates here; what is planned are llama.cpp's own figures, never more."""
+    model = read_model(os.fspath(endless_model))
+    request = PlanRequest(role=Role.EMBEDDING, n_ctx="auto")
+    without = search(model, request, machine(1), Policy(), build)
+    asked: list[Placement] = []
+    ask = oracle.ask(build)
+    assert ask is not None
+
+    def listened(*question: Any) -> MemoryLedger | None:
+        asked.append(question[2])
+        return ask(*question)
+
+    outcome = search(model, request, machine(1), Policy(), build, listened)
+    assert isinstance(without, Plan)
+    assert isinstance(outcome, Plan)
+    assert len(asked) == 1
+    for estimated, told in zip(without.usages, outcome.usages, strict=True):
+        assert estimated.compute.source is Source.ESTIMATED
+        assert told.compute.source is Source.ORACLE
+        assert told.model == estimated.model
+        assert (told.compute.bytes or 0) <= (estimated.compute.bytes or 0)
