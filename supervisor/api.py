@@ -223,6 +223,13 @@ class Runtime(Protocol):
         """Return the state of everything, at once."""
         ...
 
+    async def resolve(self, name: str) -> str:
+        """Return the public id of the model that a client's name stands for, at no cost where it is known.
+
+        Raises UnknownModel, with the closest ids, once the folder was read again and has none of that name.
+        """
+        ...
+
     def acquire(self, model: str, role: Role) -> AbstractAsyncContextManager[Lease]:
         """Return a context manager that waits for a lease on a runner of this model, loading it where need be.
 

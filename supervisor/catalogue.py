@@ -25,6 +25,8 @@ from planner.types import Role
 from supervisor.core.types import ModelId
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
+# Ollama's clients write a model's name with this tag; every id here has exactly one version.
+DEFAULT_TAG: Final = ":latest"
 PROJECTOR_ARCHITECTURE: Final = "clip"  # gguf-py/gguf/constants.py, MODEL_ARCH.MMPROJ
 CLOSEST: Final = 3
 CLOSEST_CUTOFF: Final = 0.4  # difflib's ratio; below it names have little in common
@@ -81,8 +83,8 @@ class Catalogue:
         return tuple(self._entries.values())
 
     def find(self, name: str) -> ModelEntry | None:
-        """Return the model of exactly this id."""
-        return self._entries.get(ModelId(name))
+        """Return the model of exactly this id, or of this id followed by Ollama's default tag."""
+        return self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
 
     def closest(self, name: str) -> tuple[str, ...]:
         """Return the ids that resemble the name most, best first, whatever the case of their letters."""

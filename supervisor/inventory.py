@@ -90,19 +90,29 @@ class Inventory:
                 broken = [entry.problem for entry in answer if entry.problem is not None]
                 _log.info("models.scanned", folder=str(self._models), models=len(answer), broken=broken)
 
-    async def find(self, name: str, role: Role) -> ModelEntry:
-        """Return the model of this name. Raises UnknownModel, BadModel, WrongRole.
+    async def resolve(self, name: str) -> ModelEntry:
+        """Return the model that this name stands for. Raises UnknownModel.
 
-        The folder is read again before a name is called unknown or a file bad: it may have been mended since.
+        The folder is read again before a name is called unknown: the file may have come since.
         """
-        entry = self._catalogue.find(name)
-        if entry is None or entry.problem is not None:
+        if self._catalogue.find(name) is None:
             await self.scan()
-            entry = self._catalogue.find(name)
+        entry = self._catalogue.find(name)
         if entry is None:
             closest = self._catalogue.closest(name)
             hint = f"did you mean {', '.join(closest)}?" if closest else "GET /v1/models lists the names"
             raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r} in {self._models}; {hint}", closest=closest)
+        return entry
+
+    async def find(self, name: str, role: Role) -> ModelEntry:
+        """Return the model of this name for this role. Raises UnknownModel, BadModel, WrongRole.
+
+        The folder is read again before a file is called bad: it may have been mended since.
+        """
+        entry = await self.resolve(name)
+        if entry.problem is not None:
+            await self.scan()
+            entry = await self.resolve(name)
         if entry.problem is not None:
             raise BadModel(f"{entry.id} cannot be served: {entry.problem}")
         if entry.role is not role:

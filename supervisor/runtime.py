@@ -124,6 +124,10 @@ class Supervisor:
             warnings=self._options.warnings,
         )
 
+    async def resolve(self, name: str) -> str:
+        """Return the public id that this name stands for. Raises UnknownModel."""
+        return (await self._inventory.resolve(name)).id
+
     @asynccontextmanager
     async def acquire(self, model: str, role: Role) -> AsyncIterator[ChildLease]:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""

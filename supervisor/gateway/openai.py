@@ -9,9 +9,9 @@ import aiohttp
 from aiohttp import web
 
 from planner.types import Role
-from supervisor.api import ModelView, Runtime, Snapshot, UnknownModel
+from supervisor.api import ModelView, Runtime, Snapshot
 from supervisor.gateway.exchange import EXCHANGE
-from supervisor.gateway.peek import model_id, peek
+from supervisor.gateway.peek import peek
 from supervisor.gateway.proxy import forward
 from supervisor.status.view import model_state
 
@@ -45,11 +45,9 @@ class OpenAI:
     async def _pass_through(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         wanted = peek(body)
-        known = {model.id for model in self._runtime.snapshot().models}
-        model = model_id(wanted.model, known)
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream
-        exchange.model = model if model in known else None
+        exchange.model = model = await self._runtime.resolve(wanted.model)
         async with self._runtime.acquire(model, PASSED_THROUGH[request.path]) as lease:
             return await forward(request.app[self._session], lease, request, request.path, body)
 
@@ -58,12 +56,9 @@ class OpenAI:
         return web.json_response({"object": "list", "data": [_entry(model, snapshot) for model in snapshot.models]})
 
     async def _model(self, request: web.Request) -> web.Response:
+        name = await self._runtime.resolve(request.match_info["id"])
         snapshot = self._runtime.snapshot()
-        by_id = {model.id: model for model in snapshot.models}
-        name = model_id(request.match_info["id"], by_id)
-        if name not in by_id:
-            raise UnknownModel(f"there is no model {name[:200]!r}; GET /v1/models lists the names")
-        return web.json_response(_entry(by_id[name], snapshot))
+        return web.json_response(next(_entry(model, snapshot) for model in snapshot.models if model.id == name))
 
 
 def _entry(model: ModelView, snapshot: Snapshot) -> dict[str, Any]:

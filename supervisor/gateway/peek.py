@@ -8,14 +8,11 @@ right by itself. What is forwarded is always the client's own bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from supervisor.gateway.errors import BadRequest
 
-# Ollama's clients write a model's name with this tag; every id here has exactly one version.
-DEFAULT_TAG: Final = ":latest"
 # A name goes into log lines and error texts; no path below the models folder is longer (PATH_MAX).
 MAX_MODEL_NAME_CHARS: Final = 4096
 
@@ -51,11 +48,3 @@ def peek(body: bytes) -> Peek:
     if not isinstance(model, str) or not model or len(model) > MAX_MODEL_NAME_CHARS:
         raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
     return Peek(model, fields.get("stream") is True)
-
-
-def model_id(name: str, known: Collection[str]) -> str:
-    """Return the public id that a client's name stands for; an unknown name comes back as it is."""
-    if name in known:
-        return name
-    untagged = name.removesuffix(DEFAULT_TAG)
-    return untagged if untagged in known else name

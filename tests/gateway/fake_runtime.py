@@ -177,6 +177,12 @@ class FakeRuntime:
             queue_limit=512,
         )
 
+    async def resolve(self, name: str) -> str:
+        """Know the servers' models by their exact names."""
+        if self.refusal is None and name not in self.servers and name not in self.endpoints:
+            raise UnknownModel(f"there is no model {name!r}", closest=tuple(self.servers))
+        return name
+
     @asynccontextmanager
     async def acquire(self, model: str, role: Role) -> AsyncIterator[Lease]:
         """Grant at once, or refuse."""
@@ -195,8 +201,6 @@ class FakeRuntime:
     def _lease(self, model: str, role: Role) -> FakeLease:
         if model in self.endpoints:
             return FakeLease(self.endpoints[model], model, self._wait_loss)
-        if model not in self.servers:
-            raise UnknownModel(f"there is no model {model!r}", closest=tuple(self.servers))
         server = self.servers[model]
         if role != server.role:
             raise WrongRole(f"{model} is served for {server.role}, not for {role}")

@@ -116,7 +116,7 @@ async def test_models_are_listed_with_role_state_and_context(
     """An id may hold slashes and odd characters."""
     runtime.servers["folder/odd name"] = chat_server
     url = await serve()
-    async with http.get(f"{url}/v1/models/folder/odd%20name:latest") as answer:
+    async with http.get(f"{url}/v1/models/folder/odd%20name") as answer:
         assert await answer.json() == {
             "id": "folder/odd name",
             "object": "model",

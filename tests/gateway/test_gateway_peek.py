@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.gateway.errors import BadRequest
-from supervisor.gateway.peek import Peek, model_id, peek
+from supervisor.gateway.peek import Peek, peek
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -74,13 +74,3 @@ def test_anything_else_is_refused_in_one_line(body: bytes) -> None:
 def test_a_refusal_says_what_is_wrong(body: bytes, says: str) -> None:
     with pytest.raises(BadRequest, match=says):
         peek(body)
-
-
-def test_latest_is_taken_off_only_where_no_model_is_called_so() -> None:
-    known = {"a", "b:latest"}
-    assert [model_id(name, known) for name in ("a", "a:latest", "b:latest", "c:latest")] == [
-        "a",
-        "a",
-        "b:latest",
-        "c:latest",
-    ]

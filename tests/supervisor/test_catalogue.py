@@ -11,6 +11,7 @@ import pytest
 from planner.model import read_model
 from planner.types import Role
 from supervisor.catalogue import Catalogue, ModelEntry, scan
+from supervisor.core.types import ModelId
 
 
 def ids(entries: tuple[ModelEntry, ...]) -> list[str]:
@@ -92,6 +93,14 @@ def test_no_name_that_a_client_sends_is_taken_for_a_path(tmp_path: Path, chat_mo
     catalogue.replace(scan(root, read_model))
     assert catalogue.find("c") is not None
     assert catalogue.find(name) is None
+
+
+def test_latest_is_taken_off_only_where_no_model_is_called_so() -> None:
+    entries = {name: ModelEntry(ModelId(name), f"/m/{name}.gguf", 1, 0.0) for name in ("a", "b", "b:latest")}
+    catalogue = Catalogue()
+    catalogue.replace(tuple(entries.values()))
+    found = [catalogue.find(name) for name in ("a", "a:latest", "b:latest", "c:latest")]
+    assert found == [entries["a"], entries["a"], entries["b:latest"], None]
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
