@@ -114,7 +114,7 @@ class Children:
             child.close()
             strays.forget(self._records, child.pid)
             del self._running[model, generation]
-        self._post(ProcessExited(model, generation, exit_, log.last_error, log.tail))
+        self._post(ProcessExited(model, generation, exit_, log.last_error, log.tail, log.shortage))
 
     async def _listen(
         self, model: ModelId, generation: int, running: _Running, tasks: TaskGroup, silent: anyio.Event

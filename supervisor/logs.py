@@ -56,6 +56,11 @@ class ChildLog:
         return loglines.last_words(self._errors)
 
     @property
+    def shortage(self) -> str | None:
+        """Return in words whose memory ran out, None where the child did not die of that."""
+        return loglines.shortage(self._errors, self._buffer_devices)
+
+    @property
     def tail(self) -> tuple[str, ...]:
         """Return the last lines."""
         return tuple(self._lines)[-TAIL_LINES:]

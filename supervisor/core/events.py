@@ -87,11 +87,15 @@ class BecameReady(RunnerEvent):
 
 @dataclass(frozen=True, slots=True)
 class ProcessExited(RunnerEvent):
-    """The child is gone and reaped. ``last_error`` is the line of its log that says most about why."""
+    """The child is gone and reaped. ``last_error`` is the line of its log that says most about why.
+
+    ``shortage`` says in words whose memory ran out, where that ended it.
+    """
 
     exit: str
     last_error: str | None
     log_tail: tuple[str, ...] = ()
+    shortage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,16 +53,21 @@ class Listening:
 
 @dataclass(frozen=True, slots=True)
 class ErrorLine:
-    """A complaint. ``specific`` is False for those that only pass an earlier one on."""
+    """A complaint. ``specific`` is False for those that only pass an earlier one on.
+
+    ``buffer`` is the buffer type whose allocation failed, where the line names one.
+    """
 
     text: str
     specific: bool
     out_of_memory: bool
+    buffer: str | None = None
 
 
 Fact = BufferSize | UsingDevice | Listening | ErrorLine
 
 MIB: Final = 1024 * 1024
+LAST_WORDS: Final = 12  # a fatal allocation is passed on in 8 lines; one that was survived lies further back
 
 _PREFIX = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} (?P<level>[IWED]) (?:(?:srv|cmn|slot|que|mtmd) +)?")
 _BUFFER = re.compile(
@@ -77,6 +82,7 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfDeviceMemory|insufficient memory|failed to allocate|unable to allocate"
     r"|allocation of size \d+ failed"
 )
+_FAILED_BUFFER = re.compile(r"(?:failed|unable) to allocate (?!output|compute)(?P<buffer>\S+) buffer\b")
 _ABORT_PLACE = re.compile(r"^\S*/(?P<file>[\w.-]+\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: )")
 _PASSED_ON = re.compile(
     r"exiting due to|failed to load model|failed to create.context with model|cleaning up before exit"
@@ -104,7 +110,13 @@ def read(line: str) -> Fact | None:
         return Listening(found["url"])
     if (prefix["level"] == "E") if prefix else bool(_UNPREFIXED_ERROR.search(text)):
         text = _ABORT_PLACE.sub(r"\g<file>", text.strip())
-        return ErrorLine(text, specific=not _PASSED_ON.search(text), out_of_memory=bool(_OUT_OF_MEMORY.search(text)))
+        failed = _FAILED_BUFFER.search(text)
+        return ErrorLine(
+            text,
+            specific=not _PASSED_ON.search(text),
+            out_of_memory=bool(_OUT_OF_MEMORY.search(text)),
+            buffer=failed["buffer"] if failed else None,
+        )
     return None
 
 
@@ -126,3 +138,12 @@ def last_words(errors: Iterable[ErrorLine]) -> str | None:
         if candidates:
             return candidates[-1].text
     return None
+
+
+def shortage(errors: Iterable[ErrorLine], buffer_devices: Mapping[str, str]) -> str | None:
+    """Return in words whose memory ran out, where that is what the server died of."""
+    failed = [one for one in list(errors)[-LAST_WORDS:] if one.out_of_memory]
+    buffers = [one.buffer for one in failed if one.buffer is not None]
+    if buffers:
+        return f"out of memory on {device_of(buffers[0], buffer_devices)}"
+    return "out of memory" if failed else None

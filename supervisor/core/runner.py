@@ -251,17 +251,29 @@ def _spawn_failed(runner: Runner, event: SpawnFailed, now: float, limits: Limits
 
 
 def _died(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
-    reason = event.exit if event.last_error is None else f"{event.exit}: {event.last_error}"
-    return _fail(runner, Failure(at=now, reason=reason, exit=event.exit, log_tail=event.log_tail), now, limits)
+    failure = Failure(
+        at=now,
+        reason=": ".join(part for part in (event.exit, event.shortage, event.last_error) if part is not None),
+        exit=event.exit,
+        log_tail=event.log_tail,
+        out_of_memory=event.shortage is not None,
+    )
+    return _fail(runner, failure, now, limits)
 
 
 def _fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcome:
-    """Wait before the next try: not at all after a first failure, then 1, 2, 4 ... seconds, and at last much longer."""
+    """Wait before the next try: not at all after a first failure, then 1, 2, 4 ... seconds, and at last much longer.
+
+    A load that ran out of memory waits from the first time on: planned again at once, it would be the same plan.
+    """
+    while_loading = runner.load_seconds is None
     crashes = (*(at for at in runner.crashes if at > now - limits.crash_window_s), now)
     if len(crashes) >= limits.max_crashes:
         state, pause = S.FAILED, limits.crash_window_s
     else:
         state, pause = S.BACKOFF, 0.0 if len(crashes) == 1 else min(limits.backoff_cap_s, 2.0 ** (len(crashes) - 2))
+        if failure.out_of_memory and while_loading:
+            pause = max(pause, limits.memory_pause_s)
     was_serving = runner.state is S.READY and limits.keep_alive_s != 0
     failed = _enter(
         runner,
@@ -272,7 +284,7 @@ def _fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outco
         last_failure=failure,
         wanted_back=was_serving and state is S.BACKOFF,
     )
-    report = ReportFailure(runner.model, runner.generation, failure, while_loading=runner.load_seconds is None)
+    report = ReportFailure(runner.model, runner.generation, failure, while_loading=while_loading)
     lost = (LoseLeases(runner.model, runner.generation, failure.reason),) if runner.in_flight else ()
     return _without_child(failed), (report, *lost)
 

@@ -32,6 +32,7 @@ class Limits:
     backoff_cap_s: float = 30.0  # longer than a driver's reset takes, shorter than a user's patience
     max_crashes: int = 5  # so many crashes within the window mean that the next one would follow too
     crash_window_s: float = 300.0
+    memory_pause_s: float = 30.0  # after a load that ran out of memory: whoever took it keeps it for a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Failure:
     exit: str | None = None
     log_tail: tuple[str, ...] = ()
     timed_out: bool = False
+    out_of_memory: bool = False
 
 
 class RefusalKind(StrEnum):

@@ -15,6 +15,7 @@ from supervisor.core.loglines import (
     device_of,
     last_words,
     read,
+    shortage,
 )
 
 LOGS = Path(__file__).parents[2] / "fixtures" / "llama_logs"
@@ -85,6 +86,29 @@ def test_out_of_memory_is_recognized(line: str) -> None:
     fact = read(line)
     assert isinstance(fact, ErrorLine)
     assert fact.out_of_memory
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        (["alloc_tensor_range: failed to allocate CUDA0 buffer of size 8", "x: failed to load model"], "on CUDA1"),
+        (["alloc_tensor_range: failed to allocate CPU buffer of size 8"], "on Host"),
+        (["error loading model: unable to allocate RPC0[10.0.0.2:50052] buffer"], "on RPC3"),
+        (["load_model: failed to allocate output buffer of size 8"], ""),
+        (["ggml_aligned_malloc: insufficient memory (attempted to allocate 8192.00 MB)"], ""),
+    ],
+)
+def test_whose_memory_ran_out_is_said_in_the_plan_s_words(lines: list[str], words: str) -> None:
+    errors = [fact for line in lines if isinstance(fact := read(f"0.01.000.000 E {line}"), ErrorLine)]
+    said = shortage(errors, {"CUDA0": "CUDA1", "RPC0[10.0.0.2:50052]": "RPC3"})
+    assert said == f"out of memory {words}".strip()
+
+
+def test_an_allocation_that_failed_long_ago_is_not_what_it_died_of() -> None:
+    failed = ErrorLine("failed to allocate memory for prompt cache state", specific=True, out_of_memory=True)
+    other = ErrorLine("something else", specific=True, out_of_memory=False)
+    assert shortage([failed, *[other] * 20], {}) is None
+    assert shortage([], {}) is None
 
 
 def test_a_complaint_that_is_only_passed_on_serves_where_there_is_no_other() -> None:

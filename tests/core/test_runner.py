@@ -164,6 +164,16 @@ def test_pauses_after_crashes_grow_are_capped_and_end_in_failed() -> None:
     assert later.state is RunnerState.BACKOFF
 
 
+@pytest.mark.parametrize("load_seconds, pause_s", [(None, 30.0), (1.0, 0.0)])
+def test_a_load_that_ran_out_of_memory_is_not_tried_again_at_once(load_seconds: float | None, pause_s: float) -> None:
+    """Planned again in the same moment it would get the same plan. A runner that had served is given its chance."""
+    exited = ProcessExited(MODEL, 1, "exit status 1", "cudaMalloc failed", shortage="out of memory on CUDA0")
+    runner, _ = step(runner_in(RunnerState.LOADING, load_seconds=load_seconds), exited, 5.0, LIMITS)
+    assert (runner.state, runner.deadline) == (RunnerState.BACKOFF, 5.0 + pause_s)
+    assert runner.last_failure is not None
+    assert runner.last_failure.reason == "exit status 1: out of memory on CUDA0: cudaMalloc failed"
+
+
 def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
     busy = runner_in(RunnerState.READY, in_flight=2)
     draining, commands = step(busy, StopRequested(MODEL, 1, drain_until=9.0), 1.0, LIMITS)

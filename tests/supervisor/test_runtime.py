@@ -13,6 +13,7 @@ import aiohttp
 import anyio
 import psutil
 import pytest
+import tiny_models
 from event_log import EventLog
 
 from planner.types import Role
@@ -192,6 +193,27 @@ async def test_a_load_that_fails_tells_the_child_s_last_error_line(
 
 def write_without_tokenizer(model: Path, broken: Path) -> None:
     broken.write_bytes(model.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mod_l"))
+
+
+async def test_a_load_that_runs_out_of_memory_says_so_and_waits_before_it_is_tried_again(
+    supervising: Supervising, models: Models, llama_tools: Path, tmp_path: Path
+) -> None:
+    """The server gets less address space than its cache needs, which the machine has to spare."""
+    folder = models()
+    tiny_models.write_chat_model(folder / "long.gguf", n_layer=8, n_embd=256, n_ctx_train=500_000)
+    server = tmp_path / "llama-server"
+    server.write_text(f'#!/bin/sh\nulimit -v 1500000\nexec {llama_tools}/llama-server "$@"\n')
+    server.chmod(0o755)
+    settings = {"PLANNER_LLAMA_SERVER": str(server), "PLANNER_CONTEXT_LENGTH": "500000"}
+    async with supervising(folder, settings) as supervisor:
+        with pytest.raises(LoadFailed, match="out of memory on Host: ") as refused:
+            await hold_named(supervisor, "long", Role.CHAT)
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s > 10
+        runner = only_runner(supervisor)
+        assert runner.state == "backoff"
+        assert runner.last_failure is not None
+        assert "out of memory on Host" in runner.last_failure.reason
 
 
 async def test_a_runner_that_cannot_be_started_is_said_so(
