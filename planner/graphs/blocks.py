@@ -77,12 +77,14 @@ class Blocks:
         self._tensors = tensors
         self._adapters = adapters
         self._weights: dict[str, Node] = {}
+        self._shared: dict[str, str] = {}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Leafs
 
     def weight(self, name: str, home: int | None = None) -> Node | None:
         """Return a tensor of the file, or None where it has none of that name; with ``home``, a copy of it there."""
+        name = self._shared.get(name, name)
         node = self._weights.get(name) if home is None else None
         if node is None:
             tensor = self._tensors.get(name)
@@ -97,7 +99,14 @@ class Blocks:
 
     def has(self, name: str) -> bool:
         """Say whether the file has a tensor of that name."""
-        return name in self._tensors
+        return self._shared.get(name, name) in self._tensors
+
+    def share(self, block: int, readers: Iterable[int], apart: Collection[str]) -> None:
+        """Let other layers read a block's weights under their own names, but for those of the names ``apart``."""
+        prefix = f"blk.{block}."
+        names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+        for il in readers:
+            self._shared |= {f"blk.{il}.{name}": prefix + name for name in names if name not in apart}
 
     def needed(self, name: str, home: int | None = None) -> Node:
         """Return a tensor of the file. Raises KeyError where it has none of that name."""

@@ -41,11 +41,15 @@ class Decoder:
             x = graph.same("add", x, graph.get_rows(learned, positions))
         if shape.embedding_norm:
             x = blocks.norm(x, "token_embd_norm", 0, shape.norm)
+        graph.expand(self.logits(self.output_rows(self.layers(x, rows), rows)))
+        return graph
+
+    def layers(self, x: Node, rows: Node) -> Node:
+        """Return the last layer's output, of which it keeps only the given rows where the family does."""
         last = self.hparams.n_layer - 1
         for il in range(self.hparams.n_layer):
-            x = self.layer(x, il, rows if il == last and shape.rows is Rows.IN_LAST_LAYER else None)
-        graph.expand(self.logits(self.output_rows(x, rows)))
-        return graph
+            x = self.layer(x, il, rows if il == last and self.shape.rows is Rows.IN_LAST_LAYER else None)
+        return x
 
     def output_rows(self, x: Node, rows: Node) -> Node:
         """Return the normalized rows that yield outputs; what a draft model could read is an output too."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 from planner.graph import Node
 from planner.graphs.decoder import Decoder
+
+_SCALES_OF_A_PASS: Final = frozenset(f"attn_{part}.scale" for part in ("q", "k", "v", "output"))
 
 
 class GatedAttentionDecoder(Decoder):
@@ -71,27 +76,37 @@ class TalkieDecoder(Decoder):
 
 
 class HrmTextDecoder(GatedAttentionDecoder):
-    """Two stacks of layers in turn, over a slow and a fast state (src/models/hrm-text.cpp)."""
+    """Two stacks of blocks in turn, over a fast and a slow state (src/models/hrm-text.cpp).
+
+    A layer is one pass over a block: it has a cache of its own, and weights that it shares with the other passes.
+    """
 
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the slow state after all cycles."""
         del rows
-        low: Node = self.blocks.needed("hrm.z_l_init")
-        slow_cycles, fast_cycles, depth = (
+        n_slow, n_fast, depth = (
             int(self.settings.number(f"hrm.{name}")) for name in ("h_cycles", "l_cycles", "layers_per_stack")
         )
-        first = 0
-        for _ in range(slow_cycles):
-            for _ in range(fast_cycles):
-                low = self._stack(self.graph.same("add", x, low), first, depth)
-                first += depth
-            x = self._stack(self.graph.same("add", x, low), first, depth)
-            first += depth
+        passes = [range(first, first + depth) for first in range(0, n_slow * (n_fast + 1) * depth, depth)]
+        for block in range(2 * depth):
+            ends_cycle = block >= depth
+            stacks = [stack for index, stack in enumerate(passes) if (index % (n_fast + 1) == n_fast) is ends_cycle]
+            self.blocks.share(block, [stack[block % depth] for stack in stacks], _SCALES_OF_A_PASS)
+        slow, fast = x, self.blocks.needed("hrm.z_l_init")
+        for index, stack in enumerate(passes):
+            state = self._stack(self.graph.same("add", slow, fast), stack)
+            slow, fast = (state, fast) if index % (n_fast + 1) == n_fast else (slow, state)
+        return slow
+
+    def output_rows(self, x: Node, rows: Node) -> Node:
+        """Return the rows that yield outputs, which the last stack has normalized."""
+        x = self.graph.get_rows(x, rows)
+        x.is_output = True
         return x
 
-    def _stack(self, x: Node, first: int, depth: int) -> Node:
+    def _stack(self, x: Node, stack: Iterable[int]) -> Node:
         graph = self.graph
-        for il in range(first, first + depth):
+        for il in stack:
             x = graph.same("add", self.attention(graph.same("rms_norm", x), il), x)
             x = graph.same("add", self.feed_forward(graph.same("rms_norm", x), il), x)
         return graph.same("rms_norm", x)
