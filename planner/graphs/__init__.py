@@ -9,7 +9,7 @@ from planner.graph import Graph
 from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
-from planner.graphs.latent import LatentDecoder
+from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 from planner.graphs.state_space import (
@@ -17,6 +17,7 @@ from planner.graphs.state_space import (
     Mamba2Decoder,
     MambaDecoder,
     NemotronDecoder,
+    Plamo2Decoder,
     PureMamba2Decoder,
     PureMambaDecoder,
     ShortConvolutionDecoder,
@@ -177,6 +178,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         residual_scale=When.ALWAYS,
         logit_scale=When.ALWAYS,
     ),
+    "minicpm3": Shape(embedding_scale=When.ALWAYS, rope_factors=True, residual_scale=When.ALWAYS),
     "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
     "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
     "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
@@ -198,6 +200,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "phi3": Shape(onto_residual=(False, True), rope_factors=True, scaled_query=True, ffn=_FUSED_GATE),
     "phimoe": Shape(onto_residual=(False, True), rope_factors=True, scaled_query=True),
     "plamo": Shape(residual=Residual.ATTENTION_FIRST, ffn_norm=None),
+    "plamo2": Shape(pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "plamo3": Shape(pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "pockettts": Shape(norm="norm", ffn=_GELU),
     "qwen": Shape(),
@@ -245,11 +248,13 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "llada-moe": UncachedDecoder,
     "mamba": PureMambaDecoder,
     "mamba2": PureMamba2Decoder,
+    "minicpm3": ExpandedLatentDecoder,
     "mistral4": LatentDecoder,
     "muse-glimmer": MuseGlimmerDecoder,
     "nemotron_h": NemotronDecoder,
     "nemotron_h_moe": NemotronDecoder,
     "openelm": OpenElmDecoder,
+    "plamo2": Plamo2Decoder,
     "qwen35": DeltaNetDecoder,
     "qwen35moe": DeltaNetDecoder,
     "qwen3next": SpreadDeltaNetDecoder,

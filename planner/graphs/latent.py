@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.graph import Node
+from planner.graph import F32, Node
 from planner.graphs.blocks import CacheInputs
 from planner.graphs.decoder import Decoder
 
@@ -42,3 +42,35 @@ class LatentDecoder(Decoder):
         low_rank = self.graph.mul_mat(blocks.needed(f"{prefix}q_a.weight"), x)
         low_rank = blocks.norm(low_rank, f"{prefix}q_a_norm", il)
         return self.graph.mul_mat(blocks.needed(f"{prefix}q_b.weight"), low_rank)
+
+
+class ExpandedLatentDecoder(LatentDecoder):
+    """Compressed keys and values that are expanded again before they are cached (src/models/minicpm3.cpp)."""
+
+    def caches(self) -> dict[bool, CacheInputs]:
+        """Return the inputs of the one cache, of keys and values."""
+        return {False: self.blocks.cache_inputs(self.blocks.params.n_ctx_seq)}
+
+    def attention(self, x: Node, il: int) -> Node:
+        """Return a layer's attention, projected."""
+        graph, blocks, positions, hparams = self.graph, self.blocks, self.needed_positions(), self.hparams
+        prefix, n_head, n_tokens = f"blk.{il}.attn_", hparams.n_head[il], x.ne[1]
+        rope, factors = int(self.settings.number("rope.dimension_count")), blocks.rope_factors(il)
+        latent = int(self.settings.number("attention.kv_lora_rank"))
+        q = graph.reshape(self._query(x, il), hparams.head_k, n_head, n_tokens)
+        both = graph.mul_mat(blocks.needed(f"{prefix}kv_a_mqa.weight"), x)
+        compressed = blocks.norm(graph.view(both, (latent, n_tokens), (both.nb[1],)), f"{prefix}kv_a_norm", il)
+        k_rope = graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1]))
+        kv = graph.mul_mat(blocks.needed(f"{prefix}kv_b.weight"), compressed)
+        plain = hparams.head_k - rope
+        heads = (F32.block_bytes * (plain + hparams.head_v), kv.nb[1])
+        k_plain = graph.view(kv, (plain, n_head, n_tokens), heads)
+        value = graph.cont(graph.view(kv, (hparams.head_v, n_head, n_tokens), heads))
+        k_rope = graph.repeat(blocks.rope(k_rope, positions, factors), (rope, n_head, n_tokens, 1))
+        key = graph.concat(k_plain, k_rope)
+        out = blocks.attention(self.cache(il), blocks.rope(q, positions, factors), key, value, il)
+        return blocks.project(out, f"{prefix}output")
+
+    def logits(self, x: Node) -> Node:
+        """Return the output rows' logits, the rows scaled first."""
+        return super().logits(self.graph.same("scale", x))

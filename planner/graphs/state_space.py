@@ -47,9 +47,13 @@ class Mamba2Decoder(RecurrentDecoder):
         y = graph.reshape(y, self.d_inner, self.n_seq_tokens * self.n_seqs)
         return blocks.project(y, f"{prefix}out")
 
+    def decay(self, il: int) -> Node:
+        """Return what a scan multiplies its states with."""
+        return self.blocks.needed(f"blk.{il}.ssm_a")
+
     def _scanned(self, x: Node, dt: Node, b: Node, c: Node, il: int) -> Node:
         """Return the scan's outputs and, behind them, the new states, which are kept (``ggml_ssm_scan``)."""
-        graph, a = self.graph, self.blocks.needed(f"blk.{il}.ssm_a")
+        graph, a = self.graph, self.decay(il)
         head, n_head = x.ne[:2]
         cache = self.state_cache(self.hparams.n_embd_s, il)
         elements = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3] + self.d_state * self.d_inner * self.n_seqs
@@ -92,6 +96,41 @@ class MambaDecoder(Mamba2Decoder):
         y = graph.same("add", y, graph.same("mul", x, blocks.needed(f"{prefix}d")))
         out = blocks.project(graph.glu(graph.cont(z), y), f"{prefix}out")
         return graph.reshape(out, out.ne[0], self.n_seq_tokens * self.n_seqs)
+
+
+class Plamo2Decoder(Mamba2Decoder):
+    """Mamba 2 layers whose rates are projected from the convolution's output (src/models/plamo2.cpp)."""
+
+    def state_space(self, x: Node, il: int) -> Node:
+        """Return a state-space layer (``build_plamo2_mamba_layer``)."""
+        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
+        n_head, tail, d_state = self.dt_rank, (self.n_seq_tokens, self.n_seqs), self.d_state
+        head, d_inner = self.d_inner // n_head, self.d_inner
+        both = blocks.project(graph.reshape(x, x.ne[0], *tail), f"{prefix}in")
+        both = graph.cont(graph.permute_heads(both), 2 * head, n_head, *tail)
+        z, x = (graph.view(both, (head, n_head, *tail), both.nb[1:]) for _ in range(2))
+        kernel = blocks.needed(f"{prefix}conv1d.weight")
+        joined = self.looked_back(graph.cont(x, d_inner, *tail), kernel.ne[0] - 1, il)
+        x = graph.same("unary", self.convolved(joined, kernel))
+        rates = blocks.project(x, f"{prefix}x")
+        widths = {"dt": rates.ne[0] - 2 * d_state, "b": d_state, "c": d_state}
+        dt, b, c = (
+            blocks.norm(graph.view(rates, (width, *tail), rates.nb[1:3]), f"{prefix}{name}_norm", il)
+            for name, width in widths.items()
+        )
+        dt = blocks.biased(blocks.project(dt, f"{prefix}dt"), f"{prefix}dt")
+        row = UNIT_BYTES * d_inner
+        x = graph.view(x, (head, n_head, *tail), (UNIT_BYTES * head, row, row * self.n_seq_tokens))
+        b, c = (graph.view(part, (d_state, 1, *tail), (UNIT_BYTES * d_state, *part.nb[1:3])) for part in (b, c))
+        y = graph.view(self._scanned(x, dt, b, c, il), x.ne, x.nb[1:])
+        direct = graph.same("mul", x, graph.reshape(blocks.needed(f"{prefix}d"), 1, n_head))
+        y = graph.glu(graph.cont(z), graph.same("add", y, direct))
+        out = blocks.project(graph.view(y, (d_inner, *tail), y.nb[2:4]), f"{prefix}out")
+        return graph.reshape(out, out.ne[0], self.n_seq_tokens * self.n_seqs)
+
+    def decay(self, il: int) -> Node:
+        """Return what a scan multiplies its states with, per head."""
+        return self.graph.reshape(super().decay(il), 1, self.dt_rank)
 
 
 class PureMamba2Decoder(Mamba2Decoder):
