@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -14,9 +16,11 @@ import anyio
 from anyio.abc import Process
 
 from supervisor.planning_messages import LENGTH_BYTES, Answer, Question, pack
-from supervisor.process import SHIM
+from supervisor.process import SHIM, describe_exit
 
 ANSWER_WITHIN_S: Final = 60.0  # a cold driver takes seconds per card, a scan of a slow disk more; longer is a hang
+END_WITHIN_S: Final = 5.0  # of a killed process; one that hangs in a driver goes when the driver lets it
+_BROKEN: Final = (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 
 class PlanningFailed(Exception):
@@ -26,11 +30,12 @@ class PlanningFailed(Exception):
 class PlanningProcess:
     """Asks the worker. Use within ``async with``, which ends the worker.
 
-    ``environ`` is what the worker reads its settings from.
+    ``environ`` is what the worker reads its settings from, ``answer_within_s`` how long it may think.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], *, answer_within_s: float = ANSWER_WITHIN_S) -> None:
         self._environ = environ
+        self._answer_within_s = answer_within_s
         self._process: Process | None = None
         self._turn = anyio.Lock()
 
@@ -38,27 +43,24 @@ class PlanningProcess:
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        with anyio.CancelScope(shield=True):
-            await self._end()
+        await self._end()
 
     async def ask(self, question: Question) -> Answer:
         """Return the worker's answer. Raises PlanningFailed."""
         async with self._turn:
-            answered = False
             try:
-                with anyio.fail_after(ANSWER_WITHIN_S):
-                    answer = await self._exchange(question)
-                answered = True
-            except TimeoutError as error:
-                raise PlanningFailed(f"the planning process did not answer within {ANSWER_WITHIN_S:g} s") from error
-            except (OSError, anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                raise PlanningFailed(f"the planning process ended: {await self._story()}") from error
-            else:
-                return answer
-            finally:
-                if not answered:  # whatever it still says would be taken for the answer to the next question
-                    with anyio.CancelScope(shield=True):
-                        await self._end()
+                with anyio.fail_after(self._answer_within_s):
+                    return await self._exchange(question)
+            except BaseException as error:
+                # Cancellation included: what it still says would be taken for the answer to the next question.
+                exit_ = await self._end()
+                if isinstance(error, TimeoutError):
+                    raise PlanningFailed(
+                        f"the planning process did not answer within {self._answer_within_s:g} s and was replaced"
+                    ) from error
+                if isinstance(error, _BROKEN):
+                    raise PlanningFailed(f"the planning process ended ({exit_}) and was replaced: try again") from error
+                raise
 
     async def _exchange(self, question: Question) -> Answer:
         if self._process is None:
@@ -90,14 +92,15 @@ class PlanningProcess:
             data += await self._process.stdout.receive(size - len(data))
         return data
 
-    async def _story(self) -> str:
-        if self._process is None:
+    async def _end(self) -> str:
+        """End the worker with all that it started, and return how it ended."""
+        process, self._process = self._process, None
+        if process is None:
             return "it could not be started"
-        return f"exit code {await self._process.wait()}"
-
-    async def _end(self) -> None:
-        if self._process is not None:
-            if self._process.returncode is None:
-                self._process.kill()
-            await self._process.aclose()
-            self._process = None
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with anyio.move_on_after(END_WITHIN_S, shield=True):
+            returncode = await process.wait()
+            await process.aclose()
+            return describe_exit(returncode)
+        return "it hangs in the kernel and cannot even be killed"
