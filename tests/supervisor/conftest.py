@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import anyio
 import pytest
 import structlog
 from event_log import WITHIN_S, EventLog
+from running_service import Serve, Service, run
 
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
@@ -84,3 +85,31 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
                     await supervisor.wait_stopped()
 
     return run
+
+
+@pytest.fixture
+def environ(free_environment: dict[str, str], model_folder: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        **free_environment,
+        "PLANNER_MODELS": str(model_folder),
+        "PLANNER_STATE_DIR": str(tmp_path / "state"),
+        "PLANNER_HOST": "127.0.0.1:0",
+        "PLANNER_CONTEXT_LENGTH": "4096",
+        "PLANNER_LOG_FORMAT": "json",
+    }
+
+
+@pytest.fixture
+def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
+    """Return a function that starts a service and waits until it is ready; it is killed after the test."""
+    with ExitStack() as stack:
+
+        def start(**settings: str) -> Service:
+            process = stack.enter_context(run({**environ, **settings}))
+            stack.callback(process.kill)
+            service = Service(process, 0, [], stack)
+            service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
+            service.read_log("serve.ready")
+            return service
+
+        yield start

@@ -8,95 +8,14 @@ import select
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
-from typing import Any
 
 import pytest
+from running_service import WITHIN_S, Serve, run
 
 pytestmark = pytest.mark.llama
 
-WITHIN_S = 60.0
 GONE_WITHIN_S = 2.0
-
-
-@dataclass
-class Service:
-    """A running ``planner serve`` and its log."""
-
-    process: subprocess.Popen[str]
-    port: int
-    log: list[dict[str, Any]]
-    closing: ExitStack
-
-    def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
-        connection = self.closing.enter_context(closing(HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)))
-        connection.request(method, path, None if body is None else json.dumps(body))
-        return self.closing.enter_context(connection.getresponse())
-
-    def get(self, path: str) -> Any:
-        return json.loads(self.request("GET", path).read())
-
-    def chat(self, model: str, **more: object) -> HTTPResponse:
-        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **more}
-        return self.request("POST", "/v1/chat/completions", body)
-
-    def runner(self) -> dict[str, Any]:
-        (runner,) = self.get("/status")["runners"]
-        return dict(runner)
-
-    def read_log(self, event: str) -> dict[str, Any]:
-        """Read the log on until this event."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            entry = json.loads(line)
-            self.log.append(entry)
-            if entry["event"] == event:
-                return dict(entry)
-        pytest.fail(f"the service ended without {event}: {self.log}")
-
-    def events(self, event: str) -> list[dict[str, Any]]:
-        return [entry for entry in self.log if entry["event"] == event]
-
-
-Serve = Callable[..., Service]
-
-
-@pytest.fixture
-def environ(free_environment: dict[str, str], model_folder: Path, tmp_path: Path) -> dict[str, str]:
-    return {
-        **free_environment,
-        "PLANNER_MODELS": str(model_folder),
-        "PLANNER_STATE_DIR": str(tmp_path / "state"),
-        "PLANNER_HOST": "127.0.0.1:0",
-        "PLANNER_CONTEXT_LENGTH": "4096",
-        "PLANNER_LOG_FORMAT": "json",
-    }
-
-
-def run(environ: dict[str, str]) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "planner", "serve"], stderr=subprocess.PIPE, text=True, env=environ)
-
-
-@pytest.fixture
-def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
-    """Return a function that starts a service and waits until it is ready; it is killed after the test."""
-    with ExitStack() as stack:
-
-        def start(**settings: str) -> Service:
-            process = stack.enter_context(run({**environ, **settings}))
-            stack.callback(process.kill)
-            service = Service(process, 0, [], stack)
-            service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
-            service.read_log("serve.ready")
-            return service
-
-        yield start
 
 
 def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat_model: Path) -> None:

@@ -1,0 +1,63 @@
+"""``planner serve`` as a process of its own, asked over HTTP and followed by its log."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
+from typing import Any
+
+import pytest
+
+WITHIN_S = 60.0
+
+
+@dataclass
+class Service:
+    """A running ``planner serve`` and its log."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: list[dict[str, Any]]
+    closing: ExitStack
+
+    def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
+        connection = self.closing.enter_context(closing(HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)))
+        connection.request(method, path, None if body is None else json.dumps(body))
+        return self.closing.enter_context(connection.getresponse())
+
+    def get(self, path: str) -> Any:
+        return json.loads(self.request("GET", path).read())
+
+    def chat(self, model: str, **more: object) -> HTTPResponse:
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **more}
+        return self.request("POST", "/v1/chat/completions", body)
+
+    def runner(self) -> dict[str, Any]:
+        (runner,) = self.get("/status")["runners"]
+        return dict(runner)
+
+    def read_log(self, event: str) -> dict[str, Any]:
+        """Read the log on until this event."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            entry = json.loads(line)
+            self.log.append(entry)
+            if entry["event"] == event:
+                return dict(entry)
+        pytest.fail(f"the service ended without {event}: {self.log}")
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.log if entry["event"] == event]
+
+
+Serve = Callable[..., Service]
+
+
+def run(environ: dict[str, str]) -> subprocess.Popen[str]:
+    """Start it, its log in a pipe."""
+    return subprocess.Popen([sys.executable, "-m", "planner", "serve"], stderr=subprocess.PIPE, text=True, env=environ)
