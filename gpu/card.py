@@ -18,11 +18,38 @@ class Vendor(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is wrong, and what mends it: together one line."""
+
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        """Return the line."""
+        return f"{self.what}: {self.fix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How a card is connected: PCIe at the speed that it can have (an idle link slows down), over the lanes it has now.
+
+    ``nvlink_peers`` are the PCI addresses at the other ends of its NVLinks.
+    """
+
+    pcie_generation: int | None = None
+    pcie_lanes: int | None = None
+    pcie_lanes_max: int | None = None
+    nvlink_peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Card:
-    """One physical GPU. ``total_bytes`` leaves out what the driver reserves, as ``free_bytes`` does.
+    """One physical GPU, or one part of it. ``total_bytes`` leaves out what the driver reserves, as ``free_bytes`` does.
 
     ``unified`` says that its memory is the host's. ``arch`` is a compute capability (``8.9``) or a gfx name
-    (``gfx1100``). ``why_not`` says why no program of ours can use it at this moment.
+    (``gfx1100``). ``why_not`` says why no program of ours can use it at this moment. ``part_of`` says of
+    what this is a part with memory of its own. ``asleep``: it was not asked, since that would wake it.
+    ``gtt_bytes`` is host memory that AMD's driver lends the card, never added to its own.
     """
 
     vendor: Vendor
@@ -31,21 +58,42 @@ class Card:
     uuid: str | None = None
     total_bytes: int | None = None
     free_bytes: int | None = None
+    reserved_bytes: int | None = None
+    gtt_bytes: int | None = None
     bandwidth_bytes_per_s: int | None = None
     arch: str | None = None
     multiprocessors: int | None = None
     unified: bool = False
+    part_of: str | None = None
+    asleep: bool = False
+    drives_display: bool | None = None
+    compute_mode: str | None = None
+    driver: str | None = None
+    numa_node: int | None = None
+    link: Link = Link()
     processes: tuple[ProcessUse, ...] = ()
     why_not: str | None = None
+
+    @property
+    def pool(self) -> str | None:
+        """Return what tells its memory from every other: parts with memory of their own share an address."""
+        if self.part_of is not None:
+            return self.uuid or self.part_of
+        return self.pci_bus_id or self.uuid
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one library found, in its own order, one line for each thing that went wrong, and where was looked."""
+    """What one library found, in its own order, what went wrong, and where was looked."""
 
     cards: tuple[Card, ...] = ()
-    warnings: tuple[str, ...] = ()
+    faults: tuple[Fault, ...] = ()
     looked_for: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return one line for each fault."""
+        return tuple(map(str, self.faults))
 
 
 # Measured with cudaMemGetInfo for a bare context: 107 MiB on 34 multiprocessors (RTX 4060 Ti), 555 MiB on 188

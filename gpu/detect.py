@@ -6,15 +6,18 @@ that the chosen llama-server cannot use stays in the list, marked and explained,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from gpu import host, llama, nvml, rocm
-from gpu.card import Card, Vendor, cuda_overhead_bytes
+from gpu.card import Card, Probe, Vendor, cuda_overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.matching import match, unmatched
+from gpu.rpc import Worker
 from gpu.rpc_devices import RpcServer, rpc_devices
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
@@ -22,15 +25,25 @@ Environ = Mapping[str, str]
 
 _KIND: Final = {Vendor.NVIDIA: DeviceKind.CUDA, Vendor.AMD: DeviceKind.ROCM}
 _NAME: Final = {Vendor.NVIDIA: "CUDA", Vendor.AMD: "ROCm"}
+# What Vulkan and SYCL call parts without memory of their own; no library of ours knows Intel's.
+_INTEGRATED_NAMES: Final = re.compile(r"Intel\(R\) (?:U?HD |Iris|Graphics)|Radeon(?:\(TM\))? (?:\w+ )?Graphics")
 _BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}  # our word, BACKEND='s word
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """The machine, and the llama-server that plans for it are launched with."""
+    """The machine, the llama-server that plans for it are launched with, and what each source said.
+
+    ``cards`` are the cards behind the devices, by the devices' names.
+    """
 
     machine: Machine
     llama: Search
+    nvidia: Probe
+    amd: Probe
+    memory: host.HostMemory
+    workers: tuple[Worker, ...]
+    cards: Mapping[str, Card]
 
 
 def detect(
@@ -40,12 +53,16 @@ def detect(
     rpc_servers: Sequence[RpcServer] = (),
     leased: frozenset[str] = frozenset(),
     previous: Detected | None = None,
+    owner: int | None = None,
+    named: Container[str] = (),
     root: Path = Path("/"),
 ) -> Detected:
     """Return this machine as llama-server will see it. Raises nothing: what cannot be read is a warning.
 
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
-    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept.
+    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept. ``owner`` is
+    the process whose runners' mapped weights are not to be counted as available. ``named`` are devices that the user
+    asked for by name, to be used even where llama.cpp would leave them out.
     """
     nvidia, amd = nvml.probe(), rocm.probe(root)
     cards = (*nvidia.cards, *amd.cards)
@@ -56,7 +73,9 @@ def detect(
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
     memory = host.read(root)
-    local, warnings = _local_devices(cards, search, memory, environ, machine_key)
+    if owner is not None:
+        memory = memory.without(host.mapped_bytes(owner, root))
+    local, by_name, warnings = _local_devices(cards, search, memory, environ, machine_key, named)
     workers = rpc_devices(
         rpc_servers,
         protocol=search.build.rpc_protocol,
@@ -68,11 +87,11 @@ def detect(
     machine = Machine(
         devices=devices,
         host=memory.device(),
-        pools=_pools(devices, memory),
+        pools=_pools(devices, by_name, memory),
         warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
-    return Detected(machine, search)
+    return Detected(machine, search, nvidia, amd, memory, workers.workers, by_name)
 
 
 def _looked_for(search: Search, rpc_servers: Sequence[RpcServer]) -> tuple[str, ...]:
@@ -93,23 +112,33 @@ def _machine_key(cards: Sequence[Card], root: Path) -> tuple[str, ...]:
 
 
 def _local_devices(
-    cards: Sequence[Card], search: Search, memory: host.HostMemory, environ: Environ, machine_key: Sequence[str]
-) -> tuple[tuple[Device, ...], list[str]]:
+    cards: Sequence[Card],
+    search: Search,
+    memory: host.HostMemory,
+    environ: Environ,
+    machine_key: Sequence[str],
+    named: Container[str],
+) -> tuple[tuple[Device, ...], dict[str, Card], list[str]]:
+    """Return the devices of this machine, the cards behind them by their names, and a warning for each idle one."""
     listed = search.server.listed if search.server else ()
     matched = match(listed, cards, environ)
     if search.server and any(device.free_bytes is None and _nobody_knows_free(card) for device, card in matched):
         # Nobody but llama-server knows what is free there, and its cached answer does not.
         fresh = llama.refresh(search.server, environ, machine_key=machine_key)
         matched = match(fresh.listed, cards, environ)
-    devices = [_device(device, card, memory) for device, card in matched]
-    warnings: list[str] = []
+    shares = Counter(card for _, card in matched if card is not None)
+    devices = [_device(device, card, memory, n_shares=shares[card] if card else 1) for device, card in matched]
+    devices = _beside_discrete(devices, named)
+    by_name = {device.name: card for device, card in matched if card is not None}
+    idle = [f"{device.name} ({device.description}): {device.why_not}" for device in devices if device.why_not]
     names = {device.name for device in devices}
     for card in _with_names(unmatched(matched, cards), environ):
         device = _unusable(card, names, search.server, memory)
         names.add(device.name)
+        by_name[device.name] = card
         devices.append(device)
-        warnings.append(f"{device.name} ({card.name}) is left idle: {device.why_not}")
-    return tuple(devices), warnings
+        idle.append(f"{device.name} ({card.name}) is left idle: {device.why_not}")
+    return tuple(devices), by_name, idle
 
 
 def _nobody_knows_free(card: Card | None) -> bool:
@@ -126,27 +155,60 @@ def _with_names(cards: Sequence[Card], environ: Environ) -> tuple[Card, ...]:
     return tuple(replace(card, name=known.get(card.pci_bus_id or "", {}).get("name") or card.name) for card in cards)
 
 
-def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory) -> Device:
+def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory, *, n_shares: int) -> Device:
+    """Return a listed device, one of ``n_shares`` on its card. Of two figures the smaller one is true.
+
+    HIP does not see what other programs hold, NVML not that a device is a part of its card.
+    """
     if card is None:
-        return Device(
-            name=DeviceName(listed.name),
-            kind=listed.kind,
-            total_bytes=listed.total_bytes,
-            free_bytes=listed.free_bytes,
-            pool=PoolId(listed.name),
-            description=listed.description,
-        )
+        return _unknown_device(listed, memory)
     device = _card_device(listed.name, listed.kind, card, memory)
-    # The smaller figure is the true one: HIP does not see what other programs hold, NVML not that a device is a part
-    # of its card.
+    free, listed_free = device.free_bytes, listed.free_bytes
+    if free is not None and n_shares > 1:
+        free //= n_shares  # as llama.cpp does (ggml_backend_cuda_device_get_memory)
+    if card.unified and memory.has_hugepages:
+        # There llama.cpp takes the free hugepages for all that is free (ggml_backend_cuda_get_available_uma_memory),
+        # though it allocates none of them.
+        listed_free = None
     return replace(
         device,
         total_bytes=_smallest(device.total_bytes, listed.total_bytes),
-        free_bytes=_smallest(
-            device.free_bytes, listed.free_bytes, listed.total_bytes if device.free_bytes is not None else None
-        ),
+        free_bytes=_smallest(free, listed_free, listed.total_bytes if free is not None else None),
+        description=listed.description,
+        # Several devices on one card (GGML_CUDA_DEVICES) cannot be named by its UUID: their numbers tell them apart.
+        uuid=device.uuid if n_shares == 1 else None,
+        usable=card.why_not is None,
+        why_not=card.why_not,
+    )
+
+
+def _unknown_device(listed: ListedDevice, memory: host.HostMemory) -> Device:
+    """Return a device that only llama-server knows."""
+    unified = _INTEGRATED_NAMES.search(listed.description) is not None
+    return Device(
+        name=DeviceName(listed.name),
+        kind=listed.kind,
+        total_bytes=min(listed.total_bytes, memory.total_bytes) if unified else listed.total_bytes,
+        free_bytes=_smallest(listed.free_bytes, memory.available_bytes) if unified else listed.free_bytes,
+        pool=HOST_POOL if unified else PoolId(listed.name),
         description=listed.description,
     )
+
+
+def _beside_discrete(devices: Sequence[Device], named: Container[str]) -> list[Device]:
+    """Mark integrated GPUs beside discrete ones, unless named: llama.cpp does the same (llama_prepare_model_devices).
+
+    Layers there are no faster than on the CPU and take the same memory.
+    """
+    if all(device.pool == HOST_POOL or not device.usable for device in devices):
+        return list(devices)
+    why = "it shares the host's memory and a discrete GPU does not: it is left out unless --device names it"
+    return [
+        replace(device, usable=False, why_not=why)
+        if device.usable and device.pool == HOST_POOL and device.name not in named
+        else device
+        for device in devices
+    ]
 
 
 def _smallest(*figures: int | None) -> int | None:
@@ -164,7 +226,7 @@ def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemor
         kind=kind,
         total_bytes=total,
         free_bytes=free,
-        pool=HOST_POOL if card.unified else PoolId(card.pci_bus_id or card.uuid or name),
+        pool=HOST_POOL if card.unified else PoolId(card.pool or name),
         description=card.name,
         uuid=card.uuid,
         pci_bus_id=card.pci_bus_id,
@@ -188,15 +250,21 @@ def _why_unlisted(card: Card, server: Server | None) -> str:
     if server is None:
         return f"no llama-server found; build one with: {build}"
     path = server.build.path
+    if card.part_of is not None and card.vendor is Vendor.NVIDIA and backend in server.build.backends:
+        return f"CUDA shows a process one MIG instance: CUDA_VISIBLE_DEVICES={card.uuid} chooses this one instead"
     if backend in server.build.backends:
         hidden = "CUDA_VISIBLE_DEVICES" if card.vendor is Vendor.NVIDIA else "ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES"
         return f"{path} does not list it; check {hidden} and run: {path} --list-devices"
     return f"{path} was built without {backend.upper()}; build one with: {build}"
 
 
-def _pools(devices: Sequence[Device], memory: host.HostMemory) -> tuple[MemoryPool, ...]:
-    """Return each pool once: the host's, and what the first device in each other one says of it."""
+def _pools(devices: Sequence[Device], cards: Mapping[str, Card], memory: host.HostMemory) -> tuple[MemoryPool, ...]:
+    """Return each pool once: the host's, and of every other what its card says or else the first device in it."""
     pools = {HOST_POOL: memory.pool()}
+    members = Counter(device.pool for device in devices)
     for device in devices:
-        pools.setdefault(device.pool, MemoryPool(device.pool, device.total_bytes, device.free_bytes))
+        card = cards.get(device.name)
+        # Of several devices on one card each has its share; the pool is the whole.
+        whole = device if card is None or members[device.pool] == 1 else card
+        pools.setdefault(device.pool, MemoryPool(device.pool, whole.total_bytes, whole.free_bytes))
     return tuple(pools.values())

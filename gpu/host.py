@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, MemoryPool
+from planner.units import KIB
 
 _SYSFS_CGROUP_TYPES: Final = frozenset({"cgroup", "cgroup2"})
 # What "no limit" reads as under version 1: the largest page-aligned 63-bit number, on any page size.
 _V1_NO_LIMIT: Final = 2**62
+RUNNER_NAME: Final = "llama-server"  # comm, which the kernel cuts at 15 characters
 _MAX_LEVELS: Final = 64  # deeper nesting than any system makes: the walk up is bounded
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """``total_bytes`` and ``available_bytes`` within every limit; ``limited_by`` names the group that binds, if one."""
+    """``total_bytes`` and ``available_bytes`` within every limit; ``limited_by`` names the group that binds, if one.
+
+    Swap is told and never planned into. ``memlock_bytes`` None: no limit. ``numa_free_bytes`` has one figure per node.
+    """
 
     total_bytes: int
     available_bytes: int
     limited_by: str | None = None
+    swap_total_bytes: int | None = None
+    swap_free_bytes: int | None = None
+    memlock_bytes: int | None = None
+    numa_free_bytes: tuple[int, ...] = ()
+    has_hugepages: bool = False
+
+    def without(self, mapped_bytes: int) -> HostMemory:
+        """Return what is left beside weights that runners have mapped: the kernel calls their pages available."""
+        return replace(self, available_bytes=max(self.available_bytes - mapped_bytes, 0))
 
     def device(self) -> Device:
         """Return the host as a device. It has no overhead: what llama-server takes there is all reported."""
@@ -67,7 +81,52 @@ def read(root: Path = Path("/")) -> HostMemory:
         total = min(total, limit)
         if free < available:
             available, limited_by = free, f"control group {'/' + str(folder.relative_to(root))}"
-    return HostMemory(total, max(available, 0), limited_by)
+    meminfo = _meminfo(root)
+    return HostMemory(
+        total,
+        max(available, 0),
+        limited_by,
+        swap_total_bytes=meminfo.get("SwapTotal"),
+        swap_free_bytes=meminfo.get("SwapFree"),
+        memlock_bytes=_memlock(root),
+        numa_free_bytes=_numa_free(root),
+        has_hugepages=meminfo.get("HugePages_Total", 0) > 0,
+    )
+
+
+def mapped_bytes(parent: int, root: Path = Path("/")) -> int:
+    """Return the resident file pages of every llama-server that this process started: weights that it has mapped."""
+    total = 0
+    for file in sorted((root / "proc" / str(parent) / "task").glob("*/children")):
+        for pid in "".join(_lines(file)).split():
+            if process_name(int(pid), root) == RUNNER_NAME:
+                status = "\n".join(_lines(root / "proc" / pid / "status"))
+                total += sum(int(kib) * KIB for kib in re.findall(r"^RssFile:\s+(\d+) kB$", status, re.MULTILINE))
+    return total
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """Return the fields of /proc/meminfo: bytes where it says kB, else counts."""
+    text = "\n".join(_lines(root / "proc/meminfo"))
+    rows = re.findall(r"^(\w+):\s+(\d+)( kB)?$", text, re.MULTILINE)
+    return {name: int(value) * (KIB if unit else 1) for name, value, unit in rows}
+
+
+def _memlock(root: Path) -> int | None:
+    """Return how much this process, and so a runner, may lock into memory; None: as much as there is."""
+    limits = "\n".join(_lines(root / "proc/self/limits"))
+    found = re.search(r"^Max locked memory\s+(\d+)\s", limits, re.MULTILINE)
+    return int(found.group(1)) if found else None
+
+
+def _numa_free(root: Path) -> tuple[int, ...]:
+    """Return what is free on each NUMA node, in the order of their numbers."""
+    nodes = {}
+    for file in (root / "sys/devices/system/node").glob("node[0-9]*/meminfo"):
+        found = re.search(r"MemFree:\s+(\d+) kB", "\n".join(_lines(file)))
+        if found:
+            nodes[int(file.parent.name.removeprefix("node"))] = int(found.group(1)) * KIB
+    return tuple(nodes[number] for number in sorted(nodes))
 
 
 def process_name(pid: int, root: Path = Path("/")) -> str | None:

@@ -29,7 +29,13 @@ def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mappin
     }
     pairs: list[tuple[ListedDevice, Card | None]] = []
     taken: list[Card] = []
+    dealt = _dealt_round(visible[DeviceKind.CUDA], environ)
     for device in listed:
+        if dealt and device.kind is DeviceKind.CUDA:
+            card = dealt[int(device.name.removeprefix("CUDA")) % len(dealt)]
+            pairs.append((device, card))
+            taken.append(card)
+            continue
         same = [card for card in visible.get(device.kind, cards) if _may_be(device, card)]
         left = [card for card in same if card not in taken]
         if same and not left and device.kind not in visible:
@@ -37,6 +43,15 @@ def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mappin
         pairs.append((device, left[0] if left else None))
         taken += left[:1]
     return tuple(pairs)
+
+
+def _dealt_round(cards: Sequence[Card], environ: Mapping[str, str]) -> Sequence[Card]:
+    """Return the cards that ggml divides into more devices, none where it makes one of each.
+
+    With ``GGML_CUDA_DEVICES`` device i lies on card i modulo their number (ggml-cuda.cu, ggml_cuda_init).
+    """
+    wanted = environ.get("GGML_CUDA_DEVICES", "")
+    return cards if wanted.isdigit() and int(wanted) not in {0, len(cards)} else ()
 
 
 def unmatched(pairs: Pairs, cards: Sequence[Card]) -> tuple[Card, ...]:

@@ -1,7 +1,8 @@
 """NVIDIA cards through NVML (``import pynvml``, from the nvidia-ml-py distribution).
 
-A card that fails is one warning and the others go on; no driver at all is no warning. NVML creates no context, unlike
-``llama-server --list-devices``, so it may be asked as often as one likes.
+A card that fails is one fault and the others go on; no driver at all is none. NVML creates no context, unlike
+``llama-server --list-devices``, so it may be asked as often as one likes. Of a card that is divided (MIG) only the
+parts are listed: no program can use the whole.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import ctypes
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from gpu.card import Card, Probe, Vendor
+from gpu.card import Card, Fault, Link, Probe, Vendor
 from gpu.host import process_name
 from planner.types import ProcessUse
 
@@ -23,15 +25,24 @@ _LOOKED_FOR: Final = (f"NVIDIA: {LIBRARY}",)
 # NVML's return codes, as far as they decide what to do (nvml.h, nvmlReturn_t).
 _NOT_SUPPORTED: Final = 3
 _LIBRARY_NOT_FOUND: Final = 12
-_RM_VERSION_MISMATCH: Final = 18
-_ADVICE: Final = {
-    9: "the NVIDIA driver is installed but not loaded: load the module (modprobe nvidia) or reboot",
-    _RM_VERSION_MISMATCH: "the NVIDIA driver was upgraded but the old one is still loaded: reboot or reload its module",
+_TRANSIENT: Final = frozenset({10, 19, 27})  # timeout, in use, not ready: gone a moment later
+_DRIVER_FAULTS: Final = {
+    9: Fault(
+        "NVIDIA: the driver is installed but not loaded",
+        "load the module (sudo modprobe nvidia) or reboot; in a container, start it with its GPU flags (--gpus all)",
+    ),
+    18: Fault(
+        "NVIDIA: the driver was upgraded but the old one is still loaded",
+        "reboot or reload the module (sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia; sudo modprobe nvidia)",
+    ),
 }
-_CARD_ADVICE: Final = {
-    4: "no permission: this service may not open the card (device nodes, container or cgroup)",
-    15: "the card has fallen off the bus: reboot",
-    16: "the card needs a reset (nvidia-smi --gpu-reset)",
+_CARD_FAULTS: Final = {
+    4: Fault(
+        "this service may not open the card",
+        "give it the card's device nodes (container: --gpus all; systemd: DeviceAllow=, groups video and render)",
+    ),
+    15: Fault("the card has fallen off the bus", "reboot; if it comes back, look at its power, seat and temperature"),
+    16: Fault("the card needs a reset", "sudo nvidia-smi --gpu-reset, or reboot"),
 }
 
 # Parts whose memory is the host's: NVML has no memory figure for them, or one that is too small.
@@ -40,6 +51,10 @@ _UNIFIED_NAMES: Final = re.compile(r"\b(GB10|N1X|Orin|Thor|Xavier|Tegra)\b")
 # CUDA cores of one multiprocessor, by compute capability (CUDA C++ programming guide, arithmetic throughput).
 _CORES_PER_MULTIPROCESSOR: Final = {"6.0": 64, "7.0": 64, "7.2": 64, "7.5": 64, "8.0": 64}
 _CORES_PER_MULTIPROCESSOR_ELSE: Final = 128
+
+_COMPUTE_MODES: Final = {0: "default", 2: "prohibited", 3: "exclusive"}  # nvml.h, nvmlComputeMode_t
+_MIG_ENABLED: Final = 1
+_MAX_NVLINKS: Final = 18  # NVML_NVLINK_MAX_LINKS
 
 T = TypeVar("T")
 
@@ -56,7 +71,10 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
         try:
             import pynvml  # noqa: PLC0415 - only a machine with NVIDIA's driver pays for it
         except ImportError:
-            return Probe(warnings=("NVIDIA: the nvidia-ml-py package is missing",), looked_for=_LOOKED_FOR)
+            return _failed(Fault("NVIDIA: the nvidia-ml-py package is missing", "pip install nvidia-ml-py"))
+    if not hasattr(pynvml, "nvmlMemory_v2"):
+        what = f"NVIDIA: an old pynvml package ({pynvml.__file__}) stands before NVIDIA's own"
+        return _failed(Fault(what, "pip uninstall pynvml; pip install --force-reinstall nvidia-ml-py"))
     # A wedged driver blocks in the kernel, where nothing can interrupt it: then its thread is left behind.
     from queue import Empty, SimpleQueue  # noqa: PLC0415 - as pynvml, for machines with NVIDIA's driver only
     from threading import Thread  # noqa: PLC0415
@@ -66,8 +84,12 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
     try:
         return answers.get(timeout=timeout_s)
     except Empty:
-        line = f"NVIDIA: the driver gave no answer within {timeout_s:g} s; see nvidia-smi and the kernel log"
-        return Probe(warnings=(line,), looked_for=_LOOKED_FOR)
+        what = f"NVIDIA: the driver gave no answer within {timeout_s:g} s"
+        return _failed(Fault(what, "see nvidia-smi and the kernel log (dmesg); a reboot ends a wedged driver"))
+
+
+def _failed(fault: Fault) -> Probe:
+    return Probe(faults=(fault,), looked_for=_LOOKED_FOR)
 
 
 def _ask(pynvml: Any) -> Probe:
@@ -76,34 +98,100 @@ def _ask(pynvml: Any) -> Probe:
     except pynvml.NVMLError as error:
         if error.value == _LIBRARY_NOT_FOUND:
             return Probe(looked_for=_LOOKED_FOR)
-        return Probe(warnings=(f"NVIDIA: {_ADVICE.get(error.value, _words(error))}",), looked_for=_LOOKED_FOR)
+        return _failed(_DRIVER_FAULTS.get(error.value) or _unknown("NVIDIA", error))
     try:
         return _cards(pynvml)
-    except pynvml.NVMLError as error:
-        return Probe(warnings=(f"NVIDIA: {_words(error)}",), looked_for=_LOOKED_FOR)
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
+        return _failed(_unknown("NVIDIA", error))
     finally:
         _or_none(pynvml, pynvml.nvmlShutdown)
 
 
 def _cards(pynvml: Any) -> Probe:
     cards: list[Card] = []
-    problems: list[str] = []
+    faults: list[Fault] = []
+    driver = _or_none(pynvml, pynvml.nvmlSystemGetDriverVersion)
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            cards.append(_card(pynvml, handle))
+            found = _card_or_parts(pynvml, index)
         except pynvml.NVMLError as error:
-            problems.append(f"NVIDIA card {index}: {_CARD_ADVICE.get(error.value, _words(error))}; it is left out")
+            fault = _CARD_FAULTS.get(error.value) or _unknown("it", error)
+            faults.append(Fault(f"NVIDIA card {index} is left out, {fault.what}", fault.fix))
+            continue
+        if not found:
+            what = f"NVIDIA card {index} is in MIG mode and has no instance"
+            faults.append(
+                Fault(what, f"make some (sudo nvidia-smi mig -i {index} -cgi ... -C) or turn MIG off (-mig 0)")
+            )
+        cards += (replace(card, driver=driver) for card in found)
     cards.sort(key=lambda card: card.pci_bus_id or "")
-    return Probe(tuple(cards), tuple(problems), _LOOKED_FOR)
+    return Probe(tuple(cards), tuple(faults), _LOOKED_FOR)
 
 
-def _card(pynvml: Any, handle: Any) -> Card:
-    """Return one card. Raises NVMLError only where the card as such fails, not where a figure is missing."""
+def _handle(pynvml: Any, index: int) -> Any:
+    """Return a card's handle, asked for a second time where the first failure was one that passes."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
+    except pynvml.NVMLError as error:
+        if error.value not in _TRANSIENT:
+            raise
+    return pynvml.nvmlDeviceGetHandleByIndex(index)
+
+
+def _card_or_parts(pynvml: Any, index: int) -> list[Card]:
+    """Return the card or, where it is divided, its parts in order: only these can be used."""
+    handle = _handle(pynvml, index)
+    mode = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetMigMode(handle))
+    divided = mode is not None and mode[0] == _MIG_ENABLED
+    card = _card(pynvml, handle, divided=divided)
+    if not divided:
+        return [card]
+    parts = []
+    for number in range(_or_none(pynvml, lambda: pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0):
+        try:
+            part = pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+        except pynvml.NVMLError:
+            continue  # an unused number: instances come and go, the others keep theirs
+        parts.append(_part(pynvml, part, card))
+    return parts
+
+
+def _part(pynvml: Any, handle: Any, whole: Card) -> Card:
+    """Return one MIG instance. A slice of the memory brings its share of the bus with it."""
+    total, free, reserved = _memory(pynvml, handle)
+    attributes = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetAttributes(handle))
+    bandwidth = None
+    if total and whole.total_bytes and whole.bandwidth_bytes_per_s:
+        bandwidth = min(whole.bandwidth_bytes_per_s * total // whole.total_bytes, whole.bandwidth_bytes_per_s)
+    return replace(
+        whole,
+        name=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetName(handle)) or whole.name,
+        uuid=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetUUID(handle)),
+        part_of=whole.uuid,
+        total_bytes=total,
+        free_bytes=free,
+        reserved_bytes=reserved,
+        bandwidth_bytes_per_s=bandwidth,
+        multiprocessors=None if attributes is None else attributes.multiprocessorCount or None,
+        processes=_processes(pynvml, handle),
+    )
+
+
+def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
+    """Return one card. Raises NVMLError only where the card as such fails, not where a figure is missing.
+
+    Figures of a divided card as a whole may take privileges that nobody here needs.
+    """
     name = pynvml.nvmlDeviceGetName(handle)
     capability = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetCudaComputeCapability(handle))
     arch = None if capability is None else f"{capability[0]}.{capability[1]}"
-    total, free = _memory(pynvml, handle)
+    unknown = (None, None, None)
+    total, free, reserved = (
+        (_or_none(pynvml, lambda: _memory(pynvml, handle)) or unknown) if divided else _memory(pynvml, handle)
+    )
+    processes = _processes(pynvml, handle)
+    mode = _or_none(pynvml, lambda: _COMPUTE_MODES.get(pynvml.nvmlDeviceGetComputeMode(handle)))
+    display = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetDisplayActive(handle))
     return Card(
         vendor=Vendor.NVIDIA,
         name=name,
@@ -111,12 +199,28 @@ def _card(pynvml: Any, handle: Any) -> Card:
         uuid=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetUUID(handle)),
         total_bytes=total,
         free_bytes=free,
+        reserved_bytes=reserved,
         bandwidth_bytes_per_s=_or_none(pynvml, lambda: _bandwidth(pynvml, handle)),
         arch=arch,
         multiprocessors=_or_none(pynvml, lambda: _multiprocessors(pynvml.nvmlDeviceGetNumGpuCores(handle), arch)),
         unified=_UNIFIED_NAMES.search(name) is not None,
-        processes=_processes(pynvml, handle),
+        drives_display=None if display is None else bool(display),
+        compute_mode=mode,
+        numa_node=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)),
+        link=_link(pynvml, handle),
+        processes=processes,
+        why_not=_why_not(mode, processes),
     )
+
+
+def _why_not(mode: str | None, processes: tuple[ProcessUse, ...]) -> str | None:
+    if mode == "prohibited":
+        return "its compute mode is prohibited, so no program can use it: sudo nvidia-smi -c DEFAULT"
+    if mode == "exclusive" and processes:
+        first = processes[0]
+        holder = f"process {first.pid} ({first.name or 'unknown'})"
+        return f"its compute mode is exclusive and {holder} has it: end that, or sudo nvidia-smi -c DEFAULT"
+    return None
 
 
 def _or_none(pynvml: Any, call: Callable[[], T]) -> T | None:
@@ -127,21 +231,21 @@ def _or_none(pynvml: Any, call: Callable[[], T]) -> T | None:
         return None
 
 
-def _memory(pynvml: Any, handle: Any) -> tuple[int | None, int | None]:
-    """Return total without what the driver reserves, and free. Both None where NVML has no figure (unified parts).
+def _memory(pynvml: Any, handle: Any) -> tuple[int | None, int | None, int | None]:
+    """Return total without what the driver reserves, free, and reserved. None where NVML has no figure (unified parts).
 
     The first version of the call counts the reserved bytes as used, the second apart; free is the same in both.
     """
     info = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
     if info is not None:
-        return info.total - info.reserved, info.free
+        return info.total - info.reserved, info.free, info.reserved
     try:
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
     except pynvml.NVMLError as error:
         if error.value == _NOT_SUPPORTED:
-            return None, None
+            return None, None, None
         raise
-    return info.total, info.free
+    return info.total, info.free, None
 
 
 def _pci_bus_id(pci: Any) -> str:
@@ -154,6 +258,27 @@ def _bandwidth(pynvml: Any, handle: Any) -> int:
     clock_mhz = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
     bus_bits = pynvml.nvmlDeviceGetMemoryBusWidth(handle)
     return int(2 * clock_mhz * 1_000_000 * bus_bits // 8)
+
+
+def _link(pynvml: Any, handle: Any) -> Link:
+    return Link(
+        pcie_generation=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)),
+        pcie_lanes=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)),
+        pcie_lanes_max=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)),
+        nvlink_peers=_nvlink_peers(pynvml, handle),
+    )
+
+
+def _nvlink_peers(pynvml: Any, handle: Any) -> tuple[str, ...]:
+    """Return who is at the other ends of the links that are up; most cards have none and say so at the first."""
+    peers: set[str] = set()
+    try:
+        for link in range(_MAX_NVLINKS):
+            if pynvml.nvmlDeviceGetNvLinkState(handle, link):
+                peers.add(_pci_bus_id(pynvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):
+        pass  # beyond the last link
+    return tuple(sorted(peers))
 
 
 def _multiprocessors(cores: int, arch: str | None) -> int | None:
@@ -172,6 +297,7 @@ def _processes(pynvml: Any, handle: Any) -> tuple[ProcessUse, ...]:
     return tuple(ProcessUse(pid, process_name(pid), used) for pid, used in sorted(by_pid.items()))
 
 
-def _words(error: Any) -> str:
+def _unknown(who: str, error: Any) -> Fault:
     # An NVMLError can be neither hashed nor compared with None; its text and its number are safe.
-    return f"NVML answers {str(error)!r} (code {error.value})"
+    code = getattr(error, "value", None)
+    return Fault(f"{who}: NVML answers {str(error)!r}" + ("" if code is None else f" (code {code})"), "see nvidia-smi")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gpu.card import Card, Probe, Vendor
+from gpu.card import Card, Fault, Probe, Vendor
 from gpu.host import process_name
 from planner.types import ProcessUse
 from planner.units import GIB
@@ -24,6 +26,7 @@ MAX_NODES: Final = 256  # far above any machine: the walk over a folder of the k
 _APU_MAX_VRAM: Final = 4 * GIB
 _APU_MIN_GTT: Final = 8 * GIB
 _APU_GTT_PER_VRAM: Final = 4
+_LOCAL_HEAPS: Final = frozenset({1, 2})  # HSA_MEM_HEAP_TYPE_FB_PUBLIC and _PRIVATE
 
 
 def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
@@ -37,7 +40,7 @@ def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
     except OSError:
         return Probe(looked_for=(f"{_LOOKED_FOR} (not there)",))
     cards: list[Card] = []
-    problems: list[str] = []
+    faults: list[Fault] = []
     for number in numbers:
         properties = _properties(nodes / str(number) / "properties")
         if properties.get("simd_count", 0) == 0:
@@ -45,31 +48,81 @@ def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
         try:
             cards.append(_card(root, nodes / str(number), properties, can_open=can_open))
         except (OSError, ValueError) as error:
-            problems.append(f"AMD card of KFD node {number}: {error}; it is left out")
-    return Probe(tuple(cards), tuple(problems), (_LOOKED_FOR,))
+            what = f"AMD card of KFD node {number} is left out, its files cannot be read ({error})"
+            faults.append(Fault(what, "see the kernel log (dmesg | grep amdgpu)"))
+    # Partitions of one card can carry one id, which then names none of them.
+    times = Counter(card.uuid for card in cards)
+    told_apart = (replace(card, uuid=card.uuid if times[card.uuid] == 1 else None) for card in cards)
+    return Probe(tuple(told_apart), tuple(faults), (_LOOKED_FOR,))
 
 
 def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool | None) -> Card:
     minor = properties.get("drm_render_minor", 0)
-    device = root / f"sys/class/drm/renderD{minor}/device"
-    vram_total, vram_used = _number(device / "mem_info_vram_total"), _number(device / "mem_info_vram_used")
-    gtt_total, gtt_used = _number(device / "mem_info_gtt_total"), _number(device / "mem_info_gtt_used")
-    unified = _is_unified(device, properties, vram_total, gtt_total)
-    total, used = (gtt_total, gtt_used) if unified and (gtt_total or 0) > (vram_total or 0) else (vram_total, vram_used)
+    pci = _pci_bus_id(properties)
+    # A partition's render node has a folder without figures; the card's own is that of its address.
+    device = root / f"sys/bus/pci/devices/{pci}"
+    device = device if device.exists() else root / f"sys/class/drm/renderD{minor}/device"
+    asleep = _text(device / "power/runtime_status") == "suspended"
+    memory = _sleeping(node) if asleep else _awake(device, properties)
+    split = (_text(device / "current_memory_partition") or "NPS1") != "NPS1"
+    if split:
+        # Each partition has a part of the memory; the folder's figures are the whole card's.
+        memory = _Memory(_bank_bytes(node), None, None, unified=False)
     unique_id = properties.get("unique_id", 0)
+    numa_node = None if asleep else _text(device / "numa_node")
     return Card(
         vendor=Vendor.AMD,
-        name=_text(device / "product_name") or f"AMD {_gfx(properties)}",
-        pci_bus_id=_pci_bus_id(properties),
+        name=(None if asleep else _text(device / "product_name")) or f"AMD {_gfx(properties)}",
+        pci_bus_id=pci,
         uuid=f"GPU-{unique_id:016x}" if unique_id else None,
-        total_bytes=total,
-        free_bytes=None if total is None or used is None else max(total - used, 0),
+        total_bytes=memory.total_bytes,
+        free_bytes=memory.free_bytes,
+        gtt_bytes=memory.gtt_bytes,
         bandwidth_bytes_per_s=_bandwidth(node),
         arch=_gfx(properties),
-        unified=unified,
+        unified=memory.unified,
+        part_of=f"{pci}/{node.name}" if split else None,
+        asleep=asleep,
+        numa_node=int(numa_node) if numa_node is not None and numa_node.isdigit() else None,
         processes=_processes(root, _number(node / "gpu_id")),
         why_not=_why_not(root, minor, can_open=can_open),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """A card's memory. VRAM and GTT (host memory that the driver lends) are never added up."""
+
+    total_bytes: int | None
+    free_bytes: int | None
+    gtt_bytes: int | None
+    unified: bool
+
+
+def _awake(device: Path, properties: dict[str, int]) -> _Memory:
+    vram_total, vram_used = _number(device / "mem_info_vram_total"), _number(device / "mem_info_vram_used")
+    gtt_total, gtt_used = _number(device / "mem_info_gtt_total"), _number(device / "mem_info_gtt_used")
+    unified = _is_unified(device, properties, vram_total, gtt_total)
+    # HIP takes an APU's memory from the larger of the two.
+    total, used = (gtt_total, gtt_used) if unified and (gtt_total or 0) > (vram_total or 0) else (vram_total, vram_used)
+    free = None if total is None or used is None else max(total - used, 0)
+    return _Memory(total, free, gtt_total, unified=unified)
+
+
+def _sleeping(node: Path) -> _Memory:
+    """Return what the topology says of a suspended card: reading its driver's files would wake it.
+
+    It sleeps because nobody uses it, so all of its memory is free.
+    """
+    total = _bank_bytes(node)
+    return _Memory(total, total, None, unified=False)
+
+
+def _bank_bytes(node: Path) -> int | None:
+    """Return the sizes of the node's banks of local memory together (heap types 1 and 2, kfd_topology.h)."""
+    banks = [_properties(bank) for bank in sorted((node / "mem_banks").glob("*/properties"))]
+    sizes = [bank.get("size_in_bytes", 0) for bank in banks if bank.get("heap_type", 1) in _LOCAL_HEAPS]
+    return sum(sizes) or None
 
 
 def _is_unified(device: Path, properties: dict[str, int], vram: int | None, gtt: int | None) -> bool:

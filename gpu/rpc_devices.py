@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Protocol
 
 from gpu.host import HostMemory
@@ -40,6 +41,7 @@ class RpcDevices:
     devices: tuple[Device, ...]
     absent: tuple[Device, ...]
     warnings: tuple[str, ...]
+    workers: tuple[Worker, ...] = ()
 
 
 def rpc_devices(
@@ -50,7 +52,14 @@ def rpc_devices(
     leased: frozenset[str] = frozenset(),
     previous: Sequence[Device] = (),
 ) -> RpcDevices:
-    """Return the workers' devices, in the order of ``servers``. Takes at most the probe's time limit."""
+    """Return the workers' devices, in the order of ``servers``. Takes at most the probe's time limit.
+
+    The devices of ``leased`` workers keep the names that they have in ``previous``, whoever else comes or goes: what
+    runs there is known by them. The others are numbered around them.
+    """
+    kept = {endpoint: [one for one in previous if one.endpoint == endpoint and one.usable] for endpoint in leased}
+    taken = {device.name for devices in kept.values() for device in devices}
+    free_names = (name for number in count() if (name := DeviceName(f"RPC{number}")) not in taken)
     to_probe = [server.endpoint for server in servers if server.endpoint not in leased]
     workers = {worker.endpoint: worker for worker in probe_all(to_probe, protocol=protocol)}
     devices: list[Device] = []
@@ -59,18 +68,15 @@ def rpc_devices(
     for server in servers:
         worker = workers.get(server.endpoint)
         if worker is None:
-            found = [device for device in previous if device.endpoint == server.endpoint and device.usable]
+            devices += kept[server.endpoint]
         elif worker.state is WorkerState.READY:
-            found = [_device(server, index, device, memory) for index, device in enumerate(worker.devices)]
+            found = (_device(server, index, device, memory) for index, device in enumerate(worker.devices))
+            devices += (replace(device, name=next(free_names)) for device in found)
             warnings += _doubts(server, worker)
         else:
             absent.append(_placeholder(worker))
             warnings.append(f"RPC worker left out: {worker.why_not}")
-            continue
-        devices += (
-            replace(device, name=DeviceName(f"RPC{number}")) for number, device in enumerate(found, start=len(devices))
-        )
-    return RpcDevices(tuple(devices), tuple(absent), tuple(warnings))
+    return RpcDevices(tuple(devices), tuple(absent), tuple(warnings), tuple(workers.values()))
 
 
 def _device(server: RpcServer, index: int, device: WorkerDevice, memory: HostMemory) -> Device:

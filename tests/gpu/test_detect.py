@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_server import CUDA_LIST, NO_DEVICES, calls, write_server
 from file_trees import write_tree
-from test_nvml import RTX3060, RTX4090
+from test_nvml import A100_DIVIDED, RTX3060, RTX4090
 from test_rocm import TWO_CARDS
 
 from config.values import RpcServer
@@ -124,6 +124,79 @@ def test_a_unified_part_is_counted_in_the_hosts_pool(nvidia: Callable[..., dict[
     card, host = nvidia("card NVIDIA_GB10 GPU-cccc f 1 0\ncapability 12 1\n", server)["devices"]
     assert card["pool"] == host["pool"] == "host"
     assert card["free_bytes"] == host["free_bytes"]
+
+
+def test_of_a_divided_card_the_part_that_cuda_shows_is_used_and_the_other_says_how_to_choose_it(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    listing = "Available devices:\n  CUDA0: NVIDIA A100-SXM4-80GB MIG 3g.40gb (40320 MiB, 40000 MiB free)\n"
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "cuda"))
+    first, second, _ = nvidia(A100_DIVIDED, server)["devices"]
+    assert (first["uuid"], first["usable"]) == ("MIG-1111", True)
+    assert (second["uuid"], second["usable"]) == ("MIG-2222", False)
+    assert "CUDA_VISIBLE_DEVICES=MIG-2222" in second["why_not"]
+    assert first["pool"] != second["pool"], "each part has memory of its own"
+
+
+def test_several_devices_on_one_card_share_its_pool_and_are_not_named_by_its_uuid(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    listing = """Available devices:
+  CUDA0: NVIDIA GeForce RTX 4090 (12094 MiB, 11700 MiB free)
+  CUDA1: NVIDIA GeForce RTX 4090 (12094 MiB, 11700 MiB free)
+"""
+    server = write_server(tmp_path / "a", listing, backends=("cpu", "cuda"))
+    first, second, _ = nvidia(RTX4090, server, GGML_CUDA_DEVICES="2")["devices"]
+    assert first["pool"] == second["pool"] == "0000:41:00.0"
+    assert first["uuid"] is second["uuid"] is None
+    assert first["free_bytes"] == (25757220864 - 393216000 - GIB) // 2, "NVML's figure, by halves"
+
+
+def test_a_card_that_its_compute_mode_closes_is_listed_and_not_used(
+    nvidia: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    server = write_server(tmp_path / "a", CUDA_LIST, backends=("cpu", "cuda"))
+    found = nvidia(RTX3060 + "compute_mode 2\n" + RTX4090, server)
+    closed, other, _ = found["devices"]
+    assert (closed["usable"], other["usable"]) == (False, True)
+    assert "nvidia-smi -c DEFAULT" in closed["why_not"]
+    assert found["warnings"] == [f"CUDA0 (NVIDIA GeForce RTX 3060): {closed['why_not']}"]
+
+
+def test_memory_that_changes_between_two_looks_is_seen(nvidia: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    server = write_server(tmp_path / "a", CUDA_LIST, backends=("cpu", "cuda"))
+    cards = RTX3060 + RTX4090
+    nvidia(cards, server)
+    before = nvidia(cards, server)["devices"][0]["free_bytes"]
+    after = nvidia(cards.replace("134217728 0", f"134217728 {GIB}"), server)["devices"][0]["free_bytes"]
+    assert before - after == GIB
+
+
+BESIDE = """Available devices:
+  Vulkan0: Intel(R) Arc(tm) A770 Graphics (16032 MiB, 15000 MiB free)
+  Vulkan1: Intel(R) UHD Graphics 770 (ADL-S GT1) (48000 MiB, 47000 MiB free)
+"""
+
+
+def test_an_integrated_gpu_beside_a_discrete_one_is_left_out_unless_it_is_named(tmp_path: Path) -> None:
+    server = write_server(tmp_path / "a", BESIDE, backends=("cpu", "vulkan"))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    discrete, integrated = detect(environ, llama_server=server).machine.devices
+    assert (discrete.usable, integrated.usable) == (True, False)
+    assert integrated.pool == HOST_POOL
+    named = detect(environ, llama_server=server, named=["Vulkan1"]).machine.device("Vulkan1")
+    assert named.usable
+
+
+def test_an_integrated_gpu_alone_is_used_and_shares_the_hosts_memory(tmp_path: Path) -> None:
+    server = write_server(tmp_path / "a", BESIDE.replace("  Vulkan0", "Vulkan0"), backends=("cpu", "vulkan"))
+    machine = detect({"XDG_CACHE_HOME": str(tmp_path / "c"), "PATH": "/bin"}, llama_server=server).machine
+    (integrated,) = machine.devices
+    assert integrated.usable
+    assert integrated.pool == machine.host.pool
+    assert integrated.free_bytes is not None
+    assert machine.host.free_bytes is not None
+    assert integrated.free_bytes <= machine.host.free_bytes
 
 
 @pytest.fixture

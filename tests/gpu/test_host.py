@@ -143,6 +143,55 @@ def test_one_more_limit_never_gives_more_memory(limits: list[int], used: int) ->
             before = now
 
 
+def test_swap_locked_memory_and_numa_nodes_are_told(tmp_path: Path) -> None:
+    write_tree(
+        tmp_path,
+        {
+            "proc/meminfo": _meminfo(64, 48) + "\nSwapTotal: 2048 kB\nSwapFree: 1024 kB\nHugePages_Total: 4",
+            "proc/self/limits": "Limit Soft Limit Hard Limit Units\nMax locked memory 8388608 8388608 bytes",
+            "sys/devices/system/node/node0/meminfo": "Node 0 MemFree: 1024 kB",
+            "sys/devices/system/node/node1/meminfo": "Node 1 MemFree: 2048 kB",
+        },
+    )
+    memory = host.read(tmp_path)
+    assert (memory.swap_total_bytes, memory.swap_free_bytes) == (2 * 1024**2, 1024**2)
+    assert memory.memlock_bytes == 8 * 1024**2
+    assert memory.numa_free_bytes == (1024**2, 2 * 1024**2)
+    assert memory.has_hugepages
+    assert memory.available_bytes == 48 * GIB, "swap is never planned into"
+
+
+def test_an_unlimited_lock_is_no_figure(tmp_path: Path) -> None:
+    write_tree(
+        tmp_path,
+        {
+            "proc/meminfo": _meminfo(64, 48),
+            "proc/self/limits": "Max locked memory         unlimited            unlimited            bytes",
+        },
+    )
+    assert host.read(tmp_path).memlock_bytes is None
+
+
+def test_weights_that_our_runners_have_mapped_are_not_available(tmp_path: Path) -> None:
+    write_tree(
+        tmp_path,
+        {
+            "proc/50/task/50/children": "61 62 ",
+            "proc/50/task/51/children": "63",
+            "proc/61/comm": "llama-server",
+            "proc/61/status": "Name: llama-server\nRssAnon:\t1 kB\nRssFile:\t  4096 kB\n",
+            "proc/62/comm": "python3",
+            "proc/62/status": "RssFile: 8192 kB",
+            "proc/63/comm": "llama-server",
+            "proc/63/status": "RssFile: 1024 kB",
+        },
+    )
+    assert host.mapped_bytes(50, tmp_path) == 5 * 1024**2
+    left = host.HostMemory(64 * GIB, 48 * GIB).without(5 * 1024**2)
+    assert left.available_bytes == 48 * GIB - 5 * 1024**2
+    assert host.mapped_bytes(1234, tmp_path) == 0, "a process that is gone"
+
+
 def test_this_machine_has_no_more_than_the_kernel_says_and_psutil_is_left_as_it_was() -> None:
     memory = host.read()
     assert 0 < memory.available_bytes <= memory.total_bytes <= psutil.virtual_memory().total

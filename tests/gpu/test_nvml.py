@@ -29,7 +29,12 @@ bus_bits 192
 clock_mhz 7501
 cores 3584
 """
-CODE = "import dataclasses, json; from gpu import nvml; print(json.dumps(dataclasses.asdict(nvml.probe())))"
+CODE = """
+import dataclasses, json
+from gpu import nvml
+found = nvml.probe()
+print(json.dumps(dataclasses.asdict(found) | {"warnings": found.warnings}))
+"""
 
 Ask = Callable[[str], dict[str, Any]]
 
@@ -75,7 +80,8 @@ def test_an_old_driver_without_the_second_memory_call_still_gives_what_is_free(a
 def test_a_lost_card_is_one_warning_and_the_others_go_on(ask: Ask) -> None:
     found = ask(RTX4090 + "error 15\n" + RTX3060)
     assert [card["uuid"] for card in found["cards"]] == ["GPU-bbbb"]
-    assert found["warnings"] == ["NVIDIA card 0: the card has fallen off the bus: reboot; it is left out"]
+    (warning,) = found["warnings"]
+    assert warning.startswith("NVIDIA card 0 is left out, the card has fallen off the bus: reboot")
 
 
 def test_a_driver_that_was_upgraded_under_us_asks_for_a_reboot(ask: Ask) -> None:
@@ -131,3 +137,66 @@ def test_a_context_grows_with_the_card_as_it_was_measured(arch: str, multiproces
 
 def test_the_overhead_of_a_card_of_unknown_size_is_left_to_the_general_rule() -> None:
     assert cuda_overhead_bytes("8.9", None) is None
+
+
+A100_DIVIDED = """card NVIDIA_A100-SXM4-80GB GPU-dddd 0 7 0
+memory_error 4
+capability 8 0
+bus_bits 5120
+clock_mhz 1593
+mig
+part 1 NVIDIA_A100-SXM4-80GB_MIG_3g.40gb MIG-1111 42278584320 30000000 0 42
+part 3 NVIDIA_A100-SXM4-80GB_MIG_2g.20gb MIG-2222 20937965568 20000000 1000000000 28
+"""
+
+
+def test_of_a_divided_card_its_parts_are_listed_each_with_its_own_memory(ask: Ask) -> None:
+    first, second = ask(A100_DIVIDED)["cards"]
+    assert [part["uuid"] for part in (first, second)] == ["MIG-1111", "MIG-2222"]
+    assert first["free_bytes"] == 42278584320 - 30000000
+    assert second["free_bytes"] == 20937965568 - 20000000 - 1000000000
+    assert (first["multiprocessors"], second["multiprocessors"]) == (42, 28)
+    assert first["pci_bus_id"] == second["pci_bus_id"] == "0000:07:00.0"
+    assert first["part_of"] == "GPU-dddd"
+
+
+def test_a_divided_card_without_instances_is_one_fault_that_says_how_to_make_some(ask: Ask) -> None:
+    found = ask(A100_DIVIDED.partition("part")[0] + RTX3060)
+    assert [card["uuid"] for card in found["cards"]] == ["GPU-bbbb"]
+    assert "nvidia-smi mig -i 0" in found["warnings"][0]
+
+
+def test_a_card_that_may_not_be_opened_is_one_fault_and_the_others_go_on(ask: Ask) -> None:
+    found = ask(RTX4090 + "error 4\n" + RTX3060)
+    assert [card["uuid"] for card in found["cards"]] == ["GPU-bbbb"]
+    assert "may not open the card" in found["warnings"][0]
+
+
+def test_a_failure_that_passes_is_asked_about_once_more(ask: Ask) -> None:
+    found = ask(RTX4090 + "transient 10\n")
+    assert [card["uuid"] for card in found["cards"]] == ["GPU-aaaa"]
+    assert found["warnings"] == []
+
+
+def test_how_a_card_is_connected_and_used_is_told(ask: Ask) -> None:
+    (card,) = ask(RTX4090 + "pcie 4 8 16\nnvlink 0 42 0\nnvlink 0 42 0\ndisplay 1\nnuma 1\n")["cards"]
+    assert card["link"] == {
+        "pcie_generation": 4,
+        "pcie_lanes": 8,
+        "pcie_lanes_max": 16,
+        "nvlink_peers": ["0000:42:00.0"],
+    }
+    assert (card["drives_display"], card["numa_node"], card["compute_mode"]) == (True, 1, "default")
+    assert card["driver"] == "580.65.06"
+    assert card["reserved_bytes"] == 393216000
+
+
+@pytest.mark.parametrize("mode,why", [(0, None), (2, "prohibited"), (3, "exclusive and process 1")])
+def test_a_card_that_a_setting_closes_to_us_says_which(ask: Ask, mode: int, why: str | None) -> None:
+    (card,) = ask(RTX4090 + f"compute_mode {mode}\n")["cards"]
+    assert card["why_not"] is None if why is None else why in card["why_not"]
+
+
+def test_an_exclusive_card_that_nobody_uses_can_be_used(ask: Ask) -> None:
+    (card,) = ask(RTX3060 + "compute_mode 3\n")["cards"]
+    assert card["why_not"] is None

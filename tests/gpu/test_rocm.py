@@ -139,3 +139,48 @@ def test_without_amds_library_pyrsmi_gives_nothing_and_no_error(tmp_path: Path) 
 
 def test_a_library_that_does_not_answer_is_given_up_when_its_time_is_over(rocm_path: Path) -> None:
     assert rocm_names.ask(os.environ | {"ROCM_PATH": str(rocm_path)}, timeout_s=0.0) == {}
+
+
+def test_a_suspended_card_is_told_from_the_topology_and_not_read(cards: Callable[..., tuple[Card, ...]]) -> None:
+    unread = {  # would the driver's files be read, the card would have these figures
+        "sys/class/drm/renderD128/device/power/runtime_status": "suspended",
+        f"{NODES}/1/mem_banks/0/properties": f"heap_type 1\nsize_in_bytes {24 * GIB}\nwidth 384\nmem_clk_max 10000",
+    }
+    (card,) = cards(_node(1, 128, 0x300) | _device(128, GIB, GIB) | unread)
+    assert card.asleep
+    assert (card.total_bytes, card.free_bytes) == (24 * GIB, 24 * GIB)
+
+
+def test_partitions_of_one_card_share_its_memory_and_an_id_that_both_carry_names_neither(
+    cards: Callable[..., tuple[Card, ...]],
+) -> None:
+    address = 0x05 << 8
+    whole = {
+        "sys/bus/pci/devices/0000:05:00.0/mem_info_vram_total": 192 * GIB,
+        "sys/bus/pci/devices/0000:05:00.0/mem_info_vram_used": 2 * GIB,
+        "sys/bus/pci/devices/0000:05:00.0/current_memory_partition": "NPS1",
+    }
+    second_on = 1 << 28  # the topology numbers partitions in the highest bits
+    nodes = _node(1, 128, address, unique_id=7) | _node(2, 129, address | second_on, unique_id=7)
+    first, second = cards(nodes | whole)
+    assert first.pool == second.pool == "0000:05:00.0"
+    assert first.free_bytes == second.free_bytes == 190 * GIB
+    assert first.uuid is second.uuid is None
+
+
+def test_where_the_memory_is_divided_too_each_partition_has_its_part(cards: Callable[..., tuple[Card, ...]]) -> None:
+    bank = f"heap_type 1\nsize_in_bytes {48 * GIB}"
+    files = {
+        "sys/bus/pci/devices/0000:05:00.0/mem_info_vram_total": 192 * GIB,
+        "sys/bus/pci/devices/0000:05:00.0/current_memory_partition": "NPS4",
+        f"{NODES}/1/mem_banks/0/properties": bank,
+        f"{NODES}/2/mem_banks/0/properties": bank,
+    }
+    first, second = cards(_node(1, 128, 0x500) | _node(2, 129, 0x500) | files)
+    assert first.pool != second.pool
+    assert (first.total_bytes, first.free_bytes) == (48 * GIB, None)
+
+
+def test_what_the_driver_may_borrow_of_the_host_is_told_apart(cards: Callable[..., tuple[Card, ...]]) -> None:
+    (card,) = cards(_node(1, 128, 0x300) | _device(128, 24 * GIB, 0, gtt=32 * GIB))
+    assert (card.total_bytes, card.gtt_bytes) == (24 * GIB, 32 * GIB)
