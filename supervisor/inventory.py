@@ -129,7 +129,13 @@ class Inventory:
         if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:
             return Planned(command.model, command.revision, PlanProblem(missing, ours=True))
         question = MakePlan(
-            entry.path, entry.role, entry.mmproj, command.held, command.promised, assume_empty=command.assume_empty
+            entry.path,
+            entry.role,
+            entry.mmproj,
+            command.held,
+            command.promised,
+            known=self.machine,
+            assume_empty=command.assume_empty,
         )
         try:
             answer = await self._planning.ask(question)

@@ -41,13 +41,17 @@ class ScanModels:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``."""
+    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``.
+
+    ``known`` is the machine as it was last told: a worker that had to be replaced knows the names of what is in use.
+    """
 
     path: str
     role: Role
     mmproj: str | None
     held: Mapping[str, int]
     promised: Mapping[str, int]
+    known: Machine | None
     assume_empty: bool
 
 

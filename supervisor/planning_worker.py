@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -31,6 +32,7 @@ from planner.types import (
     NoFit,
     Plan,
     PlanRequest,
+    PoolId,
     Refused,
 )
 from supervisor.catalogue import scan
@@ -105,10 +107,12 @@ class Worker:
         return self._detected
 
     def _plan(self, question: MakePlan) -> PlanAnswer:
-        known = self._detected.machine.devices if self._detected is not None else ()
+        known = () if question.known is None else question.known.devices
         leased = frozenset(
             device.endpoint for device in known if device.endpoint is not None and device.name in question.held
         )
+        if self._detected is None and question.known is not None:
+            self._detected = replace(self._detect(leased), machine=question.known)
         detected = self._detect(leased)
         return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
 
@@ -159,17 +163,23 @@ def _load_plan(plan: Plan, machine: Machine) -> LoadPlan:
 
 
 def _emptied(machine: Machine, held: Mapping[str, int]) -> Machine:
-    """Return the machine as if our runners were gone. A leased worker's figure is from before its lease already."""
-    given_back = {
-        device.pool: held.get(device.name, 0)
-        for device in (*machine.devices, machine.host)
-        if device.kind is not DeviceKind.RPC
-    }
+    """Return the machine as if our runners were gone: devices and pools as they share them.
+
+    A leased worker's own figure is from before its lease already; the host's, from which one on this machine takes its
+    memory, is from now.
+    """
+    given_back: Counter[PoolId] = Counter()
+    for device in (*machine.devices, machine.host):
+        if device.kind is not DeviceKind.RPC or device.pool == machine.host.pool:
+            given_back[device.pool] += held.get(device.name, 0)
     return replace(
         machine,
-        devices=tuple(_grown(device, given_back.get(device.pool, 0)) for device in machine.devices),
-        host=_grown(machine.host, given_back.get(machine.host.pool, 0)),
-        pools=tuple(_grown(pool, given_back.get(pool.id, 0)) for pool in machine.pools),
+        devices=tuple(
+            device if device.kind is DeviceKind.RPC else _grown(device, given_back[device.pool])
+            for device in machine.devices
+        ),
+        host=_grown(machine.host, given_back[machine.host.pool]),
+        pools=tuple(_grown(pool, given_back[pool.id]) for pool in machine.pools),
     )
 
 

@@ -40,6 +40,8 @@ PRINTED_TO = 0.01 * 1024 * 1024  # llama-server prints MiB with two decimals
 class Worker(Protocol):
     endpoint: str
 
+    def stop(self) -> None: ...
+
 
 async def ask(lease: Lease, **body: object) -> str:
     headers = {"Authorization": f"Bearer {lease.endpoint.api_key}"}
@@ -110,6 +112,36 @@ async def test_workers_serve_one_model_at_a_time_with_the_bytes_that_were_planne
                 assert use.planned_bytes is not None
                 assert use.measured_bytes is not None
                 assert abs(use.measured_bytes - use.planned_bytes) <= 3 * PRINTED_TO
+
+
+async def test_a_worker_in_use_keeps_its_name_when_another_vanishes(
+    supervising: Supervising,
+    models: Models,
+    chat_model: Path,
+    embedding_model: Path,
+    rpc_workers: Callable[[int], tuple[Worker, ...]],
+) -> None:
+    """Else what is held there would be booked under another worker's name; also when the planner is replaced."""
+    small, first, second = rpc_workers(3)
+    settings = {"PLANNER_RPC_SERVERS": f"{small.endpoint}=1KiB,{first.endpoint}=8GiB,{second.endpoint}=8GiB"}
+    async with supervising(models(chat_model, embedding_model), settings) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            assert [use.device for use in only_runner(supervisor).uses] == ["RPC1", "Host"]
+            small.stop()
+            planning = next(one for one in psutil.Process().children() if "planning_worker" in one.cmdline()[-1])
+            planning.kill()
+            planning.wait()
+            with pytest.raises(PlannerFailed):
+                await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
+            async with supervisor.acquire("tiny-embedding", Role.EMBEDDING):
+                runners = supervisor.snapshot().runners
+        machine = supervisor.snapshot().machine
+    assert machine is not None
+    endpoints = {str(device.name): device.endpoint for device in machine.devices}
+    assert endpoints.pop("RPC1") == first.endpoint
+    on = {runner.model: runner.uses[0].device for runner in runners}
+    assert on["tiny-chat"] == "RPC1"
+    assert endpoints[on["tiny-embedding"]] == second.endpoint
 
 
 async def test_the_key_is_needed_and_not_on_the_command_line(
