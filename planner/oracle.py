@@ -30,12 +30,13 @@ LIBRARY: Final = "libllama-common.so.0"
 WORKER: Final = "ggml-rpc-server"
 
 
-def ask(build: LlamaBuild) -> Oracle | None:
+def ask(build: LlamaBuild, *, any_build: bool = False) -> Oracle | None:
     """Return an oracle that asks this build, or None where that cannot be done.
 
-    The structures that are handed over are those of the pinned commit, so no other build is asked.
+    The structures that are handed over are those of the pinned commit: another build's answer is only good for being
+    compared with ours (``any_build``). One whose structures differ is found out by its defaults, and does not answer.
     """
-    if build.library_path is None or not is_pinned(build):
+    if build.library_path is None or not (any_build or is_pinned(build)):
         return None
     folder = Path(build.library_path).parent
     if not (folder / LIBRARY).exists():
@@ -77,6 +78,7 @@ class _Asker:
             "devices": [
                 None if stands_in else device.name for device, stands_in in zip(devices, stand_ins, strict=True)
             ],
+            "names": placement.devices,
             "n_gpu_layers": placement.n_gpu_layers,
             "tensor_split": placement.tensor_split,
             "params": asdict(params),

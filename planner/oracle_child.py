@@ -191,14 +191,15 @@ def memory(libraries: Libraries, question: Mapping[str, Any]) -> list[list[int]]
 
 def _model_params(libraries: Libraries, question: Mapping[str, Any]) -> ModelParams:
     params: ModelParams = libraries.llama.llama_model_default_params()
-    if (params.n_gpu_layers, params.split_mode, params.use_extra_bufts, params.load_mtp) != (-1, 1, True, False):
+    known = (params.n_gpu_layers, params.split_mode, params.main_gpu, params.use_extra_bufts, params.load_mtp)
+    if known != (-1, 1, 0, True, False):
         raise Unusable("llama_model_params has another layout")
     wanted = question["params"]
     devices = _devices(libraries, question["devices"])
     shares = (c_float * MAX_DEVICES)(*question["tensor_split"])
     params.devices = (c_void_p * (len(devices) + 1))(*devices, None)
     params.tensor_split = shares
-    params.tensor_buft_overrides = _overrides(libraries, wanted["overrides"], question["devices"], devices)
+    params.tensor_buft_overrides = _overrides(libraries, wanted["overrides"], question["names"], devices)
     params.n_gpu_layers = question["n_gpu_layers"]
     params.split_mode = _SPLIT_MODE[wanted["split_mode"]]
     params.lazy_mode = _LAZY_MODE[wanted["lazy_mode"]]
@@ -209,13 +210,9 @@ def _model_params(libraries: Libraries, question: Mapping[str, Any]) -> ModelPar
 
 def _context_params(libraries: Libraries, wanted: Mapping[str, Any]) -> ContextParams:
     params: ContextParams = libraries.llama.llama_context_default_params()
-    if (params.n_ctx, params.n_batch, params.type_k, params.flash_attn_type, params.swa_full) != (
-        512,
-        2048,
-        1,
-        -1,
-        True,
-    ):
+    known = (params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max, params.pooling_type, params.type_k)
+    switches = (params.flash_attn_type, params.offload_kqv, params.op_offload, params.swa_full, params.kv_unified)
+    if known != (512, 2048, 512, 1, -1, 1) or switches != (-1, True, True, True, False):
         raise Unusable("llama_context_params has another layout")
     params.n_ctx = wanted["n_ctx_unpadded"]
     for name in (
@@ -252,11 +249,11 @@ def _devices(libraries: Libraries, names: list[str | None]) -> list[int]:
     return handles
 
 
-def _overrides(libraries: Libraries, pairs: list[tuple[str, str]], names: list[str | None], devices: list[int]) -> Any:
+def _overrides(libraries: Libraries, pairs: list[tuple[str, str]], names: list[str], devices: list[int]) -> Any:
     if not pairs:
         return None
     buffer_type = _function(libraries, "ggml_backend_dev_buffer_type")
-    types = {name: c_void_p(device) for name, device in zip(names, devices, strict=True) if name}
+    types = {name: c_void_p(device) for name, device in zip(names, devices, strict=True)}
     types["CPU"] = c_void_p(_function(libraries, "ggml_backend_dev_by_type")(_DEVICE_TYPE_CPU))
     unknown = next((buffer for _, buffer in pairs if buffer not in types), None)
     if unknown is not None:

@@ -10,6 +10,7 @@ USAGE: Final = """\
 planner plans which layer of a GGUF model goes on which GPU, starts llama-server that way and keeps it alive.
 
   planner explain MODEL [flags]   what fits where, and why; starts nothing
+  planner verify MODEL [flags]    the same plan beside what llama.cpp itself says, byte by byte
   planner devices [--json]        the devices that llama-server can use here
   planner serve                   serve a folder of models
   planner config [--json]         every setting, its value and where that came from
@@ -24,6 +25,17 @@ planner explain MODEL [flags]
 Says where llama-server would put the model on this machine, how much memory that takes on each device, and why.
 Flags are llama-server's own, so that its command line can be pasted; what is not pinned is planned.
 Exit status: 0 it fits, 3 it does not, 2 wrong usage, 65 not a model that can be read.
+"""
+
+VERIFY_USAGE: Final = """\
+planner verify MODEL [flags]
+planner verify --all FOLDER [flags]
+
+Asks the llama.cpp that would be launched what it would reserve for the planned placement, without loading anything, and
+prints both sides per device. With --all, one line per model below the folder: to be run after an upgrade of llama.cpp.
+Flags are those of `planner explain`, --json among them; a worker that does not exist, as in --device RPC0=24GiB, is
+taken by a stand-in on this machine. Equal means to the byte; a figure that is only estimated may be above llama.cpp's.
+Exit status: 0 they agree, 1 they differ or llama.cpp gave no answer, 2 wrong usage, 65 not a model that can be read.
 """
 
 _WHAT_IF: Final = """\
