@@ -66,9 +66,7 @@ def test_one_byte_is_a_difference(model: ModelFacts, build: Any) -> None:
 @pytest.mark.parametrize(
     "more_bytes, agrees", [(0, True), (-ESTIMATE_ABOVE_BYTES, True), (1, False), (-(1 << 30), False)]
 )
-def test_an_estimate_may_be_above_but_not_below_nor_far_away(
-    model: ModelFacts, more_bytes: int, *, agrees: bool
-) -> None:
+def test_an_estimate_may_be_above_but_not_below_nor_far(model: ModelFacts, more_bytes: int, *, agrees: bool) -> None:
     request = replace(PINNED, role=Role.EMBEDDING, n_ubatch=512)
     result = verified(model, told_otherwise(more_bytes), request)
     assert result.figures[2].planned.source is Source.ESTIMATED
