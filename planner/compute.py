@@ -17,6 +17,9 @@ from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machin
 _REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.ROCM})
 
 
+# A margin where operations may be computed in another order than the replayed one, and no closed form bounds it.
+_OTHER_ORDER: Final = 1.25
+
 # Kinds that choose experts in one step and keep its small operands until then; which they are is not replayed.
 _FUSING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
 _ROUTER_TENSORS: Final = 8  # logits, probabilities, their order, weights, sums: at most this many rows of all experts
@@ -43,7 +46,8 @@ def compute_buffers(
     build, for pooled embeddings, or where only a closed form bounds the graph; else unknown.
     """
     replayed = _replayed(model, params, placement, machine)
-    if replayed is not None and is_pinned(build):
+    as_replayed = {machine.device(name).kind for name in placement.devices} <= _REPLAYED_KINDS
+    if replayed is not None and as_replayed and is_pinned(build):
         if params.embeddings:
             return _buffers(_with_pooling(replayed, model, params, placement), Source.ESTIMATED)
         if any(machine.device(name).kind in _FUSING_KINDS for name in placement.devices) and model.hparams.n_expert:
@@ -55,6 +59,8 @@ def compute_buffers(
         if replayed is not None:
             sizes_bytes = tuple(max(pair) for pair in zip(sizes_bytes, replayed, strict=True))
         return _buffers(sizes_bytes, Source.ESTIMATED)
+    if replayed is not None and (as_replayed or not any(model.hparams.recr_layers)):  # scans may be cut up elsewhere
+        return _buffers(tuple(int(size * _OTHER_ORDER) for size in replayed), Source.ESTIMATED)
     reason = f"the compute graph of {model.hparams.architecture}"
     return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
 
@@ -62,10 +68,7 @@ def compute_buffers(
 def _replayed(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> tuple[int, ...] | None:
-    kinds = {machine.device(name).kind for name in placement.devices}
     if model.hparams.architecture not in SHAPES or params.split_mode not in {"layer", "none"}:
-        return None
-    if not kinds <= _REPLAYED_KINDS:
         return None
     try:
         return replay(model, params, placement, machine)

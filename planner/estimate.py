@@ -109,7 +109,8 @@ def estimate_buffers(
 ) -> BufferBytes | None:
     """Return compute buffers that err upwards, or None where the model's graph has no closed form here."""
     hparams = model.hparams
-    if hparams.architecture not in SHAPES or any(hparams.recr_layers) or not hparams.causal:
+    shape = SHAPES.get(hparams.architecture)
+    if shape is None or shape.carries_more or any(hparams.recr_layers) or not hparams.causal:
         return None
     like_cuda = [machine.device(name).kind in F16_ATTENTION_KINDS for name in placement.devices]
     settings = {params.flash_attn if fuses_attention(hparams, params, placement, like_cuda) else "off"}

@@ -25,7 +25,22 @@ VIEW_OPS: Final = frozenset({"view", "reshape", "permute", "transpose"})
 
 # Operations whose result may take its operand's memory (ggml-alloc.c, ggml_op_can_inplace), of those built here.
 INPLACE_OPS: Final = frozenset(
-    {"scale", "add", "add_id", "sub", "mul", "div", "sqr", "unary", "rope", "rms_norm", "clamp", "soft_max", "fill"}
+    {
+        "scale",
+        "add",
+        "add_id",
+        "sub",
+        "mul",
+        "div",
+        "sqr",
+        "sqrt",
+        "unary",
+        "rope",
+        "rms_norm",
+        "clamp",
+        "soft_max",
+        "fill",
+    }
 )
 
 
@@ -181,13 +196,19 @@ class Graph:
             return self.new("glu", gate.type, gate.ne, gate, up)
         return self.new("glu", gate.type, (gate.ne[0] // 2, *gate.ne[1:]), gate)
 
-    def concat(self, a: Node, b: Node) -> Node:
-        """Return two tensors joined along the first dimension."""
-        return self.new("concat", a.type, (a.ne[0] + b.ne[0], *a.ne[1:]), a, b)
+    def concat(self, a: Node, b: Node, axis: int = 0) -> Node:
+        """Return two tensors joined along a dimension."""
+        ne = [*a.ne]
+        ne[axis] += b.ne[axis]
+        return self.new("concat", a.type, shape4(ne), a, b)
 
     def sum_rows(self, a: Node) -> Node:
         """Return each row's sum."""
         return self.new("sum_rows", a.type, (1, *a.ne[1:]), a)
+
+    def mean(self, a: Node) -> Node:
+        """Return each row's mean."""
+        return self.new("mean", F32, (1, *a.ne[1:]), a)
 
     def repeat(self, a: Node, ne: Shape) -> Node:
         """Return the tensor repeated to a shape."""
@@ -222,10 +243,16 @@ class Graph:
         shape = shape4(ne)
         return self._view("reshape", a, shape, strides(a.type, shape))
 
+    def permute(self, a: Node, *axes: int) -> Node:
+        """Return the dimensions in another order: the first of ``a`` becomes that of the first number."""
+        ne, nb = [0] * 4, [0] * 4
+        for source, axis in enumerate(axes):
+            ne[axis], nb[axis] = a.ne[source], a.nb[source]
+        return self._view("permute", a, shape4(ne), shape4(nb))
+
     def permute_heads(self, a: Node) -> Node:
-        """Return dimensions 1 and 2 exchanged (``ggml_permute(0, 2, 1, 3)``)."""
-        ne, nb = a.ne, a.nb
-        return self._view("permute", a, (ne[0], ne[2], ne[1], ne[3]), (nb[0], nb[2], nb[1], nb[3]))
+        """Return dimensions 1 and 2 exchanged."""
+        return self.permute(a, 0, 2, 1, 3)
 
     def transpose(self, a: Node) -> Node:
         """Return dimensions 0 and 1 exchanged."""

@@ -9,6 +9,7 @@ from planner.graph import Graph
 from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
+from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
@@ -82,7 +83,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "bloom": Shape(norm="norm", rope=Rope.NONE, embedding_norm=True, ffn=_GELU),
     "chatglm": Shape(ffn=_FUSED_GATE),
     "codeshell": Shape(norm="norm", ffn=_GELU),
-    "cogvlm": Shape(rows=Rows.EVERY_TOKEN),
+    "cogvlm": Shape(rows=Rows.ALL),
     "cohere2": Shape(
         norm="norm",
         rope=Rope.WINDOWED,
@@ -129,6 +130,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
         capped_logits=When.ALWAYS,
     ),
     "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=_POST_NORMS, capped_logits=When.IF_SET),
+    "gemma3n": Shape(carries_more=True, embedding_scale=When.ALWAYS, capped_logits=When.ALWAYS),
+    "gemma4": Shape(carries_more=True, embedding_scale=When.ALWAYS, rows=Rows.AFTER_NORM, capped_logits=When.IF_SET),
     "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
     "gpt-oss": Shape(
@@ -152,7 +155,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         logit_scale=When.ALWAYS,
     ),
     "grovemoe": Shape(),
-    "hrm_text": Shape(),
+    "hrm_text": Shape(carries_more=True),
     "hunyuan-dense": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan-moe": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
@@ -225,7 +228,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "stablelm": Shape(norm="norm"),
     "starcoder": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
     "starcoder2": Shape(norm="norm", ffn=_GELU),
-    "talkie": Shape(query_norm=QueryNorm.AFTER_ROPE, logit_scale=When.ALWAYS),
+    "talkie": Shape(carries_more=True, query_norm=QueryNorm.AFTER_ROPE, logit_scale=When.ALWAYS),
     "xverse": Shape(),
 }
 
@@ -236,6 +239,8 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "deepseek2": LatentDecoder,
     "dream": UncachedDecoder,
     "falcon-h1": FalconH1Decoder,
+    "gemma3n": Gemma3nDecoder,
+    "gemma4": Gemma4Decoder,
     "granitehybrid": Mamba2Decoder,
     "grok": GrokDecoder,
     "grovemoe": GroveMoeDecoder,

@@ -6,7 +6,7 @@ that llama.cpp reserves memory for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -133,8 +133,11 @@ class Blocks:
         graph.expand(vectors)
         return rows
 
-    def cache_inputs(self, n_cells: int, *, latent: bool = False) -> CacheInputs:
-        """Return the inputs of a cache of that many cells per stream (``build_attn_inp_kv``, ``build_attn_inp_k``)."""
+    def cache_inputs(self, n_cells: int, *, latent: bool = False, windowed: bool | None = None) -> CacheInputs:
+        """Return the inputs of a cache of that many cells per stream (``build_attn_inp_kv``, ``build_attn_inp_k``).
+
+        ``windowed`` says which layers the cache is for where there are two, None for all.
+        """
         graph, batch, params, hparams = self.graph, self.batch, self.params, self.hparams
         v_rows = 1 if not params.v_trans else max(self.v_width(il) for il in range(hparams.n_layer_all))
         streams = params.n_stream
@@ -142,15 +145,24 @@ class Blocks:
             k_ids=graph.input(I64, batch.n_tokens),
             v_ids=None if latent else graph.input(I64, batch.n_tokens * v_rows),
             mask=graph.input(F16 if self.flash_attn else F32, n_cells, batch.n_tokens // streams, 1, streams),
-            k_rotation=None if latent else self._rotation(params.cache_type_k, hparams.head_k, grows=True),
-            v_rotation=None if latent else self._rotation(params.cache_type_v, hparams.head_v, grows=False),
+            k_rotation=None
+            if latent
+            else self._rotation(params.cache_type_k, hparams.head_k_of, windowed=windowed, grows=True),
+            v_rotation=None
+            if latent
+            else self._rotation(params.cache_type_v, hparams.head_v_of, windowed=windowed, grows=False),
             n_cells=n_cells,
         )
 
-    def _rotation(self, type_name: str, head: int, *, grows: bool) -> Node | None:
-        if not BY_NAME[type_name].quantized or head % _ROTATION:
+    def _rotation(
+        self, type_name: str, head_of: Callable[[int], int], *, windowed: bool | None, grows: bool
+    ) -> Node | None:
+        """Return the matrix that turns a quantized cache whose heads are all of one size (src/llama-kv-cache.cpp)."""
+        swa = self.hparams.swa_layers
+        heads = {head_of(il) for il in range(self.hparams.n_layer_all) if windowed is None or swa[il] is windowed}
+        if not BY_NAME[type_name].quantized or head_of(0) % _ROTATION or len(heads) != 1:
             return None
-        size = _ROTATION
+        head, size = heads.pop(), _ROTATION
         while grows and head % (2 * size) == 0:
             size *= 2
         return self.graph.input(F32, size, size)
@@ -289,6 +301,18 @@ class Blocks:
         out = self._heads(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
         return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
 
+    def borrowed_attention(self, cache: CacheInputs, q: Node, il: int, owner: int) -> Node:
+        """Return the attention of a layer that reads the cache of an earlier one (``build_attn`` without K and V)."""
+        hparams, n_head = self.hparams, self.hparams.n_head_kv[owner]
+        if cache.k_rotation:
+            q = self._rotated(q, cache.k_rotation)
+        self.graph.expand(q)
+        stored_k = self._cache(self.params.cache_type_k, self.k_width(owner), cache.n_cells, owner)
+        k = self._cells(stored_k, hparams.head_k_of(owner), n_head, cache.n_cells)
+        v = self._stored_v(cache, hparams.head_v_of(owner), n_head, owner)[1]
+        out = self._heads(cache.mask, q, k, v, il)
+        return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
+
     def latent_attention(self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int) -> Node:
         """Return latent attention (``build_attn`` over ``llm_graph_input_attn_k``): V is a window into K."""
         for node in (q, v, k):
@@ -332,28 +356,33 @@ class Blocks:
         graph = self.graph
         head, n_head, n_tokens, _ = v.ne
         width = head * n_head
-        type_ = BY_NAME[self.params.cache_type_v]
         if cache.v_ids is None:
             raise ValueError("a latent cache stores no V")
+        stored, cells = self._stored_v(cache, head, n_head, il)
         if not self.params.v_trans:
-            stored = self._cache(type_.name, width, cache.n_cells, il)
             rows = graph.view(v, (width, n_tokens), (v.nb[2],))
             graph.expand(graph.set_rows(self._merged(stored), rows, cache.v_ids))
-            return self._cells(stored, head, n_head, cache.n_cells)
-        widest = max(self.v_width(layer) for layer in range(self.hparams.n_layer_all))
-        stored = self._cache(type_.name, widest, cache.n_cells, il)
+            return cells
+        widest = stored.ne[0]
         dense = v.nb[2] == F32.block_bytes * width
         rows = graph.reshape(v, width, n_tokens) if dense else graph.cont(v, width, n_tokens)
         if width < widest:
             rows = graph.new("pad", F32, (widest, n_tokens, 1, 1), rows)
-        elements = widest * cache.n_cells * self.params.n_stream
-        column = graph.reshape(stored, 1, elements)
+        column = graph.reshape(stored, 1, widest * cache.n_cells * self.params.n_stream)
         graph.expand(graph.set_rows(column, graph.reshape(rows, 1, widest * n_tokens), cache.v_ids))
-        unit = type_.block_bytes
+        return cells
+
+    def _stored_v(self, cache: CacheInputs, head: int, n_head: int, il: int) -> tuple[Node, Node]:
+        """Return a layer's V cache, and its cells as heads; with flash attention off it lies transposed."""
+        type_ = BY_NAME[self.params.cache_type_v]
+        if not self.params.v_trans:
+            stored = self._cache(type_.name, head * n_head, cache.n_cells, il)
+            return stored, self._cells(stored, head, n_head, cache.n_cells)
+        widest = max(self.v_width(layer) for layer in range(self.hparams.n_layer_all))
+        stored = self._cache(type_.name, widest, cache.n_cells, il)
+        column = type_.block_bytes * cache.n_cells
         shape = (cache.n_cells, n_head, head, self.params.n_stream)
-        return graph.view(
-            stored, shape, (unit * cache.n_cells * head, unit * cache.n_cells, unit * cache.n_cells * widest)
-        )
+        return stored, self.graph.view(stored, shape, (column * head, column, column * widest))
 
     def _merged(self, stored: Node) -> Node:
         if self.params.n_stream == 1:

@@ -72,10 +72,13 @@ class Decoder:
 
     def caches(self) -> dict[bool, CacheInputs]:
         """Return the inputs of the full cache and, where layers are windowed, of theirs."""
-        caches = {False: self.blocks.cache_inputs(self.blocks.params.n_ctx_seq)}
-        if any(self.hparams.swa_layers):
-            caches[True] = self.blocks.cache_inputs(self.blocks.window_cells())
-        return caches
+        blocks = self.blocks
+        if not any(self.hparams.swa_layers):
+            return {False: blocks.cache_inputs(blocks.params.n_ctx_seq)}
+        return {
+            False: blocks.cache_inputs(blocks.params.n_ctx_seq, windowed=False),
+            True: blocks.cache_inputs(blocks.window_cells(), windowed=True),
+        }
 
     def logits(self, x: Node) -> Node:
         """Return the output rows' logits."""

@@ -36,7 +36,7 @@ class GroveMoeDecoder(Decoder):
         """Return the sum of both kinds of experts."""
         graph, blocks, used = self.graph, self.blocks, self.hparams.n_expert_used
         scores = router_scores(blocks, x, il)
-        n_expert, n_tokens, _, _ = scores.ne
+        n_expert = scores.ne[0]
         n_groups = n_expert // int(self.settings.number("experts_per_group"))
         large = mixed(blocks, x, il, _MOE, *self._routed(scores, used))
         weighed = self._routed(scores, min(used, n_groups), groups=n_groups != n_expert)

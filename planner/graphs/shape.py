@@ -53,7 +53,7 @@ class Rows(StrEnum):
     IN_LAST_LAYER = "after the last layer's attention"
     BEFORE_NORM = "before the output norm"
     AFTER_NORM = "after the output norm"
-    EVERY_TOKEN = "nowhere: every token yields outputs"
+    ALL = "nowhere: every token yields outputs"
 
 
 class SharedGate(StrEnum):
@@ -108,6 +108,7 @@ class Shape:
     rows: Rows = Rows.IN_LAST_LAYER
     logit_scale: When = When.NEVER
     capped_logits: When = When.NEVER
+    carries_more: bool = False  # than the residual, from layer to layer: no closed form bounds it
 
 
 class Settings:

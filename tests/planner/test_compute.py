@@ -85,8 +85,9 @@ def test_replayed_buffers_equal_what_llama_cpp_reserved(sample_model: ReadModel,
 def test_the_closed_form_is_never_below_llama_cpp(sample_model: ReadModel, name: str, case: str) -> None:
     model, params, placement, machine = sample_question(sample_model(name), name, case)
     bound = estimate_buffers(model, params, placement, machine)
-    assert (bound is None) == any(model.hparams.recr_layers)  # no closed form bounds what a recurrent layer needs
-    if bound is None:
+    if bound is None:  # nothing bounds what recurrent layers need, what goes around layers, or what has no cache
+        hparams = model.hparams
+        assert any(hparams.recr_layers) or SHAPES[hparams.architecture].carries_more or not hparams.causal
         return
     estimated = dict(zip((*placement.devices, str(HOST)), (*bound.devices, bound.host), strict=True))
     reserved = RESERVED[name][case]
