@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner import ggml
+from planner import ggml, overrides
 from planner.architectures import ARCHITECTURES
 from planner.errors import InvalidRequest
 from planner.types import DeviceKind, FlashAttention, LoadMode, Role, SplitMode
@@ -24,11 +24,6 @@ CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
 MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
-
-# common/common.h, llm_ffn_exps_block_regex and its neighbours
-_EXPERTS: Final = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-_FFN: Final = r"\.ffn_(up|down|gate)\."
-_HOST_BUFFER: Final = "CPU"
 
 # Flags whose bytes have no rule here, and what they touch.
 _WITHOUT_RULE: Final = (
@@ -233,17 +228,16 @@ def _flash_attn(model: ModelFacts, request: PlanRequest) -> FlashAttention:
 
 def _overrides(request: PlanRequest, n_layer_all: int) -> tuple[tuple[str, str], ...]:
     """Return all pairs of pattern and buffer type, the user's own first; none for layers that are not there."""
-    pairs = list(request.override_tensor or ())
-    if request.cpu_moe:
-        pairs.append((_EXPERTS, _HOST_BUFFER))
-    pairs += [(rf"blk\.{layer}{_EXPERTS}", _HOST_BUFFER) for layer in range(min(request.n_cpu_moe or 0, n_layer_all))]
-    pairs += [(rf"blk\.{layer}{_FFN}", _HOST_BUFFER) for layer in range(min(request.n_cpu_ffn or 0, n_layer_all))]
+    to_cpu = overrides.to_cpu(
+        cpu_moe=request.cpu_moe, n_cpu_moe=request.n_cpu_moe, n_cpu_ffn=request.n_cpu_ffn, n_layer=n_layer_all
+    )
+    pairs = (*(request.override_tensor or ()), *to_cpu)
     for pattern, _ in pairs:
         try:
             re.compile(pattern)
         except re.error as error:
             raise InvalidRequest(f"--override-tensor: {pattern!r} is not a regular expression ({error})") from error
-    return tuple(pairs)
+    return pairs
 
 
 def _bounded(flag: str, value: int | None, default: int, low: int, high: int) -> int:

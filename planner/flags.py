@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Final
 
+from planner import overrides
 from planner.errors import InvalidRequest
 from planner.llama_flags import PASSED_ON, REFUSED, UNCOUNTED
 from planner.types import PlanRequest, Role
@@ -266,9 +267,18 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def put(self, flag: Flag, value: Any) -> None:
+        if flag.dest == "override_tensor":
+            value = self._in_order(value)
         if flag.gathers:
             value = (*self.values.get(flag.dest, ()), *value)
         self.values[flag.dest] = value
+
+    def _in_order(self, patterns: Sequence[overrides.Override]) -> tuple[overrides.Override, ...]:
+        """Return these patterns after those that ``-cmoe`` and its like have made so far: the first match wins."""
+        get = self.values.get
+        to_cpu = overrides.to_cpu(cpu_moe=get("cpu_moe"), n_cpu_moe=get("n_cpu_moe"), n_cpu_ffn=get("n_cpu_ffn"))
+        there = self.values.get("override_tensor", ())
+        return overrides.ahead([pair for pair in to_cpu if pair not in there], patterns)
 
 
 def parse(words: Sequence[str]) -> CommandLine:

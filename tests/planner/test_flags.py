@@ -150,3 +150,22 @@ def test_what_is_wrong_is_said_in_one_line(words: str, line: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         flags.parse(words.split())
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "words, places",
+    [
+        ("-ot a=RPC0 -cmoe", ["a"]),
+        ("-cmoe -ot a=RPC0", ["exps", "a"]),
+        ("-ot a=RPC0 -ncmoe 2 -ncffn 1 -ot b=RPC1", ["a", "exps", "ffn_", "b"]),
+        ("-cmoe -ot a=RPC0 -ot b=RPC1", ["exps", "a", "b"]),
+        ("-cmoe -ot a=CPU", ["a"]),
+    ],
+)
+def test_overrides_keep_the_order_of_the_line(words: str, places: list[str]) -> None:
+    """In llama.cpp the first pattern that matches wins, so what is sent to the CPU before stays there."""
+    request = flags.parse(words.split()).request
+    patterns = [pattern for pattern, _ in request.override_tensor or ()]
+    assert len(patterns) == len(places)
+    assert all(place in pattern for place, pattern in zip(places, patterns, strict=True))
+    assert flags.parse(flags.write(request)).request.override_tensor == request.override_tensor
