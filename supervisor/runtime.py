@@ -81,6 +81,7 @@ class Supervisor:
         self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
         self._counters: Mapping[str, ModelCounters] = MappingProxyType({})
         self._started_at = time.time()
+        self._clock = views.Clock()
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Serve until ``shut_down`` was called and every child is gone. Cancelled, it takes its children with it."""
@@ -105,8 +106,8 @@ class Supervisor:
 
     def snapshot(self) -> Snapshot:
         """Return the state of everything, at once."""
-        now, pool, inventory = anyio.current_time(), self._pool, self._inventory
-        clock = views.Clock(now)
+        now, pool, inventory, clock = anyio.current_time(), self._pool, self._inventory, self._clock
+        clock.follow(now)
         return Snapshot(
             version=self._options.version,
             started_at=self._started_at,

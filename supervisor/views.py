@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import assert_never
+from typing import Final, assert_never
 
 from planner.types import HOST
 from supervisor.api import DeviceUse, FailureView, ModelCounters, ModelView, RunnerView
@@ -16,12 +16,24 @@ from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import LoadPlan
 
+# The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
+CLOCK_STEP_S: Final = 0.1
+
 
 class Clock:
-    """Turns the core's monotonic times into seconds since the epoch."""
+    """Turns the core's monotonic times into seconds since the epoch.
 
-    def __init__(self, now: float) -> None:
-        self._offset = time.time() - now
+    A moment has the same time in every snapshot, as long as nobody sets the system's clock.
+    """
+
+    def __init__(self) -> None:
+        self._offset = 0.0
+
+    def follow(self, now: float) -> None:
+        """Take over the system's clock where it has gone another way."""
+        offset = time.time() - now
+        if abs(offset - self._offset) > CLOCK_STEP_S:
+            self._offset = offset
 
     def at(self, moment: float) -> float:
         """Return a moment since the epoch."""
