@@ -69,8 +69,10 @@ class Inventory:
         """Look again for what is missing, for as long as the service runs."""
         while True:
             await anyio.sleep(LOOK_AGAIN_S)
-            if self._problems:
+            if LLAMA_SERVER in self._problems:
                 await self.look_around()
+            elif self._problems:
+                await self.scan()
 
     async def scan(self) -> None:
         """Read the models folder, unless that was done just now."""
@@ -134,6 +136,7 @@ class Inventory:
             entry.mmproj,
             command.held,
             command.promised,
+            command.gone,
             known=self.machine,
             assume_empty=command.assume_empty,
         )

@@ -51,6 +51,7 @@ class MakePlan:
     mmproj: str | None
     held: Mapping[str, int]
     promised: Mapping[str, int]
+    gone: Mapping[str, int]
     known: Machine | None
     assume_empty: bool
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,6 +37,7 @@ from planner.types import (
     Refused,
 )
 from supervisor.catalogue import scan
+from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.planning_messages import (
     Answer,
@@ -51,17 +53,20 @@ from supervisor.planning_messages import (
 )
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
+SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond
 
 
 class Worker:
     """Answers questions, with what it remembers of files and of the machine."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(self, environ: Mapping[str, str], *, settle_within_s: float = SETTLE_WITHIN_S) -> None:
         self._environ = environ
+        self._settle_within_s = settle_within_s
         self._settings = light.read(environ).settings
         self._headers: dict[tuple[str, int, int], ModelFacts] = {}
         self._detected: Detected | None = None
         self._stamp: tuple[int, int] | None = None  # of its llama-server
+        self._reading: Reading | None = None  # at the last plan
 
     def answer(self, question: Question) -> Answer:
         """Return the answer to this question."""
@@ -113,8 +118,20 @@ class Worker:
         )
         if self._detected is None and question.known is not None:
             self._detected = replace(self._detect(leased), machine=question.known)
-        detected = self._detect(leased)
+        detected = self._detect_settled(question, leased)
         return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
+
+    def _detect_settled(self, question: MakePlan, leased: frozenset[str]) -> Detected:
+        """Return the machine once its drivers show that the runners which have just gone are gone."""
+        give_up_at = time.monotonic() + self._settle_within_s
+        while True:
+            detected = self._detect(leased)
+            now = _reading(detected.machine, question)
+            lagging = unsettled(self._reading, now, question.gone) if self._reading is not None else ()
+            if not lagging or time.monotonic() > give_up_at:
+                self._reading = now
+                return detected
+            time.sleep(SETTLE_POLL_S)
 
     def _search(
         self, question: MakePlan, detected: Detected, leased: frozenset[str]
@@ -139,6 +156,17 @@ class Worker:
                 return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
                 return PlanProblem(explain.headline(outcome))
+
+
+def _reading(machine: Machine, question: MakePlan) -> Reading:
+    """Return what the drivers of this machine say now: those of remote devices and the host do not lag."""
+    free_bytes = {
+        str(device.name): device.free_bytes
+        for device in machine.devices
+        if device.free_bytes is not None and device.kind is not DeviceKind.RPC and device.pool != machine.host.pool
+    }
+    held = {name: held_bytes - question.promised.get(name, 0) for name, held_bytes in question.held.items()}
+    return Reading(free_bytes, held)
 
 
 def _surroundings(detected: Detected) -> Surroundings:

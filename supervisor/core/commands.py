@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from supervisor.core.types import Failure, LoadPlan, ModelId, Refusal, RunnerId, TicketId
 
@@ -13,6 +14,7 @@ class PlanModel:
     """Plan this model on a fresh snapshot of the machine; ends in ``Planned``.
 
     ``held`` is what our runners hold on each device, ``promised`` the part of it that the driver need not show yet.
+    ``gone`` is what runners held that have just gone: a driver may still show it as used.
     ``assume_empty`` asks for the plan as if none of our runners were there.
     """
 
@@ -20,6 +22,7 @@ class PlanModel:
     revision: int
     held: Mapping[str, int]
     promised: Mapping[str, int]
+    gone: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     assume_empty: bool = False
 
 

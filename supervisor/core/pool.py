@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 
-from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
+from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner
+from supervisor.core.settling import SETTLE_WITHIN_S
 from supervisor.core.types import Limits, LoadPlan, ModelId, RunnerId, Ticket, TicketId
 
 
@@ -39,6 +40,14 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """A child that is gone, and what it held."""
+
+    at: float
+    held_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Pool:
     """Every runner, the queue, and the one load in progress.
 
@@ -49,6 +58,7 @@ class Pool:
     runners: Mapping[ModelId, Runner] = field(default_factory=lambda: MappingProxyType({}))
     waiting: tuple[Ticket, ...] = ()
     load: Load | None = None
+    gone: tuple[Gone, ...] = ()  # of late
     revision: int = 0
     draining: bool = False
 
@@ -74,13 +84,20 @@ class Pool:
 
     def held_bytes(self) -> dict[str, int]:
         """Return what our runners hold on each device."""
-        return _sum_by_device(self.runners.values())
+        return _sum_by_device(one.held_bytes() for one in self.runners.values())
 
     def promised_bytes(self) -> dict[str, int]:
         """Return the part of it that belongs to runners which have not finished loading."""
-        return _sum_by_device(
-            one for one in self.runners.values() if one.state in {RunnerState.STARTING, RunnerState.LOADING}
-        )
+        return _sum_by_device(one.held_bytes() for one in self.runners.values() if one.state in IS_LOADING)
+
+    def with_gone(self, runner: Runner, now: float) -> Pool:
+        """Return the pool that remembers what this runner held, whose child has just gone."""
+        recent = tuple(one for one in self.gone if one.at > now - SETTLE_WITHIN_S)
+        return replace(self, gone=(*recent, Gone(now, runner.held_bytes())))
+
+    def gone_bytes(self, now: float) -> dict[str, int]:
+        """Return what was held on each device by children that have just gone."""
+        return _sum_by_device(one.held_bytes for one in self.gone if one.at > now - SETTLE_WITHIN_S)
 
     def deadlines(self) -> Iterator[float]:
         """Yield the moments at which something has to be decided without anybody asking."""
@@ -99,8 +116,8 @@ class Pool:
         return any(one.state in HAS_CHILD for one in self.runners.values())
 
 
-def _sum_by_device(runners: Iterable[Runner]) -> dict[str, int]:
+def _sum_by_device(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for runner in runners:
-        total.update(runner.held_bytes())
+    for part in parts:
+        total.update(part)
     return dict(total)

@@ -126,12 +126,15 @@ def _runner_step(pool: Pool, event: RunnerEvent, now: float) -> Outcome:
     before = pool.runner(event.model)
     after, commands = runner_table.step(before, event, now, pool.limits)
     pool = pool.with_runner(after)
+    child_gone = before.state in HAS_CHILD and after.state not in HAS_CHILD
+    if child_gone:
+        pool = pool.with_gone(before, now)
     load = pool.load
     if load is not None and load.phase is LoadPhase.LAUNCHING:
         if load.model == after.model and after.state not in IS_LOADING:
             pool = replace(pool, load=None)
-    elif load is not None and before.state in HAS_CHILD and after.state not in HAS_CHILD:
-        pool, more = _ask_plan(pool, load)
+    elif load is not None and child_gone:
+        pool, more = _ask_plan(pool, load, now)
         commands += more
     load_failed = before.state in IS_LOADING and after.state not in {*IS_LOADING, RunnerState.READY}
     if load_failed or after.state is RunnerState.FAILED:
@@ -158,15 +161,22 @@ def _begin_load(pool: Pool, now: float) -> Outcome:
     missed = [runner.model for runner in pool.runners.values() if runner.wanted_back]
     for model in (*asked_for, *missed):
         if pool.runner(model).state is RunnerState.STOPPED:
-            return _ask_plan(pool, Load(model, LoadPhase.PLANNING, 0, now))
+            return _ask_plan(pool, Load(model, LoadPhase.PLANNING, 0, now), now)
     return pool, ()
 
 
-def _ask_plan(pool: Pool, load: Load, *, alone: bool = False) -> Outcome:
+def _ask_plan(pool: Pool, load: Load, now: float, *, alone: bool = False) -> Outcome:
     revision = pool.revision + 1
     phase = LoadPhase.PLANNING_ALONE if alone else LoadPhase.PLANNING
     load = replace(load, phase=phase, revision=revision, deadline=None)
-    question = PlanModel(load.model, revision, pool.held_bytes(), pool.promised_bytes(), assume_empty=alone)
+    question = PlanModel(
+        load.model,
+        revision,
+        held=pool.held_bytes(),
+        promised=pool.promised_bytes(),
+        gone=pool.gone_bytes(now),
+        assume_empty=alone,
+    )
     return replace(pool, revision=revision, load=load), (question,)
 
 
@@ -193,7 +203,7 @@ def _weigh(pool: Pool, load: Load, plan: LoadPlan | None, no_fit: DoesNotFit | N
         load = replace(load, best_layers=NOWHERE if plan is None else plan.layers_on_devices)
         plan = load.beside
     elif others and (plan is None or not plan.is_best_possible) and load.best_layers is None:
-        return _ask_plan(pool, replace(load, beside=_usable_beside(plan)), alone=True)
+        return _ask_plan(pool, replace(load, beside=_usable_beside(plan)), now, alone=True)
     elif others:
         plan = _usable_beside(plan)
     here = NOWHERE if plan is None else plan.layers_on_devices

@@ -27,6 +27,7 @@ from supervisor.core.events import (
 from supervisor.core.invariants import violations
 from supervisor.core.pool import Pool
 from supervisor.core.runner import RunnerState
+from supervisor.core.settling import SETTLE_WITHIN_S
 from supervisor.core.types import DoesNotFit, Limits, LoadPlan, ModelId, PlanProblem, RefusalKind, TicketId
 
 T = TypeVar("T")
@@ -360,3 +361,18 @@ def test_shutting_down_refuses_drains_and_hurries_when_asked_twice() -> None:
     assert bench.one(StopProcess).model == A
     bench.exit(A)
     assert not bench.pool.has_children
+
+
+def test_a_plan_made_just_after_a_runner_s_exit_is_told_what_it_held() -> None:
+    """A driver may still show it; later on nobody waits for that any more."""
+    bench = Bench(replace(LIMITS, keep_alive_s=0.0))
+    bench.bring_up(A, make_plan(size_bytes=10))
+    bench.finish(A)
+    bench.exit(A)
+    bench.arrive(B)
+    question = bench.one(PlanModel)
+    assert (question.held, question.gone) == ({}, {"CUDA0": 10, "Host": 0})
+    bench.answer(PlanProblem("no"))
+    bench.now += SETTLE_WITHIN_S
+    bench.arrive(B)
+    assert bench.one(PlanModel).gone == {}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import anyio
 import psutil
 import pytest
 
+from gpu import whatif
+from gpu.llama import Search
 from planner.types import Role
+from planner.units import GIB, MIB
+from supervisor import planning_worker
 from supervisor.api import PlannerFailed
 from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import ScanModels
+from supervisor.planning_messages import MakePlan, PlanAnswer, ScanModels
 from supervisor.runtime import Supervisor
-
-pytestmark = pytest.mark.anyio
 
 Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
 
@@ -39,6 +43,7 @@ async def killed_in_the_middle(asking: Callable[[], Awaitable[object]]) -> None:
     assert not held_up.is_running(), "it is reaped"
 
 
+@pytest.mark.anyio
 async def test_a_worker_that_is_killed_gives_one_clear_error_and_is_replaced(tmp_path: Path) -> None:
     async with PlanningProcess({}) as planning:
 
@@ -54,6 +59,7 @@ async def test_a_worker_that_is_killed_gives_one_clear_error_and_is_replaced(tmp
     assert not psutil.Process().children(), "none is left behind"
 
 
+@pytest.mark.anyio
 async def test_a_worker_that_hangs_is_given_up_and_replaced(tmp_path: Path) -> None:
     async with PlanningProcess({}, answer_within_s=5.0) as planning:
         await planning.ask(ScanModels(tmp_path))
@@ -65,6 +71,7 @@ async def test_a_worker_that_hangs_is_given_up_and_replaced(tmp_path: Path) -> N
         assert await planning.ask(ScanModels(tmp_path)) == ()
 
 
+@pytest.mark.anyio
 async def test_a_question_that_is_given_up_does_not_spoil_the_next_answer(tmp_path: Path) -> None:
     (tmp_path / "noise.gguf").write_bytes(b"noise")
     async with PlanningProcess({}) as planning:
@@ -80,6 +87,7 @@ async def test_a_question_that_is_given_up_does_not_spoil_the_next_answer(tmp_pa
 
 
 @pytest.mark.llama
+@pytest.mark.anyio
 async def test_a_request_whose_planner_is_killed_fails_and_the_next_one_is_served(
     supervising: Supervising, models: Callable[..., Path], chat_model: Path
 ) -> None:
@@ -93,3 +101,27 @@ async def test_a_request_whose_planner_is_killed_fails_and_the_next_one_is_serve
         await killed_in_the_middle(request)
         async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
             assert lease.model == "tiny-chat"
+
+
+@pytest.mark.parametrize("readings_mib, believed_mib", [((50, 50, 55, 88), 88), ((50,), 50)])
+def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_ever(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch, readings_mib: tuple[int, ...], believed_mib: int
+) -> None:
+    """A driver that keeps the bytes holds up one plan, within its bound."""
+    readings = chain(readings_mib, repeat(readings_mib[-1]))
+
+    def detect(*_: object, **__: object) -> SimpleNamespace:
+        machine = whatif.machine([f"CUDA0={next(readings)}MiB"], host_memory_bytes=8 * GIB)
+        return SimpleNamespace(machine=machine, llama=Search(None, ()))
+
+    monkeypatch.setattr(planning_worker, "detect", detect)
+    worker = planning_worker.Worker({}, settle_within_s=0.3)
+
+    def free_mib(held: dict[str, int], gone: dict[str, int]) -> int:
+        answer = worker.answer(MakePlan(str(chat_model), Role.CHAT, None, held, {}, gone, None, assume_empty=False))
+        assert isinstance(answer, PlanAnswer)
+        return (answer.surroundings.machine.devices[0].free_bytes or 0) // MIB
+
+    runner = {"CUDA0": 40 * MIB}
+    assert free_mib(held=runner, gone={}) == 50
+    assert free_mib(held={}, gone=runner) == believed_mib
