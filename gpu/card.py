@@ -84,11 +84,15 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one library found, in its own order, what went wrong, and where was looked."""
+    """What one library found, in its own order, what went wrong, and where was looked.
+
+    ``installed``: whether the vendor's driver is there at all.
+    """
 
     cards: tuple[Card, ...] = ()
     faults: tuple[Fault, ...] = ()
     looked_for: tuple[str, ...] = ()
+    installed: bool = True
 
     @property
     def warnings(self) -> tuple[str, ...]:

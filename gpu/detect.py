@@ -251,7 +251,7 @@ def _why_unlisted(card: Card, server: Server | None) -> str:
         return f"no llama-server found; build one with: {build}"
     path = server.build.path
     if card.part_of is not None and card.vendor is Vendor.NVIDIA and backend in server.build.backends:
-        return f"CUDA shows a process one MIG instance: CUDA_VISIBLE_DEVICES={card.uuid} chooses this one instead"
+        return f"CUDA shows a process one MIG instance; choose this one instead with CUDA_VISIBLE_DEVICES={card.uuid}"
     if backend in server.build.backends:
         hidden = "CUDA_VISIBLE_DEVICES" if card.vendor is Vendor.NVIDIA else "ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES"
         return f"{path} does not list it; check {hidden} and run: {path} --list-devices"

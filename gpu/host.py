@@ -59,8 +59,8 @@ class HostMemory:
         return MemoryPool(HOST_POOL, self.total_bytes, self.available_bytes)
 
 
-def read(root: Path = Path("/")) -> HostMemory:
-    """Return the host's memory as a process in our control group can have it. ``root`` is for tests."""
+def read(root: Path = Path("/"), *, process: str = "self") -> HostMemory:
+    """Return the host's memory as a process in the control group of ``process`` can have it. ``root`` is for tests."""
     import psutil  # noqa: PLC0415 - 15 ms, paid where memory is really read
 
     # psutil's own way to read another tree.
@@ -73,7 +73,7 @@ def read(root: Path = Path("/")) -> HostMemory:
     finally:
         psutil.PROCFS_PATH = before
     total, available, limited_by = memory.total, memory.available, None
-    for folder, is_v2 in _levels(root):
+    for folder, is_v2 in _levels(root, process):
         level = _level(folder, is_v2=is_v2)
         if level is None:
             continue
@@ -88,7 +88,7 @@ def read(root: Path = Path("/")) -> HostMemory:
         limited_by,
         swap_total_bytes=meminfo.get("SwapTotal"),
         swap_free_bytes=meminfo.get("SwapFree"),
-        memlock_bytes=_memlock(root),
+        memlock_bytes=limit_of(process, "Max locked memory", root),
         numa_free_bytes=_numa_free(root),
         has_hugepages=meminfo.get("HugePages_Total", 0) > 0,
     )
@@ -112,10 +112,13 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {name: int(value) * (KIB if unit else 1) for name, value, unit in rows}
 
 
-def _memlock(root: Path) -> int | None:
-    """Return how much this process, and so a runner, may lock into memory; None: as much as there is."""
-    limits = "\n".join(_lines(root / "proc/self/limits"))
-    found = re.search(r"^Max locked memory\s+(\d+)\s", limits, re.MULTILINE)
+def limit_of(process: str, name: str, root: Path = Path("/")) -> int | None:
+    """Return a process's soft limit by the kernel's name for it (/proc/PID/limits); None: unlimited, or not to be seen.
+
+    What this process may lock or open, a runner that it starts may.
+    """
+    limits = "\n".join(_lines(root / "proc" / process / "limits"))
+    found = re.search(rf"^{name}\s+(\d+)\s", limits, re.MULTILINE)
     return int(found.group(1)) if found else None
 
 
@@ -134,11 +137,11 @@ def process_name(pid: int, root: Path = Path("/")) -> str | None:
     return next(iter(_lines(root / "proc" / str(pid) / "comm")), None)
 
 
-def _levels(root: Path) -> list[tuple[Path, bool]]:
+def _levels(root: Path, process: str) -> list[tuple[Path, bool]]:
     """Return the folders of our memory control group and of all groups above it, and whether each is version 2."""
     levels: list[tuple[Path, bool]] = []
-    for mount, mount_root, is_v2 in _mounts(root):
-        path = _own_path(root, is_v2=is_v2)
+    for mount, mount_root, is_v2 in _mounts(root, process):
+        path = _own_path(root, process, is_v2=is_v2)
         if path is None:
             continue
         # Inside a container the mount may show only a part of the hierarchy; what lies above it cannot be read.
@@ -153,10 +156,10 @@ def _levels(root: Path) -> list[tuple[Path, bool]]:
     return levels
 
 
-def _mounts(root: Path) -> list[tuple[str, str, bool]]:
+def _mounts(root: Path, process: str) -> list[tuple[str, str, bool]]:
     """Return (mount point, its root in the hierarchy, version 2) of every hierarchy that may govern memory."""
     found = []
-    for line in _lines(root / "proc/self/mountinfo"):
+    for line in _lines(root / "proc" / process / "mountinfo"):
         fields, _, rest = line.partition(" - ")
         parts, kinds = fields.split(), rest.split()
         if len(parts) < 5 or len(kinds) < 3 or kinds[0] not in _SYSFS_CGROUP_TYPES:  # noqa: PLR2004 - proc(5)
@@ -167,8 +170,8 @@ def _mounts(root: Path) -> list[tuple[str, str, bool]]:
     return found
 
 
-def _own_path(root: Path, *, is_v2: bool) -> str | None:
-    for line in _lines(root / "proc/self/cgroup"):
+def _own_path(root: Path, process: str, *, is_v2: bool) -> str | None:
+    for line in _lines(root / "proc" / process / "cgroup"):
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if (number == "0" and not controllers) if is_v2 else ("memory" in controllers.split(",")):

@@ -64,7 +64,7 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
     try:
         ctypes.CDLL(LIBRARY)  # a millisecond; importing pynvml costs 25
     except OSError:
-        return Probe(looked_for=(f"{_LOOKED_FOR[0]} (not installed)",))
+        return Probe(looked_for=(f"{_LOOKED_FOR[0]} (not installed)",), installed=False)
     with warnings.catch_warnings():
         # Where the deprecated pynvml distribution is installed too, its import hook warns.
         warnings.simplefilter("ignore", FutureWarning)

@@ -38,7 +38,7 @@ def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
     try:
         numbers = sorted(int(entry.name) for entry in nodes.iterdir() if entry.name.isdigit())[:MAX_NODES]
     except OSError:
-        return Probe(looked_for=(f"{_LOOKED_FOR} (not there)",))
+        return Probe(looked_for=(f"{_LOOKED_FOR} (not there)",), installed=False)
     cards: list[Card] = []
     faults: list[Fault] = []
     for number in numbers:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FITS: Final = 0
 DIFFERS: Final = 1
+SOMETHING_IS_WRONG: Final = 1
 DOES_NOT_FIT: Final = 3
 WRONG_USAGE: Final = 2
 INTERRUPTED: Final = 130  # 128 + SIGINT
@@ -50,6 +51,7 @@ def _dispatch(words: Sequence[str]) -> int:
         "explain": _explain,
         "verify": _verify,
         "devices": _devices,
+        "doctor": _doctor,
         "serve": _serve,
         "config": _config,
         "--version": _version,
@@ -281,6 +283,21 @@ def _devices(words: Sequence[str]) -> int:
     else:
         _print(show.as_text(machine) + "\n")
     return FITS
+
+
+def _doctor(words: Sequence[str]) -> int:
+    as_json = _only_json("doctor", words)
+    from gpu import doctor, facts
+
+    settings, _ = _settings()
+    findings = doctor.examine(facts.gather(_detect(settings), os.environ))
+    if as_json:
+        import json
+
+        _print(json.dumps(doctor.as_json(findings), indent=2) + "\n")
+    else:
+        _print(doctor.as_text(findings) + "\n")
+    return FITS if doctor.is_healthy(findings) else SOMETHING_IS_WRONG
 
 
 def _config(words: Sequence[str]) -> int:

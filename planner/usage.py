@@ -12,6 +12,7 @@ planner plans which layer of a GGUF model goes on which GPU, starts llama-server
   planner explain MODEL [flags]   what fits where, and why; starts nothing
   planner verify MODEL [flags]    the same plan beside what llama.cpp itself says, byte by byte
   planner devices [--json]        the devices that llama-server can use here
+  planner doctor [--json]         what is wrong with this machine, and what mends it
   planner serve                   serve a folder of models
   planner config [--json]         every setting, its value and where that came from
   planner --version               which planner, and which llama.cpp
