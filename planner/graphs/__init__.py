@@ -13,6 +13,7 @@ from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
+from planner.graphs.sparse import SparseDecoder
 from planner.graphs.state_space import (
     FalconH1Decoder,
     Mamba2Decoder,
@@ -110,6 +111,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "deci": Shape(rope_factors=True),
     "deepseek": Shape(rope_factors=True, moe=Moe(normalizes=False, scales=None)),
     "deepseek2": Shape(moe=_HEADER_MOE),
+    "deepseek32": Shape(moe=_HEADER_MOE, carries_more=True),
     "dots1": Shape(moe=_HEADER_MOE),
     "dream": Shape(),
     "ernie4_5": Shape(),
@@ -132,6 +134,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=_POST_NORMS, capped_logits=When.IF_SET),
     "gemma3n": Shape(carries_more=True, embedding_scale=When.ALWAYS, capped_logits=When.ALWAYS),
     "gemma4": Shape(carries_more=True, embedding_scale=When.ALWAYS, rows=Rows.AFTER_NORM, capped_logits=When.IF_SET),
+    "glm-dsa": Shape(moe=_HEADER_MOE, carries_more=True),
     "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
     "gpt-oss": Shape(
@@ -237,10 +240,12 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "arctic": ArcticDecoder,
     "cohere2moe": Cohere2MoeDecoder,
     "deepseek2": LatentDecoder,
+    "deepseek32": SparseDecoder,
     "dream": UncachedDecoder,
     "falcon-h1": FalconH1Decoder,
     "gemma3n": Gemma3nDecoder,
     "gemma4": Gemma4Decoder,
+    "glm-dsa": SparseDecoder,
     "granitehybrid": Mamba2Decoder,
     "grok": GrokDecoder,
     "grovemoe": GroveMoeDecoder,

@@ -296,7 +296,7 @@ class Blocks:
             v = self._rotated(v, cache.v_rotation)
         for node in (q, k, v) if any(self.hparams.swa_layers) else (q, v, k):
             graph.expand(node)
-        stored_k = self._store_k(cache, k, il)
+        stored_k = self.store_k(cache, k, il)
         stored_v = self._store_v(cache, v, il)
         out = self._heads(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
         return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
@@ -313,13 +313,18 @@ class Blocks:
         out = self._heads(cache.mask, q, k, v, il)
         return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
 
-    def latent_attention(self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int) -> Node:
-        """Return latent attention (``build_attn`` over ``llm_graph_input_attn_k``): V is a window into K."""
+    def latent_attention(
+        self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int, mask: Node | None = None
+    ) -> Node:
+        """Return latent attention (``build_attn`` over ``llm_graph_input_attn_k``): V is a window into K.
+
+        ``mask`` is what hides cells, where it is not the cache's own.
+        """
         for node in (q, v, k):
             self.graph.expand(node)
-        stored = self._store_k(cache, k, il)
+        stored = self.store_k(cache, k, il)
         seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
-        return self._heads(cache.mask, q, stored, seen, il, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
+        return self._heads(mask or cache.mask, q, stored, seen, il, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
 
     def batch_mask(self) -> Node:
         """Return the mask over the batch's own tokens (``build_attn_inp_no_cache``)."""
@@ -343,7 +348,8 @@ class Blocks:
         node.home = self.places.caches[il]
         return node
 
-    def _store_k(self, cache: CacheInputs, k: Node, il: int) -> Node:
+    def store_k(self, cache: CacheInputs, k: Node, il: int) -> Node:
+        """Write keys into a layer's cache, and return its cells as heads (``cpy_k``, ``get_k``)."""
         graph = self.graph
         head, n_head, n_tokens, _ = k.ne
         width = head * n_head

@@ -19,7 +19,7 @@ class LatentDecoder(Decoder):
         graph, blocks, positions = self.graph, self.blocks, self.needed_positions()
         prefix, n_head, n_tokens = f"blk.{il}.attn_", self.hparams.n_head[il], x.ne[1]
         rope = int(self.settings.number("rope.dimension_count"))
-        q = self._query(x, il)
+        q = self.query(x, il)
         head = q.ne[0] // n_head
         q = graph.reshape(q, head, n_head, n_tokens)
         both = graph.mul_mat(blocks.needed(f"{prefix}kv_a_mqa.weight"), x)
@@ -32,16 +32,24 @@ class LatentDecoder(Decoder):
         query = self.tempered(graph.concat(graph.permute_heads(absorbed), q_rope), il)
         value = graph.reshape(compressed, latent, 1, n_tokens)
         key = graph.concat(value, k_rope)
-        out = blocks.latent_attention(self.cache(il), query, key, value, il)
+        out = self.attended(query, key, value, il)
         return blocks.project(out, f"{prefix}output")
 
-    def _query(self, x: Node, il: int) -> Node:
+    def attended(self, query: Node, key: Node, value: Node, il: int) -> Node:
+        """Return what the heads see of the cache."""
+        return self.blocks.latent_attention(self.cache(il), query, key, value, il)
+
+    def query(self, x: Node, il: int) -> Node:
+        """Return the query, by way of a low rank where the file has one."""
         blocks, prefix = self.blocks, f"blk.{il}.attn_"
         if blocks.weight(f"{prefix}q.weight"):
             return self.graph.mul_mat(blocks.needed(f"{prefix}q.weight"), x)
-        low_rank = self.graph.mul_mat(blocks.needed(f"{prefix}q_a.weight"), x)
-        low_rank = blocks.norm(low_rank, f"{prefix}q_a_norm", il)
-        return self.graph.mul_mat(blocks.needed(f"{prefix}q_b.weight"), low_rank)
+        return self.graph.mul_mat(blocks.needed(f"{prefix}q_b.weight"), self.low_rank_query(x, il))
+
+    def low_rank_query(self, x: Node, il: int) -> Node:
+        """Return the query's compressed form, normalized."""
+        blocks, prefix = self.blocks, f"blk.{il}.attn_q_a"
+        return blocks.norm(self.graph.mul_mat(blocks.needed(f"{prefix}.weight"), x), f"{prefix}_norm", il)
 
 
 class ExpandedLatentDecoder(LatentDecoder):
@@ -57,7 +65,7 @@ class ExpandedLatentDecoder(LatentDecoder):
         prefix, n_head, n_tokens = f"blk.{il}.attn_", hparams.n_head[il], x.ne[1]
         rope, factors = int(self.settings.number("rope.dimension_count")), blocks.rope_factors(il)
         latent = int(self.settings.number("attention.kv_lora_rank"))
-        q = graph.reshape(self._query(x, il), hparams.head_k, n_head, n_tokens)
+        q = graph.reshape(self.query(x, il), hparams.head_k, n_head, n_tokens)
         both = graph.mul_mat(blocks.needed(f"{prefix}kv_a_mqa.weight"), x)
         compressed = blocks.norm(graph.view(both, (latent, n_tokens), (both.nb[1],)), f"{prefix}kv_a_norm", il)
         k_rope = graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1]))
