@@ -217,7 +217,7 @@ class Finder:
         if self.oracle is not None and (ledger.unknown or (confirm and ledger.estimated)):
             answer = self.oracle(self.model, params, placement, self.machine)
             ledger = ledger if answer is None else _filled(ledger, answer)
-        beside = companions.charges(self.model, params, placement, self.machine, self.build)
+        beside = companions.charges(self.model, request, params, placement, self.machine, self.build)
         ledger = charged(ledger, placement, beside)
         rows = budget.usages(self.machine, placement, ledger, self.limits)
         short = budget.shortfalls(self.machine, rows, ledger, self.limits)

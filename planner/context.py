@@ -29,7 +29,6 @@ MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 _WITHOUT_RULE: Final = (
     ("model_draft", "a draft model (--model-draft)"),
     ("spec_type", "speculative decoding (--spec-type)"),
-    ("mmproj", "a projector (--mmproj)"),
     ("override_kv", "overridden metadata (--override-kv)"),
 )
 
@@ -130,6 +129,8 @@ def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
     missing = [text for name, text in _WITHOUT_RULE if getattr(request, name)]
     if len(request.lora or ()) != len(model.adapters):
         missing.append("LoRA adapters that were not read (--lora)")
+    if request.mmproj and model.projector is None:
+        missing.append("a projector that was not read (--mmproj)")
     return tuple(missing)
 
 

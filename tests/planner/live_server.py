@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -34,39 +34,42 @@ def explain(*words: str, environment: Mapping[str, str]) -> dict[str, Any]:
     return plan
 
 
-def reserved(plan: Mapping[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, str], float]:
-    """Launch the plan and return what llama-server prints while it loads: MiB by worker address or Host, and kind.
-
-    Of graphs that are reserved more than once, the last counts.
-    """
-    command = [*plan["launch"]["argv"], "--port", "0"]
+def lines_until_ready(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
+    """Yield what llama-server writes until it listens, and end it."""
     server = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, **plan["launch"]["env"]},
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(environment)
     )
-    sums: dict[tuple[str, str], float] = {}
     lines = []
     try:
         assert server.stderr is not None
         for line in server.stderr:
             lines.append(line)
-            if RESERVES in line:
-                sums = {key: mib for key, mib in sums.items() if key[1] != "compute_bytes"}
-            if (found := BUFFER.search(line)) is not None and "~llama_context" not in line:
-                name, endpoint, kind, mib = found.groups()
-                key = (endpoint or ("Host" if name.startswith("CPU") else name), KIND[kind])
-                sums[key] = sums.get(key, 0.0) + float(mib)
+            yield line
             if READY in line:
-                return sums
+                return
     finally:
         server.kill()
         server.wait()
         if server.stderr is not None:
             server.stderr.close()
     pytest.fail("llama-server ended while it loaded:\n" + "".join(lines[-15:]))
+
+
+def reserved(plan: Mapping[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, str], float]:
+    """Launch the plan and return what llama-server prints while it loads: MiB by worker address or Host, and kind.
+
+    Of graphs that are reserved more than once, the last counts.
+    """
+    sums: dict[tuple[str, str], float] = {}
+    command = [*plan["launch"]["argv"], "--port", "0"]
+    for line in lines_until_ready(command, {**environment, **plan["launch"]["env"]}):
+        if RESERVES in line:
+            sums = {key: mib for key, mib in sums.items() if key[1] != "compute_bytes"}
+        if (found := BUFFER.search(line)) is not None and "~llama_context" not in line:
+            name, endpoint, kind, mib = found.groups()
+            key = (endpoint or ("Host" if name.startswith("CPU") else name), KIND[kind])
+            sums[key] = sums.get(key, 0.0) + float(mib)
+    return sums
 
 
 def assert_as_planned(

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import companion_models
 import pytest
-from live_server import assert_as_planned, explain
+from live_server import MIB, assert_as_planned, explain, lines_until_ready
+from machines import machine_of
 
 from planner import companions
 from planner.build import PINNED_BUILD
+from planner.companions import projector
 from planner.errors import ModelFileError
-from planner.model import read_model
+from planner.model import read_attachment, read_model
 from planner.placement import search
-from planner.types import HOST, HOST_POOL, Device, DeviceKind, Machine, PlanRequest, Policy, Refused
+from planner.types import (
+    HOST,
+    HOST_POOL,
+    Device,
+    DeviceKind,
+    DeviceName,
+    Figure,
+    Machine,
+    Plan,
+    PlanRequest,
+    Policy,
+    PoolId,
+    Refused,
+    Source,
+)
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 HOST_ALONE = Machine((), Device(HOST, DeviceKind.HOST, 64 << 30, 64 << 30, HOST_POOL))
@@ -86,3 +103,81 @@ def test_a_model_is_no_adapter(endless_model: Path) -> None:
 def test_an_adapter_that_is_missing_is_named(endless_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"missing\.gguf: there is no such file"):
         outcome(endless_model, lora=(str(tmp_path / "missing.gguf"),))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projectors
+
+ADDED = re.compile(r"\[mtmd\] adding ([0-9.]+) MiB to fit_params_target for device (RPC0|CPU)")
+RESERVED = re.compile(r"reserve_compute_meta:\s+(RPC0|CPU)\S*\s+compute buffer size =\s+([0-9.]+) MiB")
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2vl_merger", "pixtral"])
+def test_a_projector_takes_its_weights_to_the_byte_and_no_more_buffers_than_said(
+    kind: str,
+    endless_model: Path,
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    llama_tools: Path,
+    free_environment: dict[str, str],
+) -> None:
+    """llama.cpp names a projector's weights and buffers as one sum per device, and the buffers alone."""
+    companion_models.write_projector(tmp_path / "mmproj.gguf", kind=kind)
+    worker = rpc_workers(1)[0]
+    files = ("-m", str(endless_model), "--mmproj", str(tmp_path / "mmproj.gguf"))
+    command = [str(llama_tools / "llama-server"), "--rpc", worker.endpoint, *files, "-c", "512", "-lv", "5"]
+    added, buffers = {}, {}
+    for line in lines_until_ready([*command, "--port", "0"], free_environment):
+        if found := ADDED.search(line):
+            added[found[2]] = float(found[1])
+        if found := RESERVED.search(line):
+            buffers[found[1]] = float(found[2])
+
+    device = Device(DeviceName("RPC0"), DeviceKind.RPC, 1 << 30, 1 << 30, PoolId("worker"))
+    charge = projector.charge(read_attachment(str(tmp_path / "mmproj.gguf")), device, PINNED_BUILD)
+    on_device, on_host = charge.devices["RPC0"], charge.devices[HOST]
+    assert on_device.model.source is Source.EXACT
+    assert mib(on_device.model) == pytest.approx(added["RPC0"] - buffers["RPC0"], abs=0.02)
+    assert mib(on_host.model) == pytest.approx(added["CPU"] - buffers["CPU"], abs=0.02)
+    for figure, measured in ((on_device.compute, buffers["RPC0"]), (on_host.compute, buffers["CPU"])):
+        assert figure.source is Source.ESTIMATED
+        assert measured <= mib(figure) <= 1.25 * measured + 0.5
+
+
+def mib(figure: Figure) -> float:
+    assert figure.bytes is not None
+    return figure.bytes / MIB
+
+
+def test_a_projector_lies_on_the_first_device_or_where_the_flag_says(endless_model: Path, tmp_path: Path) -> None:
+    companion_models.write_projector(tmp_path / "mmproj.gguf")
+    machine = machine_of(DeviceKind.RPC, 2)
+    plans = {}
+    for offload in (None, True, False):
+        mmproj = str(tmp_path / "mmproj.gguf") if offload is not None else None
+        request = PlanRequest(n_ctx=4096, tensor_split=(1, 1), mmproj=mmproj, mmproj_offload=offload)
+        facts = companions.attach(read_model(str(endless_model)), request)
+        plan = search(facts, request, machine, Policy(), PINNED_BUILD)
+        assert isinstance(plan, Plan)
+        plans[offload] = [usage.planned_bytes or 0 for usage in plan.usages]
+    on_device, on_host = (
+        [new - old for new, old in zip(plans[key], plans[None], strict=True)] for key in (True, False)
+    )
+    assert on_device[0] > MIB > on_device[2] > on_device[1] == 0
+    assert on_host[2] > MIB > on_host[0] == on_host[1] == 0
+
+
+def test_a_model_is_no_projector(endless_model: Path) -> None:
+    refused = outcome(endless_model, mmproj=str(endless_model))
+    assert isinstance(refused, Refused)
+    assert "is no projector" in refused.reason
+
+
+def test_a_projector_of_unknown_making_leaves_its_buffers_open(endless_model: Path, tmp_path: Path) -> None:
+    companion_models.write_projector(tmp_path / "mmproj.gguf", kind="gemma3nv")
+    device = machine_of(DeviceKind.CUDA, 1).devices[0]
+    charge = projector.charge(read_attachment(str(tmp_path / "mmproj.gguf")), device, PINNED_BUILD)
+    assert charge.devices["CUDA0"].model.source is Source.ESTIMATED
+    assert charge.devices["CUDA0"].compute.source is Source.UNKNOWN
+    assert "gemma3nv" in charge.not_built[0]

@@ -1,0 +1,124 @@
+"""The projector: an encoder of images with its own weights and graphs, on one device (tools/mtmd/clip.cpp)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from planner import ggml
+from planner.accounting import DeviceBytes, figure
+from planner.buffers import buffer_type
+from planner.charges import Charge
+from planner.types import HOST, NOTHING, UNKNOWN_FIGURE, DeviceKind, Figure, HostDetail, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from planner.model import Attachment
+    from planner.types import Device, LlamaBuild
+
+ARCHITECTURE: Final = "clip"
+# Tokens per side and patches merged per token and side of the image that is reserved for (``load_hparams``,
+# ``set_warmup_n_tokens``). Encoders whose graphs are ``build_vit``'s; those not in the first table take their own size.
+_WARMUP: Final[Mapping[str, tuple[int, int]]] = {
+    "dots_ocr": (46, 2),
+    "exaone4_5": (46, 2),
+    "gemma4v": (16, 3),
+    "glm4v": (46, 2),
+    "hunyuanvl": (32, 2),
+    "kimivl": (16, 2),
+    "lfm2": (16, 2),
+    "lightonocr": (16, 1),
+    "paddleocr": (28, 2),
+    "phi4": (16, 1),
+    "pixtral": (16, 1),
+    "qwen2.5vl_merger": (46, 2),
+    "qwen2vl_merger": (46, 2),
+    "qwen3vl_merger": (46, 2),
+    "youtuvl": (16, 2),
+}
+_OWN_SIZE: Final = frozenset(
+    {"gemma3", "idefics3", "internvl", "janus_pro", "ldp", "ldpv2", "llama4", "mlp", "nemotron_v2_vl"}
+)
+_EVERY_TENSOR_IS_LOADED: Final = frozenset({"gemma3", "pixtral", "qwen2vl_merger"})  # as real loads showed
+_MERGES: Final = ("spatial_merge_size", "projector.scale_factor")
+_WINDOWED: Final = ("n_wa_pattern", "window_size", "wa_layer_indexes")
+
+# Rows of the encoder's width that live at the widest moments of a block, one more than real loads showed.
+_ROWS_IN_ATTENTION: Final = 7
+_ROWS_IN_FFN: Final = 4
+_GATED_HIDDEN_ROWS: Final = 3  # gate, up and their product; without a gate one
+_ROWS_OF_INDICES: Final = 8  # positions in several dimensions, the order of windows
+_COLOURS: Final = 3
+_F32_BYTES: Final = 4
+_SMALL_TENSORS_BYTES: Final = 256 * 1024
+_ATTENTION_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.HOST})  # that take any head size
+_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
+
+
+def refusal(projector: Attachment) -> str | None:
+    """Return why llama.cpp would not load this projector, or None."""
+    if projector.metadata.get("general.architecture") != ARCHITECTURE:
+        return f"{projector.path} is no projector"
+    return None
+
+
+def charge(projector: Attachment, device: Device, build: LlamaBuild) -> Charge:
+    """Return what the projector takes on this device, which may be the host.
+
+    The compute buffers are upper bounds of those that are reserved when the server starts; a larger image grows them.
+    """
+    rule, kind = buffer_type(device), _kind(projector)
+    size = sum(rule.allocation(ggml.TYPES[each.type_id], each.shape[0], each.nbytes) for each in projector.tensors)
+    weights = figure(size, build, certain=rule.certain and kind in _EVERY_TENSOR_IS_LOADED)
+    bounds = _compute_bytes(projector, device.kind)
+    computes = [Figure(each, Source.ESTIMATED) for each in bounds] if bounds else [UNKNOWN_FIGURE] * 2
+    not_built = () if bounds else (f"the compute buffers of a projector of kind {kind or 'unnamed'}",)
+    inputs = Charge("projector", {HOST: DeviceBytes(NOTHING, NOTHING, computes[1])}, not_built=not_built)
+    if device.kind is DeviceKind.HOST:  # its inputs and its graph share one buffer
+        detail = HostDetail(allocated_bytes=size)
+        return replace(inputs, devices={HOST: DeviceBytes(weights, NOTHING, computes[0])}, host_detail=detail)
+    return replace(inputs, devices={device.name: DeviceBytes(weights, NOTHING, computes[0]), **inputs.devices})
+
+
+def _kind(projector: Attachment) -> str:
+    value = projector.metadata.get("clip.projector_type") or projector.metadata.get("clip.vision.projector_type")
+    return value if isinstance(value, str) else ""
+
+
+def _compute_bytes(projector: Attachment, kind: DeviceKind) -> tuple[int, int] | None:
+    """Return bounds of the buffer of the projector's device and of the host's, or None for graphs of other making."""
+    patch, width, hidden = (
+        _integer(projector, name) for name in ("patch_size", "embedding_length", "feed_forward_length")
+    )
+    side, heads = _image_side(projector, patch), _integer(projector, "attention.head_count")
+    if not (side and heads) or projector.metadata.get("clip.has_audio_encoder"):
+        return None
+    n_patches, image = (side // patch) ** 2, _COLOURS * side**2 * _F32_BYTES
+    row = n_patches * _F32_BYTES
+    gated = any("ffn_gate" in tensor.name for tensor in projector.tensors)
+    ffn = _ROWS_IN_FFN * width + (_GATED_HIDDEN_ROWS if gated else 1) * hidden
+    patches = 3 * image // 2 + 2 * width * row  # the image, its columns in f16, and what they become
+    square = row * n_patches
+    masks = square if any(f"clip.vision.{name}" in projector.metadata for name in _WINDOWED) else 0
+    head = _integer(projector, "attention.head_dim") or width // heads
+    fuses = kind in _ATTENTION_KINDS or (kind is DeviceKind.CUDA and head in _CUDA_HEADS)
+    scores = 0 if fuses else 2 * heads * square
+    small = masks + _ROWS_OF_INDICES * row + _SMALL_TENSORS_BYTES
+    attention = _ROWS_IN_ATTENTION * width * row + scores + masks
+    return small + max(attention, ffn * row, patches), small + image
+
+
+def _image_side(projector: Attachment, patch: int) -> int:
+    """Return the side in pixels of the square image that is reserved for, 0 where it is not known."""
+    kind = _kind(projector)
+    if kind in _OWN_SIZE:
+        return _integer(projector, "image_size") if patch else 0
+    side, merge = _WARMUP.get(kind, (0, 0))
+    merge = next((found for name in _MERGES if (found := _integer(projector, name))), merge)
+    return side * merge * patch
+
+
+def _integer(projector: Attachment, name: str) -> int:
+    value = projector.metadata.get(f"clip.vision.{name}", 0)
+    return int(value) if isinstance(value, int) else 0
