@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
-from running_service import WITHIN_S, Serve, run
+from rpc_worker import RpcWorker
+from running_service import WITHIN_S, Serve, Service, run
 
 pytestmark = pytest.mark.llama
 
 GONE_WITHIN_S = 2.0
+PING_EVERY_MS = 50
+PRINTED_TO = 3 * 0.01 * 1024 * 1024  # llama-server prints each of the three sums in MiB with two decimals
 
 
 def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat_model: Path) -> None:
@@ -31,6 +41,38 @@ def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat
     (final,) = service.events("plan.final")
     assert final["plan"] == runner["plan"]
     assert len(service.events("config.effective")) == 1
+
+
+def test_what_explain_prints_is_what_is_launched_and_what_llama_server_reserves(
+    serve: Serve, environ: dict[str, str], endless_model: Path, rpc_workers: Callable[[int], tuple[RpcWorker, ...]]
+) -> None:
+    """Over three workers that take different shares. What is free on the host right now is each one's own reading."""
+    caps = (15, 18, 23)
+    servers = ",".join(f"{one.endpoint}={mib}MiB" for one, mib in zip(rpc_workers(3), caps, strict=True))
+    environ = {**environ, "PLANNER_RPC_SERVERS": servers}
+    explain = [sys.executable, "-m", "planner", "explain", str(endless_model), "--json"]
+    told = json.loads(subprocess.run(explain, env=environ, check=True, capture_output=True, timeout=WITHIN_S).stdout)
+    service = serve(PLANNER_RPC_SERVERS=servers)
+    assert service.chat("tiny-endless", max_tokens=2).status == 200
+    runner = service.runner()
+    service.process.terminate()
+    service.read_log("serve.stopped")
+    (final,) = service.events("plan.final")
+    assert without_live_figures(final["plan"]) == without_live_figures(told)
+    assert runner["plan"] == final["plan"]
+    assert [device["device"] for device in runner["devices"]] == ["RPC0", "RPC1", "RPC2", "Host"]
+    for device in runner["devices"]:
+        assert device["planned_bytes"] > 0
+        assert abs(device["measured_bytes"] - device["planned_bytes"]) <= PRINTED_TO
+
+
+def without_live_figures(plan: dict[str, Any]) -> dict[str, Any]:
+    live = {"free_bytes", "budget_bytes"}
+    devices = [
+        {key: value for key, value in device.items() if device["kind"] != "host" or key not in live}
+        for device in plan["devices"]
+    ]
+    return {**plan, "devices": devices}
 
 
 def test_no_child_is_left_when_the_service_is_killed(serve: Serve, endless_model: Path) -> None:
@@ -127,6 +169,37 @@ def test_a_llama_server_and_models_that_come_later_are_found_without_a_restart(
     assert service.read_log("found")["what"] == "llama-server"
     assert service.request("GET", "/readyz").status == 200
     assert service.chat("tiny-chat").status == 200
+
+
+def test_the_watchdog_is_fed_by_the_event_loop_alone(
+    environ: dict[str, str], llama_tools: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    """The loop is hung for real: nobody reads its log, which fills a small pipe, so that it waits in a write."""
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, ExitStack() as stack:
+        systemd.bind(path)
+        settings = {"NOTIFY_SOCKET": path, "WATCHDOG_USEC": str(2 * PING_EVERY_MS * 1000)}
+        process = stack.enter_context(run({**environ, **settings}))
+        stack.callback(process.kill)
+        service = Service(process, 0, [], stack)
+        service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
+        service.read_log("serve.ready")
+        assert process.stderr is not None
+        fcntl.fcntl(process.stderr.fileno(), fcntl.F_SETPIPE_SZ, 4096)
+        connection = stack.enter_context(closing(HTTPConnection("127.0.0.1", service.port)))
+        connection.request("POST", "/v1/chat/completions", json.dumps({"model": "tiny-chat", "messages": []}))
+        systemd.settimeout(20 * PING_EVERY_MS / 1000)
+        while heard(systemd):
+            pass  # until nothing has come for so long
+        systemd.settimeout(WITHIN_S)
+        service.read_log("runner.ready")
+        assert systemd.recv(1000) == b"WATCHDOG=1"
+
+
+def heard(systemd: socket.socket) -> bytes:
+    with suppress(TimeoutError):
+        return systemd.recv(1000)
+    return b""
 
 
 def test_systemd_is_told(environ: dict[str, str], llama_tools: Path, tmp_path: Path) -> None:
