@@ -8,14 +8,12 @@ asked only for what the formulas do not cover. Its compute buffers are made thos
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from planner.accounting import DeviceBytes, MemoryLedger
 from planner.build import is_pinned
@@ -23,6 +21,9 @@ from planner.candidates import Oracle
 from planner.context import ContextParams
 from planner.model import ModelFacts
 from planner.types import UNKNOWN_FIGURE, Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
+
+if TYPE_CHECKING:
+    import subprocess
 
 TIMEOUT_S: Final = 30.0  # for one question; a 260k vocabulary takes 0.4 s, a cold GPU driver several seconds
 MAX_QUESTIONS: Final = 16  # a search that needs more would take longer than anybody waits
@@ -111,6 +112,9 @@ def _bytes(row: list[int], source: Source, *, as_reserved: bool) -> DeviceBytes:
 
 def _run(question: dict[str, Any]) -> dict[str, Any] | None:
     """Return the answer of the child, None where it failed or took too long. No process of it is left behind."""
+    import json  # noqa: PLC0415 - most plans ask nothing, and are not to wait for these
+    import subprocess  # noqa: PLC0415
+
     child = subprocess.Popen(
         [sys.executable, "-m", "planner.oracle_child"],
         stdin=subprocess.PIPE,
