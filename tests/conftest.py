@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import tiny_models
 from rpc_worker import RpcWorker, start_worker
+from stub_library import compile_stub
 
 # Real children and two busy cores make single examples slow now and then; that is no failure.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -68,6 +69,14 @@ def rerank_model(model_folder: Path) -> Path:
     path = model_folder / "tiny-rerank.gguf"
     tiny_models.write_rerank_model(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with an NVML that answers from the file named by FAKE_NVML."""
+    folder = tmp_path_factory.mktemp("nvml") / "lib"
+    compile_stub("fake_nvml.c", folder / "libnvidia-ml.so.1", "-Wl,-soname,libnvidia-ml.so.1")
+    return folder
 
 
 @pytest.fixture

@@ -171,6 +171,23 @@ def test_a_llama_server_and_models_that_come_later_are_found_without_a_restart(
     assert service.chat("tiny-chat").status == 200
 
 
+def test_a_gpu_that_no_llama_server_can_use_is_said_loudly(
+    serve: Serve, chat_model: Path, nvml_folder: Path, tmp_path: Path
+) -> None:
+    """The driver knows a card, the one llama-server here is a CPU build: the card idles, and everything says so."""
+    card = tmp_path / "nvml.txt"
+    card.write_text("card NVIDIA_GeForce_RTX_3060 GPU-bbbb 0 1 0\nmemory 12884901888 134217728 0\ncapability 8 6\n")
+    service = serve(LD_LIBRARY_PATH=str(nvml_folder), FAKE_NVML=str(card))
+    (warned,) = service.events("machine.warning")
+    assert warned["level"] == "warning"
+    for words in ("CUDA0", "RTX 3060", "left idle", "without CUDA", "make llama BACKEND=cuda"):
+        assert words in warned["warning"]
+    status = service.get("/status")
+    assert warned["warning"] in status["warnings"]
+    assert [device["usable"] for device in status["devices"] if device["name"] == "CUDA0"] == [False]
+    assert service.chat("tiny-chat").status == 200
+
+
 def test_the_watchdog_is_fed_by_the_event_loop_alone(
     environ: dict[str, str], llama_tools: Path, chat_model: Path, tmp_path: Path
 ) -> None:
