@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Final
 
@@ -54,9 +55,9 @@ class Monitoring:
 
     async def _readyz(self, _request: web.Request) -> web.Response:
         snapshot = self._runtime.snapshot()
-        reasons = [*snapshot.not_ready, *(["the service is shutting down"] if snapshot.draining else [])]
         ready = is_ready(snapshot)
-        return web.json_response({"ready": ready, "reasons": reasons}, status=200 if ready else 503)
+        answer = {"ready": ready, "reasons": list(snapshot.not_ready)}
+        return web.json_response(answer, status=HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def _status(self, _request: web.Request) -> web.Response:
         return web.json_response(status(self._runtime.snapshot()), headers={hdrs.CACHE_CONTROL: "no-store"})

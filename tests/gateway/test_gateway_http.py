@@ -153,14 +153,13 @@ async def test_probes_tell_life_and_readiness_apart(
 ) -> None:
     """A draining service is alive and not ready; the reasons are in the body."""
     url = await serve(api_keys=("secret",))
-    runtime.not_ready = ("no llama-server was found",)
+    runtime.not_ready = ("no llama-server was found", "the service is shutting down")
     runtime.draining = True
     async with http.get(f"{url}/healthz") as answer:
         assert (answer.status, await answer.text()) == (200, "ok")
     async with http.get(f"{url}/readyz") as answer:
         assert answer.status == 503
-        reasons = ["no llama-server was found", "the service is shutting down"]
-        assert await answer.json() == {"ready": False, "reasons": reasons}
+        assert await answer.json() == {"ready": False, "reasons": list(runtime.not_ready)}
     runtime.not_ready, runtime.draining = (), False
     async with http.get(f"{url}/readyz") as answer:
         assert (answer.status, await answer.json()) == (200, {"ready": True, "reasons": []})
