@@ -9,6 +9,7 @@ import aiohttp
 from aiohttp import web
 
 from supervisor.api import Runtime
+from supervisor.gateway.malformed import connection_log
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
 from supervisor.gateway.openai import OpenAI
@@ -51,6 +52,7 @@ def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRu
         app,
         handler_cancellation=True,
         access_log=None,
+        logger=connection_log(),
         max_line_size=MAX_LINE_BYTES,
         max_field_size=MAX_LINE_BYTES,
         max_headers=MAX_HEADER_FIELDS,

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from planner.types import Role
 from supervisor.api import ModelView, Runtime, Snapshot
+from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.peek import peek
 from supervisor.gateway.proxy import forward
@@ -43,7 +44,10 @@ class OpenAI:
         ]
 
     async def _pass_through(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
+        try:
+            body = await request.read()
+        except web.RequestPayloadError as error:
+            raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
         wanted = peek(body)
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream

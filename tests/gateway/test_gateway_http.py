@@ -246,16 +246,41 @@ async def test_a_body_over_the_limit_is_refused_with_413(serve: Serve, http: aio
             assert (await answer.json())["error"]["code"] == "body_too_large"
 
 
-async def test_a_request_with_endless_headers_is_refused(serve: Serve) -> None:
-    """Neither one long field nor very many are read into memory."""
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"X-Long: " + b"x" * 40_000,
+        b"\r\n".join(b"X-%d: 1" % n for n in range(500)),
+        b"Authorization: Bearer secret\x00",
+        b"Content-Length: secret",
+        b"Transfer-Encoding: chunked\r\n\r\nsecret",
+    ],
+)
+async def test_what_is_no_http_is_refused_and_logged_in_one_line_without_its_bytes(
+    serve: Serve, caplog: pytest.LogCaptureFixture, fields: bytes
+) -> None:
+    """Neither one long header nor very many are read into memory; a key that was sent badly is in no log."""
     url = await serve()
     host, port = url.removeprefix("http://").split(":")
-    for fields in (b"X-Long: " + b"x" * 40_000 + b"\r\n", b"".join(b"X-%d: 1\r\n" % n for n in range(500))):
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n")
-        assert b" 400 " in await reader.readline()
-        writer.close()
-        await writer.wait_closed()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    await reader.read()  # until the connection is closed
+    writer.close()
+    await writer.wait_closed()
+    [line] = caplog.records
+    assert (line.levelname, line.exc_info) == ("WARNING", None)
+    assert line.getMessage().startswith("malformed request refused (")
+    assert "secret" not in caplog.text
+
+
+async def test_a_body_that_is_not_encoded_as_it_says_is_the_clients_fault(
+    serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    url = await serve()
+    async with http.post(url + COMPLETIONS, data=b"no gzip", headers={"Content-Encoding": "gzip"}) as answer:
+        assert answer.status == 400
+        assert (await answer.json())["error"]["code"] == "invalid_request"
 
 
 async def test_only_models_of_the_folder_become_labels(
