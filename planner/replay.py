@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from planner.adapters import pairs
 from planner.allocator import AllocSize, GraphAllocator
@@ -31,6 +31,9 @@ from planner.weights import tensor_homes
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the
 # tokens is that many times as large, and what does not (rotations, copied weights) is in both or in the prompt's only.
 _TOKENS_RATIO: Final = 4
+
+# Their last prompt graph is of one sequence: it grows with the square of a sequence's tokens (``sched_reserve``).
+_ONE_SEQUENCE_LAST: Final = frozenset({"kimi-linear", "minimax-01"})
 
 _F16_BYTES: Final = 2
 _CUDA_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
@@ -64,23 +67,39 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
 
 @lru_cache(maxsize=256)
 def _replay(
-    model: ModelFacts, params: ContextParams, placement: Placement, backends: tuple[Backend, ...], homes: tuple[int, ...]
+    model: ModelFacts,
+    params: ContextParams,
+    placement: Placement,
+    backends: tuple[Backend, ...],
+    homes: tuple[int, ...],
 ) -> tuple[int, ...]:
     replay = _Replay(model, params, placement, backends, homes)
     fused = replay.fuses_attention()
     sizes = [0] * (len(backends) + 1)
-    for n_tokens, n_outputs in _passes(model, params):
-        reserved = replay.reserve(n_tokens, n_outputs, fused=fused)
+    for each in _passes(model, params):
+        reserved = replay.reserve(each, fused=fused)
         sizes = [max(pair) for pair in zip(sizes, reserved, strict=True)]
     return tuple(sizes)
 
 
-def _passes(model: ModelFacts, params: ContextParams) -> list[tuple[int, int]]:
-    """Return tokens and outputs of the graphs that are reserved: the prompt's, and generation's where it may matter."""
-    prompt = reserved_tokens(params)
-    passes = [(prompt, min(params.n_ctx, params.n_ubatch, params.n_outputs_max))]
-    if prompt < _TOKENS_RATIO * params.n_seq_max or any(model.hparams.recr_layers):  # states do not grow with tokens
-        passes.append((params.n_seq_max, params.n_seq_max))
+class _Pass(NamedTuple):
+    """One graph that is reserved."""
+
+    n_tokens: int
+    n_outputs: int
+    n_seqs: int
+
+
+def _passes(model: ModelFacts, params: ContextParams) -> list[_Pass]:
+    """Return the graphs that are reserved: the prompt's, and others where they may need more."""
+    hparams, n_seqs, prompt = model.hparams, params.n_seq_max, reserved_tokens(params)
+    n_tokens = min(params.n_ctx, params.n_ubatch)
+    n_outputs = min(n_tokens, params.n_outputs_max)
+    passes = [_Pass(prompt, n_outputs, n_seqs)]
+    if prompt < _TOKENS_RATIO * n_seqs or any(hparams.recr_layers):  # states do not grow with tokens
+        passes.append(_Pass(n_seqs, n_seqs, n_seqs))
+    if hparams.architecture in _ONE_SEQUENCE_LAST and n_seqs > 1:
+        passes.append(_Pass(n_tokens, n_outputs, 1))
     return passes
 
 
@@ -116,21 +135,21 @@ class _Replay:
             return False
         if params.flash_attn == "on":
             return True
-        graph = self._graph(params.n_seq_max, params.n_seq_max, fused=True)
+        graph = self._graph(_Pass(params.n_seq_max, params.n_seq_max, params.n_seq_max), fused=True)
         self._schedule(graph)
         return all(node.backend == self._places.layers[il] for node, il in graph.fused_attention)
 
-    def reserve(self, n_tokens: int, n_outputs: int, *, fused: bool) -> tuple[int, ...]:
+    def reserve(self, each: _Pass, *, fused: bool) -> tuple[int, ...]:
         """Return the bytes of each backend's buffer for one graph."""
-        plan = self._schedule(self._graph(n_tokens, n_outputs, fused=fused))
+        plan = self._schedule(self._graph(each, fused=fused))
         alignments = [*(backend.alignment_bytes for backend in self._backends), HOST_BUFFER.alignment_bytes]
         sizes: list[AllocSize] = [_cuda_alloc_size if backend.like_cuda else Node.nbytes for backend in self._backends]
         return GraphAllocator(alignments, [*sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
 
-    def _graph(self, n_tokens: int, n_outputs: int, *, fused: bool) -> Graph:
+    def _graph(self, each: _Pass, *, fused: bool) -> Graph:
         everything = offloads_everything(self._placement, self._model.hparams.n_layer_all)
-        pins = everything or n_tokens < PIN_BELOW_TOKENS
-        batch = Batch(n_tokens, n_outputs, pins_norms=pins, fuses_attention=fused)
+        pins = everything or each.n_tokens < PIN_BELOW_TOKENS
+        batch = Batch(each.n_tokens, each.n_outputs, each.n_seqs, pins_norms=pins, fuses_attention=fused)
         blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch, self._adapters)
         return build_graph(blocks, self._model.metadata)
 
@@ -146,9 +165,7 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement, home
     cpu = len(placement.devices)
     layers = tuple(cpu if device < 0 else device for device in placement.layer_devices)
     output = cpu if placement.output_device < 0 else placement.output_device
-    weights = {
-        tensor.name: cpu if device < 0 else device for tensor, device in zip(model.tensors, homes, strict=True)
-    }
+    weights = {tensor.name: cpu if device < 0 else device for tensor, device in zip(model.tensors, homes, strict=True)}
     caches = layers if params.kv_offload else (cpu,) * len(layers)
     return Places(weights, layers, caches, output, cpu)
 

@@ -10,6 +10,7 @@ from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
+from planner.graphs.kimi import DeltaAttentionDecoder, SafeDeltaAttentionDecoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
@@ -67,6 +68,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         logit_scale=When.ALWAYS,
         capped_logits=When.IF_SET,
     ),
+    "kimi-linear": Shape(moe=Moe(scales=None)),
     "laguna": Shape(moe=_HEADER_MOE),
     "llama4": Shape(
         rope=Rope.BUT_EVERY_FOURTH,
@@ -81,6 +83,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "baichuan": Shape(rope=Rope.IF_32_LAYERS),
     "bailingmoe": Shape(rope_factors=True, moe=_HEADER_MOE),
     "bailingmoe2": Shape(moe=_HEADER_MOE),
+    "bailingmoe3": Shape(
+        four_positions=When.IF_SET, moe=Moe(normalizes=None, scales=None, limited=True), rows=Rows.AFTER_NORM
+    ),
     "bloom": Shape(norm="norm", rope=Rope.NONE, embedding_norm=True, ffn=_GELU),
     "chatglm": Shape(ffn=_FUSED_GATE),
     "codeshell": Shape(norm="norm", ffn=_GELU),
@@ -238,6 +243,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
 _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "afmoe": GatedAttentionDecoder,
     "arctic": ArcticDecoder,
+    "bailingmoe3": SafeDeltaAttentionDecoder,
     "cohere2moe": Cohere2MoeDecoder,
     "deepseek2": LatentDecoder,
     "deepseek32": SparseDecoder,
@@ -251,6 +257,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "grovemoe": GroveMoeDecoder,
     "hrm_text": HrmTextDecoder,
     "jamba": MambaDecoder,
+    "kimi-linear": DeltaAttentionDecoder,
     "laguna": GatedAttentionDecoder,
     "lfm2": ShortConvolutionDecoder,
     "lfm2moe": ShortConvolutionDecoder,

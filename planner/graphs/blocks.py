@@ -40,6 +40,7 @@ class Batch:
 
     n_tokens: int
     n_outputs: int
+    n_seqs: int
     pins_norms: bool
     fuses_attention: bool
 
@@ -140,7 +141,7 @@ class Blocks:
         """
         graph, batch, params, hparams = self.graph, self.batch, self.params, self.hparams
         v_rows = 1 if not params.v_trans else max(self.v_width(il) for il in range(hparams.n_layer_all))
-        streams = params.n_stream
+        streams = 1 if params.kv_unified else batch.n_seqs
         return CacheInputs(
             k_ids=graph.input(I64, batch.n_tokens),
             v_ids=None if latent else graph.input(I64, batch.n_tokens * v_rows),
@@ -266,13 +267,22 @@ class Blocks:
         home = self.places.layers[il]
         return self.weight("rope_freqs.weight", home) or self.weight("rope_factors_long.weight", home)
 
-    def gated_ffn(self, x: Node, il: int, suffix: str = "") -> Node:
+    def gated_ffn(self, x: Node, il: int, suffix: str = "", *, limited: bool = False) -> Node:
         """Return a feed-forward part with gate and up in parallel (``build_ffn``, LLM_FFN_PAR)."""
         prefix = f"blk.{il}.ffn_"
         up = self.biased(self.project(x, f"{prefix}up{suffix}"), f"{prefix}up{suffix}")
         gate = self.biased(self.project(x, f"{prefix}gate{suffix}"), f"{prefix}gate{suffix}")
-        hidden = self.graph.glu(gate, up)
+        hidden = self.activated(gate, up, limited=limited)
         return self.biased(self.project(hidden, f"{prefix}down{suffix}"), f"{prefix}down{suffix}")
+
+    def activated(self, gate: Node | None, up: Node, *, limited: bool = False) -> Node:
+        """Return a gated activation, with both sides clamped where limited, or a plain one where there is no gate."""
+        graph = self.graph
+        if gate is None:
+            return graph.same("unary", up)
+        if not limited:
+            return graph.glu(gate, up)
+        return graph.same("mul", graph.same("clamp", graph.same("unary", gate)), graph.same("clamp", up))
 
     def sequential_ffn(self, x: Node, il: int, activations: tuple[str, ...]) -> Node:
         """Return a feed-forward part without a gate of its own: up, activation, down."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.graph import F32, I32, Graph, Node
 from planner.graphs.blocks import Blocks, CacheInputs
-from planner.graphs.experts import moe
+from planner.graphs.experts import NO_LIMIT, moe
 from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
@@ -234,16 +234,25 @@ class Decoder:
         """Return a feed-forward part: experts, with shared ones beside them where the file has some, or dense."""
         blocks, shape = self.blocks, self.shape
         if not blocks.weight(f"blk.{il}.ffn_gate_inp.weight"):
-            return blocks.sequential_ffn(x, il, shape.ffn) if shape.ffn else blocks.gated_ffn(x, il)
+            if shape.ffn:
+                return blocks.sequential_ffn(x, il, shape.ffn)
+            return blocks.gated_ffn(x, il, limited=self._limited(il))
         if shape.moe is None:
             raise KeyError(f"blk.{il}.ffn_up.weight")
         routed = moe(blocks, x, il, shape.moe, self.settings)
         if not blocks.weight(f"blk.{il}.ffn_up_shexp.weight"):
             return routed
-        shared = blocks.gated_ffn(x, il, "_shexp")
+        shared = blocks.gated_ffn(x, il, "_shexp", limited=self._limited(il))
         if shape.moe.shared_gate is not SharedGate.NONE:
             score = blocks.project(x, f"blk.{il}.ffn_gate_inp_shexp")
             gate = self.graph.same("unary", score)
             gate = self.graph.same("div", gate, score) if shape.moe.shared_gate is SharedGate.RATIO else gate
             shared = self.graph.same("mul", shared, gate)
         return self.graph.same("add", routed, shared)
+
+    def _limited(self, il: int) -> bool:
+        """Say whether a dense part clamps both sides of its activation."""
+        moe_shape = self.shape.moe
+        return (
+            moe_shape is not None and moe_shape.limited and self.settings.of_layer("swiglu_clamp_shexp", il) > NO_LIMIT
+        )

@@ -8,16 +8,28 @@ from planner.graph import Graph, Node
 from planner.graphs.blocks import Blocks
 from planner.graphs.shape import Moe, Settings
 
+NO_LIMIT: Final = 1e-6  # a clamp below this is none (``build_ffn``, ``build_moe_ffn``)
 _MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cuda/ggml-cuda.cu
 
 
 def moe(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None = None) -> Node:
     """Return the weighted sum of the chosen experts; ``scores`` are the router's where it has run before."""
     chosen, weights = _route(blocks, x, il, how, settings, scores)
-    return mixed(blocks, x, il, how, chosen, weights)
+    limited = how.limited and settings.of_layer("swiglu_clamp_exp", il) > NO_LIMIT
+    return mixed(blocks, x, il, how, chosen, weights, limited=limited)
 
 
-def mixed(blocks: Blocks, x: Node, il: int, how: Moe, chosen: Node, weights: Node, suffix: str = "exps") -> Node:
+def mixed(
+    blocks: Blocks,
+    x: Node,
+    il: int,
+    how: Moe,
+    chosen: Node,
+    weights: Node,
+    suffix: str = "exps",
+    *,
+    limited: bool = False,
+) -> Node:
     """Return the weighted sum of the experts that were chosen (``build_moe_ffn``, from the weights on)."""
     graph, prefix = blocks.graph, f"blk.{il}.ffn_"
     n_embd, n_tokens, _, _ = x.ne
@@ -31,11 +43,8 @@ def mixed(blocks: Blocks, x: Node, il: int, how: Moe, chosen: Node, weights: Nod
         hidden = graph.glu(graph.view(both, half, both.nb[1:3]), graph.view(both, half, both.nb[1:3]))
     else:
         up = _experts(blocks, x, f"{prefix}up_{suffix}", chosen, how)
-        hidden = (
-            graph.glu(_experts(blocks, x, f"{prefix}gate_{suffix}", chosen, how), up)
-            if how.gated
-            else graph.same("unary", up)
-        )
+        gate = _experts(blocks, x, f"{prefix}gate_{suffix}", chosen, how) if how.gated else None
+        hidden = blocks.activated(gate, up, limited=limited)
     experts = _experts(blocks, hidden, f"{prefix}down_{suffix}", chosen, how)
     if not how.weighs_input:
         experts = graph.same("mul", experts, weights)

@@ -16,7 +16,7 @@ class LatentDecoder(Decoder):
 
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, projected. Raises KeyError where the file has no absorbed projections."""
-        graph, blocks, positions = self.graph, self.blocks, self.needed_positions()
+        graph, blocks = self.graph, self.blocks
         prefix, n_head, n_tokens = f"blk.{il}.attn_", self.hparams.n_head[il], x.ne[1]
         rope = int(self.settings.number("rope.dimension_count"))
         q = self.query(x, il)
@@ -24,16 +24,24 @@ class LatentDecoder(Decoder):
         q = graph.reshape(q, head, n_head, n_tokens)
         both = graph.mul_mat(blocks.needed(f"{prefix}kv_a_mqa.weight"), x)
         latent = both.ne[0] - rope
-        k_rope = blocks.rope(graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1])), positions)
+        k_rope = self.turned_part(graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1])))
         compressed = blocks.norm(graph.view(both, (latent, n_tokens), (both.nb[1],)), f"{prefix}kv_a_norm", il)
         q_plain = graph.view(q, (head - rope, n_head, n_tokens), q.nb[1:3])
-        q_rope = blocks.rope(graph.view(q, (rope, n_head, n_tokens), q.nb[1:3]), positions)
+        q_rope = self.turned_part(graph.view(q, (rope, n_head, n_tokens), q.nb[1:3]))
         absorbed = graph.mul_mat(blocks.needed(f"{prefix}k_b.weight"), graph.permute_heads(q_plain))
         query = self.tempered(graph.concat(graph.permute_heads(absorbed), q_rope), il)
         value = graph.reshape(compressed, latent, 1, n_tokens)
         key = graph.concat(value, k_rope)
-        out = self.attended(query, key, value, il)
-        return blocks.project(out, f"{prefix}output")
+        return self.projected(self.attended(query, key, value, il), x, il)
+
+    def turned_part(self, x: Node) -> Node:
+        """Return the part of query or key that knows its position."""
+        return self.blocks.rope(x, self.needed_positions())
+
+    def projected(self, out: Node, x: Node, il: int) -> Node:
+        """Return what the heads saw, projected; ``x`` is the layer's input."""
+        del x
+        return self.blocks.project(out, f"blk.{il}.attn_output")
 
     def attended(self, query: Node, key: Node, value: Node, il: int) -> Node:
         """Return what the heads see of the cache."""

@@ -17,19 +17,20 @@ class RecurrentDecoder(Decoder):
 
     def __init__(self, blocks: Blocks, settings: Settings, shape: Shape) -> None:
         super().__init__(blocks, settings, shape)
-        self.n_seqs = blocks.params.n_seq_max
+        self.n_seqs = blocks.batch.n_seqs
         self.n_seq_tokens = blocks.batch.n_tokens // self.n_seqs
         self.d_inner = int(settings.number("ssm.inner_size"))
         self.d_state = int(settings.number("ssm.state_size"))
         self.n_group = int(settings.number("ssm.group_count"))
         self.dt_rank = int(settings.number("ssm.time_step_rank"))
-        copied = self.graph.input(I32, self.n_seqs)
+        n_states = blocks.params.n_seq_max
+        copied = self.graph.input(I32, n_states)
         self._read = self.graph.view(copied, (self.n_seqs,), ())
-        self._unread = self.graph.view(copied, (0,), ())
+        self._unread = self.graph.view(copied, (n_states - self.n_seqs,), ())
 
     def state_cache(self, width: int, il: int) -> Node:
         """Return a layer's cache of one row per sequence."""
-        cache = self.graph.leaf(F32, (width, self.n_seqs))
+        cache = self.graph.leaf(F32, (width, self.blocks.params.n_seq_max))
         cache.home = self.blocks.places.caches[il]
         return cache
 
@@ -41,7 +42,7 @@ class RecurrentDecoder(Decoder):
         result = (read or graph.get_rows)(states, self._read)
         graph.expand(result)
         unread = graph.get_rows(states, self._unread)
-        graph.expand(graph.copy(unread, graph.view(cache, (cache.ne[0], 0), (cache.nb[1],))))
+        graph.expand(graph.copy(unread, graph.view(cache, unread.ne[:2], (cache.nb[1],))))
         return result
 
     def keep(self, what: Node, cache: Node) -> None:

@@ -75,6 +75,7 @@ class Moe:
     weighs_input: bool = False  # the weights are applied before the experts; the plain scores choose
     uses_scales: bool = False  # experts' scales, in files that have them
     shared_gate: SharedGate = SharedGate.NONE
+    limited: bool = False  # gated activations are clamped on both sides, where the header says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,13 @@ class Settings:
     def number(self, name: str) -> float:
         """Return a number, 0 where the header has none."""
         value = self.get(name)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    def of_layer(self, name: str, il: int) -> float:
+        """Return a layer's number, which may be that of all, 0 where the header has none."""
+        value = self.get(name)
+        if isinstance(value, tuple):
+            value = value[il]
         return float(value) if isinstance(value, int | float) else 0.0
 
     def has(self, when: When, name: str) -> bool:
