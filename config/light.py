@@ -30,6 +30,7 @@ class PlacementSettings:
     sched_spread: bool
     rpc_servers: tuple[RpcServer, ...]
     llama_server: Path | None
+    cards: Path
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PlacementSettings:

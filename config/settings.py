@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     sched_spread: bool
     rpc_servers: tuple[RpcServer, ...]
     llama_server: Path | None
+    cards: Path
     max_loaded_models: int
     max_queue: int
     keep_alive: float

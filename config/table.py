@@ -236,6 +236,14 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         light=True,
     ),
     Setting(
+        "CARDS",
+        path(),
+        _xdg("XDG_CONFIG_HOME", ".config", "loadmaster/cards.json"),
+        "File of more cards for planner explain --gpu, in the form of gpu/catalogue.json; it need not be there.",
+        default_text="$XDG_CONFIG_HOME/loadmaster/cards.json",
+        light=True,
+    ),
+    Setting(
         "MAX_LOADED_MODELS",
         whole_number(0, MAX_MODELS),
         0,

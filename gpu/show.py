@@ -9,11 +9,17 @@ from planner.units import format_size
 
 
 def as_json(machine: Machine) -> dict[str, Any]:
-    """Return what ``planner devices --json`` prints; the host is the last device. Unknown is None."""
+    """Return what ``planner devices --json`` prints; the host is the last device. Unknown is None.
+
+    It holds all that a plan needs: ``gpu.machine_file`` reads it back.
+    """
     return {
         "devices": [_device_json(device) for device in (*machine.devices, machine.host)],
         "warnings": list(machine.warnings),
         "looked_for": list(machine.looked_for),
+        "pools": [
+            {"id": pool.id, "total_bytes": pool.total_bytes, "free_bytes": pool.free_bytes} for pool in machine.pools
+        ],
     }
 
 
@@ -33,6 +39,10 @@ def _device_json(device: Device) -> dict[str, Any]:
         "processes": [
             {"pid": process.pid, "name": process.name, "used_bytes": process.used_bytes} for process in device.processes
         ],
+        "compute_capability": device.compute_capability,
+        "endpoint": device.endpoint,
+        "alignment_bytes": device.alignment_bytes,
+        "overhead_bytes": device.overhead_bytes,
     }
 
 

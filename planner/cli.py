@@ -107,29 +107,32 @@ def _request(line: CommandLine, model: ModelFacts) -> PlanRequest:
 
 def _machine(line: CommandLine, settings: PlacementSettings) -> tuple[Machine, LlamaBuild]:
     """Return the machine to plan for, real or imagined, and the llama-server that it is planned for."""
-    from gpu import llama, whatif
+    from gpu import llama, machine_file, whatif
 
     options, pinned_rpc = line.options, line.request.rpc
     host_bytes = _host_memory(options.host_memory)
     try:
-        if options.what_if or options.cards or options.no_gpu:
+        if options.machine or options.what_if or options.cards or options.no_gpu:
             if pinned_rpc:
                 raise InvalidRequest(
                     "--rpc with an imagined machine: write the address as --device RPC0@HOST:PORT=SIZE"
                 )
-            machine = whatif.machine(options.what_if, options.cards, host_memory_bytes=host_bytes)
-            return machine, llama.find(os.environ, configured=settings.llama_server, n_gpus=0).build
-        detected = _detect(settings, pinned_rpc or ())
-        machine = detected.machine
-        if host_bytes is not None:
-            imagined = whatif.machine(host_memory_bytes=host_bytes)
-            machine = replace(machine, host=imagined.host)
+            if options.machine:
+                machine = machine_file.read(options.machine)
+            else:
+                machine = whatif.machine(
+                    options.what_if, options.cards, host_memory_bytes=host_bytes, more_cards=settings.cards
+                )
+            build = llama.find(os.environ, configured=settings.llama_server, n_gpus=0).build
+        else:
+            detected = _detect(settings, pinned_rpc or (), named=line.request.devices or ())
+            machine, build = detected.machine, detected.llama.build
     except whatif.WhatIfError as error:
         raise InvalidRequest(str(error)) from None
-    return machine, detected.llama.build
+    return (machine if host_bytes is None else whatif.with_host_memory(machine, host_bytes)), build
 
 
-def _detect(settings: PlacementSettings, endpoints: Sequence[str] = ()) -> Any:
+def _detect(settings: PlacementSettings, endpoints: Sequence[str] = (), *, named: Sequence[str] = ()) -> Any:
     from config.values import RpcServer
     from gpu.detect import detect
 
@@ -139,7 +142,8 @@ def _detect(settings: PlacementSettings, endpoints: Sequence[str] = ()) -> Any:
         if not host or not port.isdigit():
             raise InvalidRequest(f"--rpc {endpoint}: expected HOST:PORT")
         pinned.append(RpcServer(host, int(port)))
-    return detect(os.environ, llama_server=settings.llama_server, rpc_servers=(*settings.rpc_servers, *pinned))
+    servers = (*settings.rpc_servers, *pinned)
+    return detect(os.environ, llama_server=settings.llama_server, rpc_servers=servers, named=named)
 
 
 def _host_memory(text: str | None) -> int | None:

@@ -220,6 +220,8 @@ FLAGS: Final = (
     Flag("model", ("-m", "--model"), "the GGUF file", (), "FILE", str, ours=True),
     Flag("cards", ("--gpu",), "what if: cards of the catalogue, like rtx4090:2", (), "CARD[:COUNT]",
          _items, gathers=True, ours=True),
+    Flag("machine", ("--machine",), "what if: the machine that `planner devices --json` wrote to this file",
+         (), "FILE", str, ours=True),
     Flag("host_memory", ("--host-memory",), "what if: available host memory", (), "SIZE", str, ours=True),
     Flag("no_gpu", ("--no-gpu",), "what if: no GPU at all", ours=True),
     Flag("no_oracle", ("--no-oracle",), "formulas only, never ask llama.cpp", ours=True),
@@ -233,12 +235,14 @@ BY_NAME: Final[Mapping[str, Flag]] = MappingProxyType({name: flag for flag in FL
 class Options:
     """What ``planner explain`` was asked beside the request: the file, and the machine to imagine.
 
-    ``what_if`` are the words ``NAME=SIZE`` and ``cards`` those of ``--gpu``, as written and in order.
+    ``what_if`` are the words ``NAME=SIZE`` and ``cards`` those of ``--gpu``, as written and in order; ``machine`` is
+    the file of another machine.
     """
 
     model: str | None = None
     what_if: tuple[str, ...] = ()
     cards: tuple[str, ...] = ()
+    machine: str | None = None
     host_memory: str | None = None
     no_gpu: bool = False
     no_oracle: bool = False
@@ -379,6 +383,10 @@ def _refuse_contradictions(request: PlanRequest, options: Options) -> None:
         (
             what_if and request.devices is not None,
             f"{what_if} imagines a machine, --device A,B chooses on this one: use one of them",
+        ),
+        (
+            options.machine and (imagined or options.no_gpu),
+            f"--machine and {imagined or '--no-gpu'}: the file says which devices there are",
         ),
         (
             request.n_ctx is not None and request.n_ctx_per_slot,

@@ -110,9 +110,10 @@ def test_planner_devices_prints_the_promised_keys_and_nothing_else(
         PLANNER_LLAMA_SERVER=str(server),
     )
     found = json.loads(shown)
-    assert list(found) == ["devices", "warnings", "looked_for"]
+    assert list(found) == ["devices", "warnings", "looked_for", "pools"]
     keys = "name kind description uuid pci_bus_id total_bytes free_bytes bandwidth_bytes_per_s pool usable why_not"
-    assert all(list(device) == [*keys.split(), "processes"] for device in found["devices"])
+    more = "processes compute_capability endpoint alignment_bytes overhead_bytes"
+    assert all(list(device) == [*keys.split(), *more.split()] for device in found["devices"])
     assert [device["name"] for device in found["devices"]] == ["CUDA0", "CUDA1", "Host"]
     assert found["devices"][1]["uuid"] == "GPU-aaaa"
     assert found["devices"][0]["uuid"] is None, "NVML does not know this one"

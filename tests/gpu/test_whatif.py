@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -72,12 +73,58 @@ def test_no_spec_is_a_machine_without_gpus_on_this_host() -> None:
         ([], ["rtx4090:0"], "not a count"),
         ([], ["rtx4090:²"], "not a count"),
         ([], ["rtx4090:16", "rtx3060"], "17 devices"),
+        ([], ["custom:bw=900"], "write custom:mem=SIZE"),
+        ([], ["custom:mem=much"], "'much' is not a size"),
+        ([], ["custom:mem=1G,colour=red"], "'colour' is unknown"),
+        ([], ["custom:mem=1G,kind=tpu"], "kind=cuda|rocm|vulkan"),
     ],
 )
 def test_a_bad_spec_is_one_line_that_says_what_is_wrong(specs: list[str], cards: list[str], says: str) -> None:
     with pytest.raises(whatif.WhatIfError, match=re.escape(says)) as caught:
         whatif.machine(specs, cards, host_memory_bytes=GIB)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("specs", [["custom:mem=24GiB,bw=900"], ["custom:mem=24GiB", "bw=900"]])
+def test_a_card_that_nobody_knows_is_described_also_where_a_comma_parted_it(specs: list[str]) -> None:
+    (card,) = whatif.machine([], specs, host_memory_bytes=GIB).devices
+    assert (card.name, card.bandwidth_bytes_per_s) == ("CUDA0", 900 * 10**9)
+    assert card.free_bytes == round(24 * GIB * 0.985)
+
+
+def test_a_described_card_may_be_of_another_kind_and_of_unknown_speed() -> None:
+    cards = whatif.machine([], ["custom:mem=16G,kind=rocm", "custom:mem=8G,kind=vulkan"]).devices
+    assert [(card.name, card.bandwidth_bytes_per_s) for card in cards] == [("ROCm0", None), ("Vulkan0", None)]
+
+
+def test_the_users_own_catalogue_adds_cards_and_wins_over_ours(tmp_path: Path) -> None:
+    own = tmp_path / "cards.json"
+    own.write_text(
+        """{"cards": [
+        {"key": "mine", "name": "My Card", "vendor": "amd", "nominal_gib": 20, "bandwidth_gbs": 700.5},
+        {"key": "rtx4090", "name": "RTX 4090 48GB", "vendor": "nv", "nominal_gib": 48, "bandwidth_gbs": 1008}]}"""
+    )
+    mine, modified = whatif.machine([], ["mine", "4090"], more_cards=own).devices
+    assert (mine.name, mine.bandwidth_bytes_per_s) == ("ROCm0", 700_500_000_000)
+    assert modified.description.startswith("RTX 4090 48GB")
+    assert whatif.machine([], ["rtx3060"], more_cards=tmp_path / "none.json").devices
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cards": [1]}', '{"cards": [{"key": "a"}]}', '{"cards": [{"key":'])
+def test_a_catalogue_of_another_form_is_one_line_that_shows_the_form(tmp_path: Path, text: str) -> None:
+    own = tmp_path / "cards.json"
+    own.write_text(text)
+    with pytest.raises(whatif.WhatIfError, match=r"cards\.json: no card catalogue .*nominal_gib") as caught:
+        whatif.machine([], ["rtx4090"], more_cards=own)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_host_of_another_size_reaches_every_device_that_shares_it() -> None:
+    machine = whatif.with_host_memory(whatif.machine(["CUDA0=8G"], ["gb10"]), 32 * GIB)
+    assert machine.host.free_bytes == 32 * GIB
+    assert machine.device("CUDA1").free_bytes == 32 * GIB
+    assert machine.device("CUDA0").free_bytes == 8 * GIB
+    assert next(pool.free_bytes for pool in machine.pools if pool.id == HOST_POOL) == 32 * GIB
 
 
 def test_every_card_of_the_catalogue_makes_a_machine() -> None:
