@@ -12,6 +12,7 @@ from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
 from planner.graphs.kimi import DeltaAttentionDecoder, SafeDeltaAttentionDecoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
+from planner.graphs.lightning import LightningDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 from planner.graphs.sparse import SparseDecoder
@@ -190,6 +191,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         logit_scale=When.ALWAYS,
     ),
     "minicpm3": Shape(embedding_scale=When.ALWAYS, rope_factors=True, residual_scale=When.ALWAYS),
+    "minimax-01": Shape(),
     "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
     "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
     "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
@@ -266,6 +268,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "mamba": PureMambaDecoder,
     "mamba2": PureMamba2Decoder,
     "minicpm3": ExpandedLatentDecoder,
+    "minimax-01": LightningDecoder,
     "mistral4": LatentDecoder,
     "muse-glimmer": MuseGlimmerDecoder,
     "nemotron_h": NemotronDecoder,

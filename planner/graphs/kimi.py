@@ -12,12 +12,13 @@ _PARTS = ("q", "k", "v")
 class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
     """Kimi Linear (src/models/kimi-linear.cpp)."""
 
+    computes_input_first = True  # before a layer's state is read
+
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, latent or by a state per sequence, projected."""
-        if not self.hparams.recr_layers[il]:
-            return super().attention(x, il)
-        self.graph.expand(x)
-        return self.delta_attention(x, il)
+        if self.computes_input_first:
+            self.graph.expand(x)
+        return self.delta_attention(x, il) if self.hparams.recr_layers[il] else super().attention(x, il)
 
     def turned_part(self, x: Node) -> Node:
         """Return the part of query or key that would know its position: it does not."""
@@ -83,6 +84,8 @@ class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
 
 class SafeDeltaAttentionDecoder(DeltaAttentionDecoder):
     """Ling 3 (src/models/bailingmoe3.cpp): bounded decays, and latent attention that is gated per head."""
+
+    computes_input_first = False
 
     def turned_part(self, x: Node) -> Node:
         """Return the part of query or key that knows its position."""
