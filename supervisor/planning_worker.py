@@ -37,6 +37,7 @@ from planner.types import (
     Refused,
 )
 from supervisor.catalogue import scan
+from supervisor.core.pinning import PinnedDevice
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.planning_messages import (
@@ -107,6 +108,7 @@ class Worker:
             rpc_servers=self._settings.rpc_servers,
             leased=leased,
             previous=previous,
+            owner=os.getppid(),
         )
         self._stamp = _stamp(self._detected.llama)
         return self._detected
@@ -187,7 +189,21 @@ def _load_plan(plan: Plan, machine: Machine) -> LoadPlan:
         plan=plan,
         document=explain.to_json(plan),
         buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
+        pinned=_pinned(plan, machine),
     )
+
+
+def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
+    """Return the devices of the launch line, by the runner's names for them and by what tells them from others."""
+    argv, request = plan.launch.argv, plan.request
+    if "--device" not in argv or request.split_mode == "tensor":  # its one "meta" device stands for all
+        return ()
+    names = argv[argv.index("--device") + 1].split(",")
+    pairs = list(zip(plan.placement.devices, names, strict=False))
+    if request.split_mode == "none":
+        pairs = pairs[request.main_gpu or 0 :][:1]
+    devices = [(machine.device(name), child_name) for name, child_name in pairs]
+    return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
 
 
 def _emptied(machine: Machine, held: Mapping[str, int]) -> Machine:

@@ -78,6 +78,13 @@ class LoadProgressed(RunnerEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class WrongDevices(RunnerEvent):
+    """The child uses other devices than its plan counts on; ``reason`` says which, in one line."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class BecameReady(RunnerEvent):
     """The child answers at ``url``. ``measured_bytes`` are the sums of the buffers that its log reported, by device."""
 

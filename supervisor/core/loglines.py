@@ -37,11 +37,15 @@ class BufferSize:
 
 @dataclass(frozen=True, slots=True)
 class UsingDevice:
-    """llama.cpp uses this device; ``description`` of an RPC device is the worker's address."""
+    """llama.cpp uses this device; ``description`` of an RPC device is the worker's address.
+
+    ``device_id`` is a card's PCI address in lower case, None where its backend has none.
+    """
 
     name: str
     description: str
     free_mib: int
+    device_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,10 @@ _PREFIX = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} (?P<level>[IWED]) (?:(?:srv|cmn|
 _BUFFER = re.compile(
     r"^\w+: +(?P<buffer>\S+) +(?P<kind>model|KV|RS|compute|output) buffer size = +(?P<mib>\d+\.\d+) MiB$"
 )
-_DEVICE = re.compile(r"^\w+: using device (?P<name>\S+) \((?P<description>.*)\) \(.*\) - (?P<free>\d+) MiB free$")
+_DEVICE = re.compile(
+    r"^\w+: using device (?P<name>\S+) \((?P<description>.*)\) \((?P<id>[^()]*)\) - (?P<free>\d+) MiB free$"
+)
+_UNKNOWN_ID: Final = "unknown id"  # src/llama.cpp, llama_prepare_model_devices
 _LISTENING = re.compile(r"^llama_server: listening on (?P<url>\S+)$")
 _UNPREFIXED_ERROR = re.compile(
     r"^error\b|^cannot start |^terminate called|\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: |^(?:CUDA|ROCm) error|^ggml_vulkan: "
@@ -105,7 +112,8 @@ def read(line: str) -> Fact | None:
         size_bytes = round(float(found["mib"]) * MIB)
         return BufferSize(found["buffer"], _KINDS[found["kind"]], size_bytes)
     if found := _DEVICE.match(text):
-        return UsingDevice(found["name"], found["description"], int(found["free"]))
+        device_id = None if found["id"] == _UNKNOWN_ID else found["id"].lower()
+        return UsingDevice(found["name"], found["description"], int(found["free"]), device_id)
     if found := _LISTENING.match(text):
         return Listening(found["url"])
     if (prefix["level"] == "E") if prefix else bool(_UNPREFIXED_ERROR.search(text)):

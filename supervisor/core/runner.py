@@ -47,6 +47,7 @@ from supervisor.core.events import (
     SpawnFailed,
     StartRequested,
     StopRequested,
+    WrongDevices,
 )
 from supervisor.core.types import Failure, Limits, LoadPlan, ModelId, RunnerId
 
@@ -246,6 +247,11 @@ def _give_up_loading(runner: Runner, _event: DeadlinePassed, now: float, limits:
     return _stop(runner, now, "stuck while loading", Failure(at=now, reason=reason, timed_out=True))
 
 
+def _stop_on_wrong_devices(runner: Runner, event: WrongDevices, now: float, _limits: Limits) -> Outcome:
+    reason = f"not on the planned devices: {event.reason}; planner doctor says more"
+    return _stop(runner, now, "on other devices than planned", Failure(at=now, reason=reason))
+
+
 def _spawn_failed(runner: Runner, event: SpawnFailed, now: float, limits: Limits) -> Outcome:
     return _fail(runner, Failure(at=now, reason=event.reason), now, limits)
 
@@ -326,6 +332,7 @@ TRANSITIONS: Final[Mapping[tuple[RunnerState, type[RunnerEvent]], Handler]] = {
     (S.STARTING, StopRequested): _stop_before_spawned,
     (S.LOADING, LoadProgressed): _keep_loading,
     (S.LOADING, BecameReady): _become_ready,
+    (S.LOADING, WrongDevices): _stop_on_wrong_devices,
     (S.LOADING, ProcessExited): _died,
     (S.LOADING, StopRequested): _stop_loading,
     (S.LOADING, DeadlinePassed): _give_up_loading,
@@ -354,6 +361,7 @@ IGNORED: Final = frozenset(
         (S.DRAINING, LoadProgressed),
         (S.STOPPING, LoadProgressed),
         (S.STOPPING, BecameReady),
+        (S.STOPPING, WrongDevices),
         # it stops already, or has nothing to stop
         (S.STOPPING, StopRequested),
         (S.STOPPED, StopRequested),
@@ -363,6 +371,9 @@ IGNORED: Final = frozenset(
         (S.BACKOFF, LoadProgressed),
         (S.FAILED, LoadProgressed),
         (S.STOPPED, BecameReady),
+        (S.STOPPED, WrongDevices),
+        (S.BACKOFF, WrongDevices),
+        (S.FAILED, WrongDevices),
         (S.BACKOFF, BecameReady),
         (S.FAILED, BecameReady),
         # leases on a dead child come back when their holders have noticed

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NewType
 
 from planner.types import HOST, DeviceKind, Plan, Shortfall
+from supervisor.core.pinning import PinnedDevice
 
 ModelId = NewType("ModelId", str)
 RunnerId = NewType("RunnerId", str)
@@ -41,11 +42,13 @@ class LoadPlan:
 
     ``document`` is what ``planner explain --json`` prints. ``buffer_devices`` maps the names that llama.cpp gives to
     the buffers of an RPC worker (``RPC0[host:port]``, an index within that worker) to the planner's device names.
+    ``pinned`` are the devices that the runner has to name when it starts; none: not checked.
     """
 
     plan: Plan
     document: Mapping[str, Any] = field(repr=False)
     buffer_devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    pinned: tuple[PinnedDevice, ...] = ()
 
     @property
     def n_parallel(self) -> int:

@@ -22,6 +22,7 @@ from supervisor.core.events import (
     SpawnFailed,
     StartRequested,
     StopRequested,
+    WrongDevices,
 )
 from supervisor.core.runner import IGNORED, TRANSITIONS, IllegalTransition, Runner, RunnerState, step
 from supervisor.core.types import Limits, ModelId, RunnerId
@@ -36,6 +37,7 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
     ProcessSpawned: ProcessSpawned(MODEL, 1, 4711),
     SpawnFailed: SpawnFailed(MODEL, 1, "no such file"),
     LoadProgressed: LoadProgressed(MODEL, 1),
+    WrongDevices: WrongDevices(MODEL, 1, "it uses CUDA1 where CUDA0 was planned"),
     BecameReady: BecameReady(MODEL, 1, "http://127.0.0.1:1"),
     ProcessExited: ProcessExited(MODEL, 1, "exit status 1", "out of memory", ("a", "b")),
     RequestGranted: RequestGranted(MODEL, 1),
@@ -52,9 +54,9 @@ ILLEGAL = {
         set(RunnerState) - {RunnerState.STARTING, RunnerState.STOPPING}, [ProcessSpawned, SpawnFailed]
     ),
     # before there is a process nothing can be said of it, and after its exit there is none
-    *itertools.product([RunnerState.STARTING], [LoadProgressed, BecameReady, ProcessExited]),
+    *itertools.product([RunnerState.STARTING], [LoadProgressed, WrongDevices, BecameReady, ProcessExited]),
     *itertools.product([RunnerState.STOPPED, RunnerState.BACKOFF, RunnerState.FAILED], [ProcessExited]),
-    *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady]),  # said once
+    *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady, WrongDevices]),  # said once, before
     *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [RequestFinished]),  # nothing was granted yet
     # these states have no deadline
     *itertools.product([RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING], [DeadlinePassed]),
