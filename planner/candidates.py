@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final
 
 from planner import budget, companions, layers, packing
@@ -211,17 +211,23 @@ class Finder:
         return self._evaluated(request, Placement(names, where, output, n_slots, tuple(shares)))
 
     def _evaluated(self, request: PlanRequest, placement: Placement, *, confirm: bool = False) -> Candidate:
-        """Account for this placement; llama.cpp is asked for what is unknown, and to ``confirm`` what is estimated."""
+        """Account for this placement and for what is loaded beside the model."""
         params = context_params(self.model, request)
-        ledger = account(self.model, params, placement, self.machine, self.build)
-        if self.oracle is not None and (ledger.unknown or (confirm and ledger.estimated)):
-            answer = self.oracle(self.model, params, placement, self.machine)
-            ledger = ledger if answer is None else _filled(ledger, answer)
-        beside = companions.charges(self.model, request, params, placement, self.machine, self.build)
+        ledger_of = partial(self._ledger, confirm=confirm)
+        ledger = ledger_of(self.model, params, placement)
+        beside = companions.charges(self.model, request, params, placement, self.machine, self.build, ledger_of)
         ledger = charged(ledger, placement, beside)
         rows = budget.usages(self.machine, placement, ledger, self.limits)
         short = budget.shortfalls(self.machine, rows, ledger, self.limits)
         return Candidate(request, params, placement, ledger, rows, short)
+
+    def _ledger(self, model: ModelFacts, params: ContextParams, placement: Placement, *, confirm: bool) -> MemoryLedger:
+        """Account for one model; llama.cpp is asked for what is unknown, and to ``confirm`` what is estimated."""
+        own = account(model, params, placement, self.machine, self.build)
+        if self.oracle is None or not (own.unknown or (confirm and own.estimated)):
+            return own
+        answer = self.oracle(model, params, placement, self.machine)
+        return own if answer is None else _filled(own, answer)
 
     def _costs(self, attempt: Candidate) -> list[float]:
         """Return what each layer costs, the output last: its weights, and its part of the cache in this attempt."""

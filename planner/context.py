@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner import ggml, overrides
+from planner import ggml, overrides, speculation
 from planner.architectures import ARCHITECTURES
 from planner.errors import InvalidRequest
 from planner.types import DeviceKind, FlashAttention, LoadMode, Role, SplitMode
@@ -26,11 +26,7 @@ MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 
 # Flags whose bytes have no rule here, and what they touch.
-_WITHOUT_RULE: Final = (
-    ("model_draft", "a draft model (--model-draft)"),
-    ("spec_type", "speculative decoding (--spec-type)"),
-    ("override_kv", "overridden metadata (--override-kv)"),
-)
+_WITHOUT_RULE: Final = (("override_kv", "overridden metadata (--override-kv)"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         n_batch = min(n_batch, n_ubatch)
     rules = ARCHITECTURES.get(model.hparams.architecture)
     every_token = embeddings or (rules is not None and rules.encodes)
-    n_outputs_max = n_batch if every_token else min(n_batch, n_parallel)
+    n_outputs_max = n_batch if every_token else min(n_batch, n_parallel * (1 + speculation.n_draft(request)))
     if model.hparams.causal:
         n_batch = min(n_ctx_unpadded, n_batch)
     n_ctx = ggml.pad(n_ctx_unpadded, CONTEXT_ALIGNMENT)
@@ -131,6 +127,8 @@ def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
         missing.append("LoRA adapters that were not read (--lora)")
     if request.mmproj and model.projector is None:
         missing.append("a projector that was not read (--mmproj)")
+    if reason := speculation.without_rule(model, request):
+        missing.append(reason)
     return tuple(missing)
 
 

@@ -60,8 +60,8 @@ class ModelFacts:
     """One model: summary for readers, hyper-parameters and tensors for the rules, metadata for what is rare.
 
     ``tokens`` and other long arrays are not in ``metadata``: an array there is present only where it is short
-    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``adapters`` and
-    ``projector`` are what a request has loaded with the model (``planner.companions``).
+    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``adapters``,
+    ``projector`` and ``draft`` are what a request has loaded with the model (``planner.companions``).
     Compared by identity, so that what is computed once per model can be kept with it.
     """
 
@@ -75,6 +75,7 @@ class ModelFacts:
     byte_order: str = "little"
     adapters: tuple[Attachment, ...] = ()
     projector: Attachment | None = None
+    draft: ModelFacts | None = None
 
     def tensor(self, name: str) -> Tensor | None:
         """Return the tensor of that name, or None."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, context, knobs, launch
+from planner import budget, companions, context, knobs, launch, speculation
 from planner.build import is_pinned
 from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
@@ -91,7 +91,7 @@ class _Search:
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         kinds = [device.kind for device in devices]
-        reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model)
+        reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
         if reason is not None:
             return Refused(self.model.summary, settled, self.build, reason, knob_decisions, self.warnings)
         limits = budget.budgets(self.machine, self.policy)
@@ -373,6 +373,8 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
         warnings.append(
             f"{mapped} are mapped from the file, more than the host has free: parts are read again and again"
         )
+    if found.request.model_draft and not speculation.types(found.request):
+        warnings.append("no --spec-type uses the draft model: llama-server loads it and frees it again")
     trained = model.hparams.n_ctx_train
     if trained is not None and found.params.n_ctx_seq > trained:
         warnings.append(f"the model was trained for {trained:,} tokens; llama-server uses no more of a slot's context")

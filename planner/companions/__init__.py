@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from planner import weights
-from planner.companions import lora, projector
-from planner.model import read_attachment
+from planner.companions import draft, lora, projector
+from planner.model import read_attachment, read_model
 
 if TYPE_CHECKING:
     from planner.charges import Charge
@@ -21,20 +21,23 @@ def attach(model: ModelFacts, request: PlanRequest) -> ModelFacts:
 
     Raises ModelFileError for a file that is missing, unreadable or malformed.
     """
-    if not (request.lora or request.mmproj):
+    if not (request.lora or request.mmproj or request.model_draft):
         return model
     return replace(
         model,
         adapters=tuple(read_attachment(path) for path in request.lora or ()),
         projector=read_attachment(request.mmproj) if request.mmproj else None,
+        draft=read_model(request.model_draft) if request.model_draft else None,
     )
 
 
-def refusal(model: ModelFacts) -> str | None:
+def refusal(model: ModelFacts, request: PlanRequest) -> str | None:
     """Return why llama.cpp would reject what is loaded beside this model, or None."""
     reasons = [lora.refusal(model, adapter) for adapter in model.adapters]
     if model.projector is not None:
         reasons.append(projector.refusal(model.projector))
+    if model.draft is not None:
+        reasons.append(draft.refusal(model.draft, request))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -45,8 +48,12 @@ def charges(
     placement: Placement,
     machine: Machine,
     build: LlamaBuild,
+    ledger_of: draft.Ledgers,
 ) -> tuple[Charge, ...]:
-    """Return what each thing beside the model takes; of what has no rule here the model's ledger tells."""
+    """Return what each thing beside the model takes; of what has no rule here the model's ledger tells.
+
+    ``ledger_of`` accounts for another model in a context of its own.
+    """
     found = []
     if model.adapters and weights.not_built(model, params, placement, machine) is None:
         found.append(lora.charge(model, params, placement, machine, build))
@@ -54,4 +61,6 @@ def charges(
         on_host = request.mmproj_offload is False or not placement.devices
         device = machine.host if on_host else machine.device(placement.devices[0])  # common/arg.cpp
         found.append(projector.charge(model.projector, device, build))
+    if model.draft is not None and not params.not_built:
+        found.append(draft.charge(model.draft, request, params, placement, ledger_of))
     return tuple(found)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ KIND = {
     "RS": "context_bytes",
     "compute": "compute_bytes",
 }
+CONTEXT = re.compile(r"llama_context: n_ctx +=")
 RESERVES = "sched_reserve: reserving"
 
 
@@ -58,18 +60,21 @@ def lines_until_ready(command: Sequence[str], environment: Mapping[str, str]) ->
 def reserved(plan: Mapping[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, str], float]:
     """Launch the plan and return what llama-server prints while it loads: MiB by worker address or Host, and kind.
 
-    Of graphs that are reserved more than once, the last counts.
+    Where a context reserves its graphs more than once, the last time counts.
     """
-    sums: dict[tuple[str, str], float] = {}
+    sums = Counter[tuple[str, str]]()
+    graphs: list[Counter[tuple[str, str]]] = []  # of each context
     command = [*plan["launch"]["argv"], "--port", "0"]
     for line in lines_until_ready(command, {**environment, **plan["launch"]["env"]}):
+        if CONTEXT.search(line):
+            graphs.append(Counter())
         if RESERVES in line:
-            sums = {key: mib for key, mib in sums.items() if key[1] != "compute_bytes"}
+            graphs[-1].clear()
         if (found := BUFFER.search(line)) is not None and "~llama_context" not in line:
             name, endpoint, kind, mib = found.groups()
-            key = (endpoint or ("Host" if name.startswith("CPU") else name), KIND[kind])
-            sums[key] = sums.get(key, 0.0) + float(mib)
-    return sums
+            place = endpoint or ("Host" if name.startswith("CPU") else name)
+            (graphs[-1] if kind == "compute" else sums)[place, KIND[kind]] += float(mib)  # type: ignore[assignment]
+    return dict(sum(graphs, sums))
 
 
 def assert_as_planned(

@@ -26,6 +26,7 @@ from planner.types import (
     DeviceName,
     Figure,
     Machine,
+    NoFit,
     Plan,
     PlanRequest,
     Policy,
@@ -181,3 +182,61 @@ def test_a_projector_of_unknown_making_leaves_its_buffers_open(endless_model: Pa
     assert charge.devices["CUDA0"].model.source is Source.ESTIMATED
     assert charge.devices["CUDA0"].compute.source is Source.UNKNOWN
     assert "gemma3nv" in charge.not_built[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draft models
+
+SPECULATES = ("--spec-type", "draft-simple")
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-np", "2", "--spec-draft-n-max", "8", "-ts", "2,3,0"),
+        ("-devd", "RPC2,RPC1", "-ngld", "2"),
+        ("-ctkd", "f32", "-ctvd", "bf16", "-otd", r"blk\.1\.ffn_up=CPU"),
+        ("-devd", "none", "-nkvo"),
+    ],
+    ids=" ".join,
+)
+def test_a_draft_model_takes_what_the_plan_says(
+    flags: tuple[str, ...],
+    endless_model: Path,
+    chat_model: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """The draft is a whole second model, by its own flags, on the first one's devices or on others."""
+    workers = rpc_workers(3)
+    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(workers))
+    words = [word for device in devices for word in ("--device", device)]
+    fixed = ("-c", "4096", "-md", str(chat_model), *SPECULATES, "--no-oracle")
+    plan = explain(str(endless_model), *words, *fixed, *flags, environment=free_environment)
+    places = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
+    assert_as_planned(plan, places, free_environment, resolution=0.01)
+    assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
+
+
+def test_a_draft_that_fits_nowhere_is_no_fit(endless_model: Path, chat_model: Path) -> None:
+    card = Device(DeviceName("RPC0"), DeviceKind.RPC, 64 << 20, 64 << 20, PoolId("large"))
+    small = Device(DeviceName("RPC1"), DeviceKind.RPC, 1 << 20, 1 << 20, PoolId("small"))
+    machine = Machine((card, small), HOST_ALONE.host)
+    request = PlanRequest(n_ctx=4096, model_draft=str(chat_model), devices_draft=("RPC1",), spec_type="draft-simple")
+    answer = search(
+        companions.attach(read_model(str(endless_model)), request), request, machine, Policy(), PINNED_BUILD
+    )
+    assert isinstance(answer, NoFit)
+    assert [cause.device for cause in answer.causes] == ["RPC1"]
+
+
+def test_a_draft_that_nobody_uses_is_told(endless_model: Path, chat_model: Path) -> None:
+    plan = outcome(endless_model, n_ctx=4096, model_draft=str(chat_model))
+    assert any("--spec-type" in warning for warning in plan.warnings)
+
+
+def test_a_draft_that_llama_cpp_would_not_load_is_refused(endless_model: Path, chat_model: Path) -> None:
+    refused = outcome(endless_model, model_draft=str(chat_model), cache_type_v_draft="q4_0", flash_attn="off")
+    assert isinstance(refused, Refused)
+    assert refused.reason.startswith(f"the draft model {chat_model}: a quantized V cache")
