@@ -19,7 +19,7 @@ from anyio.abc import TaskStatus
 from config import render
 from config.resolve import ConfigError
 from config.settings import Loaded, Settings, load
-from supervisor import listener, lock, log_setup
+from supervisor import children, listener, lock, log_setup
 from supervisor.core.types import Limits
 from supervisor.gateway.app import build_app, make_runner
 from supervisor.gateway.options import GatewayOptions
@@ -54,6 +54,7 @@ def serve(environ: Mapping[str, str]) -> int:
             lock.held(settings.state_dir),
             listener.bound(settings.host.host, settings.host.port) as bound,
         ):
+            children.prepare(settings.state_dir)
             anyio.run(_serve, loaded, environ, bound)
     except (lock.AlreadyRunning, listener.CannotListen) as error:
         return _complain(str(error), EXIT_CANNOT_RUN)

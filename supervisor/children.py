@@ -28,8 +28,17 @@ from supervisor.process import Child, scrubbed
 LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
 PROGRESS_EVERY_S: Final = 1.0  # signs of progress count in minutes
 KEY_BYTES: Final = 32
+RECORDS: Final = "runners"
+NO_CONFIG: Final = "no-config"
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.children")
+
+
+def prepare(state_dir: Path) -> None:
+    """Make the folders that children need, and end those that an earlier life left behind. Raises OSError."""
+    (state_dir / NO_CONFIG).mkdir(parents=True, exist_ok=True)
+    for stray in strays.end_all(state_dir / RECORDS):
+        _log.warning("stray.ended", pid=stray.pid, model=stray.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +53,19 @@ class _Running:
 class Children:
     """Every live child. ``post`` takes the events; ``environ`` is what children inherit, after scrubbing.
 
-    ``state_dir`` holds the records of who runs, and the empty folder that is a child's whole configuration.
+    ``state_dir``, which was prepared, holds the records of who runs, and the empty folder that is a child's whole
+    configuration.
     """
 
     def __init__(
         self, post: Callable[[Event], None], *, state_dir: Path, environ: Mapping[str, str], stop_grace_s: float
     ) -> None:
         self._post = post
-        self._records = state_dir / "runners"
-        self._no_config = state_dir / "no-config"
+        self._records = state_dir / RECORDS
+        self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
         self._stop_grace_s = stop_grace_s
         self._running: dict[tuple[ModelId, int], _Running] = {}
-
-    def prepare(self) -> None:
-        """Make the folders, and end what an earlier life left behind. Raises OSError."""
-        self._no_config.mkdir(parents=True, exist_ok=True)
-        for stray in strays.end_all(self._records):
-            _log.warning("stray.ended", pid=stray.pid, model=stray.model)
 
     def api_key(self, model: ModelId, generation: int) -> str:
         """Return what a client has to show to this child."""
@@ -81,7 +85,10 @@ class Children:
         except OSError as error:
             self._post(SpawnFailed(command.model, command.generation, f"cannot start {argv[0]}: {error.strerror}"))
             return
-        strays.record(self._records, child.pid, command.model)
+        try:
+            strays.record(self._records, child.pid, command.model)
+        except OSError as error:  # a full disk is no reason to serve nobody
+            _log.warning("stray.not_recorded", **about, pid=child.pid, reason=str(error))
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
         self._running[command.model, command.generation] = running = _Running(child, api_key, log)
         tasks.start_soon(self._tend, command.model, command.generation, running)

@@ -59,7 +59,13 @@ class Child:
         assert self._process.stdout is not None  # noqa: S101 - PIPE was asked for
         self._output = self._process.stdout
         os.set_blocking(self._output.fileno(), False)
-        self._pidfd = os.pidfd_open(self._process.pid)
+        try:
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError:  # a sandbox that forbids it, say: a child that nobody can watch must not live
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+            self._output.close()
+            raise
         self._exited = anyio.Event()
 
     @property

@@ -85,7 +85,6 @@ class Supervisor:
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Serve until ``shut_down`` was called and every child is gone. Cancelled, it takes its children with it."""
-        await anyio.to_thread.run_sync(self._children.prepare)
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
             tasks.start_soon(self._keep_time)

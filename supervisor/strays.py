@@ -33,7 +33,7 @@ class Record:
 
 
 def record(folder: Path, pid: int, model: str) -> None:
-    """Remember that this child runs; one that has ended already is not remembered."""
+    """Remember that this child runs; one that has ended already is not remembered. Raises OSError."""
     start_ticks = _start_ticks(pid)
     if start_ticks is not None:
         entry = Record(pid, start_ticks, _BOOT_ID.read_text().strip(), model)
@@ -41,8 +41,9 @@ def record(folder: Path, pid: int, model: str) -> None:
 
 
 def forget(folder: Path, pid: int) -> None:
-    """Forget a child that was reaped."""
-    (folder / f"{pid}.json").unlink(missing_ok=True)
+    """Forget a child that was reaped. A record that cannot be removed names a process that is no more: no harm."""
+    with suppress(OSError):
+        (folder / f"{pid}.json").unlink()
 
 
 def end_all(folder: Path) -> list[Record]:

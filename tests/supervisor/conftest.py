@@ -15,6 +15,7 @@ import structlog
 from event_log import WITHIN_S, EventLog
 from running_service import Serve, Service, run
 
+from supervisor import children
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
 from supervisor.inventory import Inventory
@@ -70,6 +71,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
             n_ctx_per_slot=512,
             environ=environ,
         )
+        children.prepare(options.state_dir)
         async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
             inventory = Inventory(folder, planning)
             supervisor = Supervisor(options, inventory)

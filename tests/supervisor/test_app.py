@@ -100,6 +100,33 @@ def test_a_killed_child_ends_its_stream_with_an_error_and_is_replaced(serve: Ser
     assert service.runner()["pid"] != pid
 
 
+def test_a_model_that_never_loads_is_tried_less_and_less_and_then_given_up(
+    serve: Serve, chat_model: Path, llama_tools: Path, tmp_path: Path
+) -> None:
+    """All of it as a client and an operator see it; the pauses between the tries are 0, 1, 2 and 4 seconds."""
+    server = tmp_path / "llama-server"
+    server.write_text(
+        f'#!/bin/sh\ncase "$1" in --*) exec {llama_tools}/llama-server "$@";; esac\n'
+        "echo '0.00.000.001 E srv  load_model: no luck today'\nexit 1\n"
+    )
+    server.chmod(0o755)
+    service = serve(PLANNER_LLAMA_SERVER=str(server))
+    for tries in range(1, 6):
+        refused = service.chat("tiny-chat")
+        assert refused.status == 502
+        assert refused.headers["Retry-After"]
+        assert "exit status 1: load_model: no luck today" in refused.read().decode()
+        runner = service.runner()
+        assert runner["state"] in ({"backoff", "stopped"} if tries < 5 else {"failed"})
+        assert "no luck today" in runner["last_failure"]["reason"]
+    assert runner["retry_at"] > service.get("/status")["now"] + 200
+    for _ in range(3):
+        assert service.chat("tiny-chat").status == 502, "at once: nothing is started any more"
+    (model,) = (one for one in service.get("/status")["models"] if one["id"] == "tiny-chat")
+    assert (model["counters"]["launches"], model["counters"]["load_failures"]) == (5, 5)
+    assert service.request("GET", "/readyz").status == 200
+
+
 def test_sigterm_refuses_new_work_first_and_then_ends_streams_and_children(serve: Serve, endless_model: Path) -> None:
     service = serve(PLANNER_DRAIN_TIMEOUT="1s", PLANNER_STOP_GRACE="200ms")
     stream = service.chat("tiny-endless", stream=True)
@@ -145,6 +172,33 @@ def test_a_taken_port_ends_the_start_with_its_holder(environ: dict[str, str]) ->
     assert process.returncode == 1
     (line,) = errors.splitlines()
     assert f"process {os.getpid()}" in line
+
+
+def test_a_second_service_is_refused_while_the_first_goes_on(serve: Serve, environ: dict[str, str]) -> None:
+    first = serve()
+    with run(environ) as second:
+        _, errors = second.communicate(timeout=WITHIN_S)
+    assert second.returncode == 1
+    (line,) = errors.splitlines()
+    assert f"process {first.process.pid}" in line
+    assert first.request("GET", "/readyz").status == 200
+
+
+@pytest.mark.parametrize("taken", ["state", "state/runners", "state/no-config", "state/lock"])
+def test_a_state_folder_that_cannot_be_used_is_said_in_one_line(environ: dict[str, str], taken: str) -> None:
+    """Something else has the name of what the service would make."""
+    path = Path(environ["PLANNER_STATE_DIR"]).parent / taken
+    path.parent.mkdir(exist_ok=True)
+    if path.name == "lock":
+        path.mkdir()
+    else:
+        path.write_text("in the way")
+    with run(environ) as process:
+        _, errors = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert str(path) in line
+    assert "PLANNER_STATE_DIR" in line
 
 
 def test_a_missing_models_folder_and_llama_server_make_it_unready_not_dead(serve: Serve, tmp_path: Path) -> None:
