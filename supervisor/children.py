@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +18,17 @@ from anyio.abc import TaskGroup
 
 from supervisor import strays
 from supervisor.core.commands import Spawn
-from supervisor.core.events import BecameReady, Event, LoadProgressed, ProcessExited, ProcessSpawned, SpawnFailed
-from supervisor.core.loglines import Listening
+from supervisor.core.events import (
+    BecameReady,
+    Event,
+    LoadProgressed,
+    ProcessExited,
+    ProcessSpawned,
+    SpawnFailed,
+    WrongDevices,
+)
+from supervisor.core.loglines import Fact, Listening, UsingDevice
+from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId
 from supervisor.health import wait_healthy
 from supervisor.logs import ChildLog
@@ -48,6 +57,8 @@ class _Running:
     child: Child
     api_key: str
     log: ChildLog
+    pinned: tuple[PinnedDevice, ...] = ()
+    used: list[UsingDevice] = field(default_factory=list)
 
 
 class Children:
@@ -90,7 +101,7 @@ class Children:
         except OSError as error:  # a full disk is no reason to serve nobody
             _log.warning("stray.not_recorded", **about, pid=child.pid, reason=str(error))
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
-        self._running[command.model, command.generation] = running = _Running(child, api_key, log)
+        self._running[command.model, command.generation] = running = _Running(child, api_key, log, command.plan.pinned)
         tasks.start_soon(self._tend, command.model, command.generation, running)
         self._post(ProcessSpawned(command.model, command.generation, child.pid))
 
@@ -130,7 +141,11 @@ class Children:
         told_at = time.monotonic()
         while data := await running.child.read():
             for fact in running.log.feed(data):
-                if isinstance(fact, Listening):
+                if isinstance(fact, UsingDevice):
+                    running.used.append(fact)
+                if (wrong := _wrong_devices(running, fact)) is not None:
+                    self._post(WrongDevices(model, generation, wrong))
+                elif isinstance(fact, Listening):
                     tasks.start_soon(self._confirm, model, generation, running, fact.url)
             if time.monotonic() > told_at + PROGRESS_EVERY_S:
                 told_at = time.monotonic()
@@ -141,3 +156,14 @@ class Children:
         """Tell that the child is ready once it says so itself."""
         await wait_healthy(url)
         self._post(BecameReady(model, generation, url, running.log.measured_bytes))
+
+
+def _wrong_devices(running: _Running, fact: Fact) -> str | None:
+    """Return what this fact shows to be wrong with the devices of a child, in one line, or None."""
+    match fact:
+        case UsingDevice():
+            return mismatch(running.pinned, running.used)
+        case Listening():
+            return missing(running.pinned, running.used)
+        case _:
+            return None
