@@ -19,6 +19,7 @@ from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Surroundings
 
 LOOK_AGAIN_S: Final = 2.0  # for what is missing; short beside the minutes that building or mounting it takes
+RESCAN_EVERY_S: Final = 30.0  # a model that was downloaded is listed soon; reading a folder costs milliseconds
 RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, must not keep the disk busy
 LLAMA_SERVER: Final = "llama-server"
 MODELS: Final = "models"
@@ -30,12 +31,13 @@ _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.i
 class Inventory:
     """Asks the planning process and remembers its answers. ``not_ready`` are the reasons why nothing can be served."""
 
-    def __init__(self, models: Path, planning: PlanningProcess) -> None:
+    def __init__(self, models: Path, planning: PlanningProcess, *, rescan_every_s: float = RESCAN_EVERY_S) -> None:
         self._models = models
+        self._rescan_every_s = rescan_every_s
         self._planning = planning
         self._catalogue = Catalogue()
         self._scanning = anyio.Lock()
-        self._scanned_at: float | None = None
+        self._scanned_at = -math.inf
         self._looked_at = -math.inf
         self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
         self._warned: frozenset[str] = frozenset()
@@ -66,18 +68,18 @@ class Inventory:
         await self.scan()
 
     async def keep_looking(self) -> None:
-        """Look again for what is missing, for as long as the service runs."""
+        """Look again for what is missing, and for models that come and go, for as long as the service runs."""
         while True:
             await anyio.sleep(LOOK_AGAIN_S)
             if LLAMA_SERVER in self._problems:
                 await self.look_around()
-            elif self._problems:
+            elif self._problems or anyio.current_time() > self._scanned_at + self._rescan_every_s:
                 await self.scan()
 
     async def scan(self) -> None:
         """Read the models folder, unless that was done just now."""
         async with self._scanning:
-            if self._scanned_at is not None and anyio.current_time() < self._scanned_at + RESCAN_AFTER_S:
+            if anyio.current_time() < self._scanned_at + RESCAN_AFTER_S:
                 return
             try:
                 answer = await self._planning.ask(ScanModels(self._models))
@@ -87,10 +89,11 @@ class Inventory:
             if isinstance(answer, Failed):
                 self._note(MODELS, answer.reason)
             elif isinstance(answer, tuple):
+                if answer != self.entries or MODELS in self._problems:
+                    broken = [entry.problem for entry in answer if entry.problem is not None]
+                    _log.info("models.scanned", folder=str(self._models), models=len(answer), broken=broken)
                 self._catalogue.replace(answer)
                 self._note(MODELS, None)
-                broken = [entry.problem for entry in answer if entry.problem is not None]
-                _log.info("models.scanned", folder=str(self._models), models=len(answer), broken=broken)
 
     async def resolve(self, name: str) -> ModelEntry:
         """Return the model that this name stands for. Raises UnknownModel.

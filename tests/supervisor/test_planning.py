@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import anyio
 import psutil
 import pytest
+from event_log import EventLog
 
 from gpu import whatif
 from gpu.llama import Search
@@ -19,6 +21,7 @@ from planner.types import Role
 from planner.units import GIB, MIB
 from supervisor import planning_worker
 from supervisor.api import PlannerFailed
+from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import MakePlan, PlanAnswer, ScanModels
 from supervisor.runtime import Supervisor
@@ -84,6 +87,20 @@ async def test_a_question_that_is_given_up_does_not_spoil_the_next_answer(tmp_pa
                 given_up.cancel()
         (tmp_path / "noise.gguf").unlink()
         assert await planning.ask(ScanModels(tmp_path)) == ()
+
+
+@pytest.mark.anyio
+async def test_models_that_come_and_go_are_noticed_without_being_asked_for(
+    tmp_path: Path, chat_model: Path, log: EventLog
+) -> None:
+    async with PlanningProcess({}) as planning, anyio.create_task_group() as tasks:
+        inventory = Inventory(tmp_path, planning, rescan_every_s=0.0)
+        await inventory.look_around()
+        assert inventory.entries == ()
+        shutil.copy(chat_model, tmp_path)
+        tasks.start_soon(inventory.keep_looking)
+        assert (await log.wait("models.scanned", count=2))["models"] == 1
+        tasks.cancel_scope.cancel()
 
 
 @pytest.mark.llama
