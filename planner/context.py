@@ -25,9 +25,6 @@ MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 
-# Flags whose bytes have no rule here, and what they touch.
-_WITHOUT_RULE: Final = (("override_kv", "overridden metadata (--override-kv)"),)
-
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
@@ -122,7 +119,9 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
 
 
 def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
-    missing = [text for name, text in _WITHOUT_RULE if getattr(request, name)]
+    missing = []
+    if (request.override_kv or ()) != model.overrides:
+        missing.append("overridden metadata that was not read (--override-kv)")
     if len(request.lora or ()) != len(model.adapters):
         missing.append("LoRA adapters that were not read (--lora)")
     if request.mmproj and model.projector is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from planner import gguf, hparams
+from planner import gguf, hparams, kv_overrides
 from planner.architectures import ARCHITECTURES
 from planner.errors import ModelFileError
 from planner.gguf import MetadataValue
@@ -60,8 +60,9 @@ class ModelFacts:
     """One model: summary for readers, hyper-parameters and tensors for the rules, metadata for what is rare.
 
     ``tokens`` and other long arrays are not in ``metadata``: an array there is present only where it is short
-    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``adapters``,
-    ``projector`` and ``draft`` are what a request has loaded with the model (``planner.companions``).
+    (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``overrides`` are in
+    the metadata already. ``adapters``, ``projector`` and ``draft`` are what a request has loaded with the model
+    (``planner.companions``).
     Compared by identity, so that what is computed once per model can be kept with it.
     """
 
@@ -73,6 +74,7 @@ class ModelFacts:
     paths: tuple[str, ...]
     shard_bytes: tuple[int, ...]
     byte_order: str = "little"
+    overrides: tuple[str, ...] = ()
     adapters: tuple[Attachment, ...] = ()
     projector: Attachment | None = None
     draft: ModelFacts | None = None
@@ -82,12 +84,15 @@ class ModelFacts:
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
 
 
-def read_model(path: str) -> ModelFacts:
+def read_model(path: str, overrides: tuple[str, ...] = ()) -> ModelFacts:
     """Return the facts of the model whose only or first file is ``path``; the other shards are found beside it.
 
-    Raises ModelFileError for a file or shard that is missing, unreadable, malformed or no model.
+    ``overrides`` are metadata that count instead of the file's own, as ``KEY=TYPE:VALUE``. Raises ModelFileError for a
+    file or shard that is missing, unreadable, malformed or no model, and InvalidRequest for a malformed override.
     """
     headers = [_open(path)]
+    if overrides:
+        headers[0] = replace(headers[0], metadata=kv_overrides.applied(headers[0].metadata, overrides))
     paths = _shard_paths(path, headers[0])
     headers += [_open(shard) for shard in paths[1:]]
     _check_shards(paths, headers)
@@ -103,6 +108,7 @@ def read_model(path: str) -> ModelFacts:
         paths=paths,
         shard_bytes=tuple(header.file_bytes for header in headers),
         byte_order=first.byte_order,
+        overrides=overrides,
     )
 
 

@@ -17,17 +17,21 @@ if TYPE_CHECKING:
 
 
 def attach(model: ModelFacts, request: PlanRequest) -> ModelFacts:
-    """Return the model with the files that the request loads beside it; the model itself where there are none.
+    """Return the model as this request has it loaded: with overridden metadata, and with the files beside it.
 
-    Raises ModelFileError for a file that is missing, unreadable or malformed.
+    That is the model itself where the request asks for neither. Raises ModelFileError for a file that is missing,
+    unreadable or malformed, and InvalidRequest for a malformed override.
     """
+    overrides = request.override_kv or ()
+    if overrides:
+        model = read_model(model.summary.path, overrides)
     if not (request.lora or request.mmproj or request.model_draft):
         return model
     return replace(
         model,
         adapters=tuple(read_attachment(path) for path in request.lora or ()),
         projector=read_attachment(request.mmproj) if request.mmproj else None,
-        draft=read_model(request.model_draft) if request.model_draft else None,
+        draft=read_model(request.model_draft, overrides) if request.model_draft else None,
     )
 
 

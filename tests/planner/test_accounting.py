@@ -97,6 +97,8 @@ def test_output_buffer_and_prompt_cache_are_told_apart_from_the_breakdown(model:
         ({"model_draft": "draft.gguf"}, "--model-draft"),
         ({"mmproj": "mmproj.gguf"}, "--mmproj"),
         ({"lora": ("adapter.gguf",)}, "--lora"),
+        ({"override_kv": ("llama.context_length=int:2",)}, "--override-kv"),
+        ({"spec_type": "draft-eagle3"}, "--spec-type"),
         ({"split_mode": "tensor"}, "--split-mode tensor"),
     ],
 )

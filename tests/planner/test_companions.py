@@ -15,7 +15,7 @@ from machines import machine_of
 from planner import companions
 from planner.build import PINNED_BUILD
 from planner.companions import projector
-from planner.errors import ModelFileError
+from planner.errors import InvalidRequest, ModelFileError
 from planner.model import read_attachment, read_model
 from planner.placement import search
 from planner.types import (
@@ -240,3 +240,26 @@ def test_a_draft_that_llama_cpp_would_not_load_is_refused(endless_model: Path, c
     refused = outcome(endless_model, model_draft=str(chat_model), cache_type_v_draft="q4_0", flash_attn="off")
     assert isinstance(refused, Refused)
     assert refused.reason.startswith(f"the draft model {chat_model}: a quantized V cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overridden metadata
+
+
+@pytest.mark.llama
+def test_overridden_metadata_count_for_model_and_draft(
+    endless_model: Path, chat_model: Path, free_environment: dict[str, str]
+) -> None:
+    """A trained length that is overridden is the context; a value of another type is ignored, as llama.cpp does."""
+    overrides = "llama.context_length=int:2000,llama.block_count=float:3"
+    fixed = ("--no-gpu", "--override-kv", overrides, "-md", str(chat_model), *SPECULATES, "--no-oracle")
+    plan = explain(str(endless_model), *fixed, environment=free_environment)
+    assert plan["context_per_slot"] == 2000
+    assert plan["model"]["n_layers"] == 8
+    assert_as_planned(plan, {"Host": "Host"}, free_environment, resolution=0.01)
+
+
+@pytest.mark.parametrize("word", ["llama.block_count", "a=int:x", "a=bool:yes", "a=long:1", f"a=str:{'x' * 128}"])
+def test_an_override_that_llama_cpp_cannot_read_is_wrong_usage(word: str, endless_model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="--override-kv"):
+        outcome(endless_model, override_kv=(word,))
