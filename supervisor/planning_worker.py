@@ -11,13 +11,12 @@ import os
 import pickle
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from config import light
 from gpu.detect import Detected, detect
@@ -27,19 +26,18 @@ from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.types import (
-    Device,
     DeviceKind,
     Machine,
     NoFit,
     Plan,
     PlanRequest,
-    PoolId,
     Refused,
 )
 from supervisor.catalogue import scan
 from supervisor.core.pinning import PinnedDevice
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.planned_machine import emptied, without_workers
 from supervisor.planning_messages import (
     Answer,
     Failed,
@@ -140,10 +138,11 @@ class Worker:
     ) -> LoadPlan | DoesNotFit | PlanProblem:
         if (not_found := detected.llama.not_found()) is not None:
             return PlanProblem(not_found, ours=True)
-        machine = _emptied(detected.machine, question.held) if question.assume_empty else detected.machine
-        machine = machine if question.assume_empty else _without_workers(machine, leased)
-        held, promised = ({}, {}) if question.assume_empty else (question.held, question.promised)
-        policy = from_settings(self._settings, held=held, promised=promised)
+        if question.assume_empty:
+            machine, policy = emptied(detected.machine, question.held), from_settings(self._settings)
+        else:
+            machine = without_workers(detected.machine, leased)
+            policy = from_settings(self._settings, held=question.held, promised=question.promised)
         request = PlanRequest(role=question.role, mmproj=question.mmproj)
         try:
             facts = companions.attach(self._read(question.path), request)
@@ -204,45 +203,6 @@ def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
         pairs = pairs[request.main_gpu or 0 :][:1]
     devices = [(machine.device(name), child_name) for name, child_name in pairs]
     return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
-
-
-def _emptied(machine: Machine, held: Mapping[str, int]) -> Machine:
-    """Return the machine as if our runners were gone: devices and pools as they share them.
-
-    A leased worker's own figure is from before its lease already; the host's, from which one on this machine takes its
-    memory, is from now.
-    """
-    given_back: Counter[PoolId] = Counter()
-    for device in (*machine.devices, machine.host):
-        if device.kind is not DeviceKind.RPC or device.pool == machine.host.pool:
-            given_back[device.pool] += held.get(device.name, 0)
-    return replace(
-        machine,
-        devices=tuple(
-            device if device.kind is DeviceKind.RPC else _grown(device, given_back[device.pool])
-            for device in machine.devices
-        ),
-        host=_grown(machine.host, given_back[machine.host.pool]),
-        pools=tuple(_grown(pool, given_back[pool.id]) for pool in machine.pools),
-    )
-
-
-def _grown(memory: Any, given_back: int) -> Any:
-    if memory.free_bytes is None:
-        return memory
-    free_bytes = memory.free_bytes + given_back
-    return replace(memory, free_bytes=free_bytes if memory.total_bytes is None else min(free_bytes, memory.total_bytes))
-
-
-def _without_workers(machine: Machine, leased: frozenset[str]) -> Machine:
-    """Return the machine without the workers that serve a runner: each serves one client at a time."""
-
-    def free_for_us(device: Device) -> Device:
-        if device.endpoint not in leased:
-            return device
-        return replace(device, usable=False, why_not=f"the worker {device.endpoint} serves another runner")
-
-    return replace(machine, devices=tuple(free_for_us(device) for device in machine.devices))
 
 
 def main() -> None:

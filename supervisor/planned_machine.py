@@ -1,0 +1,51 @@
+"""The machine as a plan may count on it: as if our runners were gone, or without what they hold for themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from planner.types import Device, DeviceKind, Machine, MemoryPool, PoolId
+
+Memory = TypeVar("Memory", Device, MemoryPool)
+
+
+def emptied(machine: Machine, held: Mapping[str, int]) -> Machine:
+    """Return the machine as if our runners were gone: devices and pools as they share them.
+
+    A leased worker's own figure is from before its lease already; the host's, from which one on this machine takes its
+    memory, is from now.
+    """
+    given_back: Counter[PoolId] = Counter()
+    for device in (*machine.devices, machine.host):
+        if device.kind is not DeviceKind.RPC or device.pool == machine.host.pool:
+            given_back[device.pool] += held.get(device.name, 0)
+    return replace(
+        machine,
+        devices=tuple(
+            device if device.kind is DeviceKind.RPC else _grown(device, given_back[device.pool])
+            for device in machine.devices
+        ),
+        host=_grown(machine.host, given_back[machine.host.pool]),
+        pools=tuple(_grown(pool, given_back[pool.id]) for pool in machine.pools),
+    )
+
+
+def _grown(memory: Memory, given_back: int) -> Memory:
+    if memory.free_bytes is None:
+        return memory
+    free_bytes = memory.free_bytes + given_back
+    return replace(memory, free_bytes=free_bytes if memory.total_bytes is None else min(free_bytes, memory.total_bytes))
+
+
+def without_workers(machine: Machine, leased: frozenset[str]) -> Machine:
+    """Return the machine without the workers that serve a runner: each serves one client at a time."""
+
+    def free_for_us(device: Device) -> Device:
+        if device.endpoint not in leased:
+            return device
+        return replace(device, usable=False, why_not=f"the worker {device.endpoint} serves another runner")
+
+    return replace(machine, devices=tuple(free_for_us(device) for device in machine.devices))

@@ -1,0 +1,62 @@
+"""The machine as a plan may count on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+from supervisor.planned_machine import emptied, without_workers
+
+HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
+
+
+def machine_of(*devices: Device) -> Machine:
+    pools = {HOST_POOL: MemoryPool(HOST_POOL, 1000, 400)}
+    for device in devices:
+        pools.setdefault(device.pool, MemoryPool(device.pool, device.total_bytes, device.free_bytes))
+    return Machine(devices, HOST_DEVICE, tuple(pools.values()))
+
+
+def free(machine: Machine) -> tuple[dict[str, int | None], dict[str, int | None]]:
+    """Return what is free by device and by pool."""
+    devices = {str(device.name): device.free_bytes for device in (*machine.devices, machine.host)}
+    return devices, {str(pool.id): pool.free_bytes for pool in machine.pools}
+
+
+@pytest.mark.parametrize("held, expected", [(30, 80), (90, 100)])
+def test_what_our_runners_hold_is_free_again_up_to_what_there_is(held: int, expected: int) -> None:
+    card = Device(DeviceName("CUDA0"), DeviceKind.CUDA, 100, 50, PoolId("card"))
+    devices, pools = free(emptied(machine_of(card), {"CUDA0": held, HOST: 10}))
+    assert devices == {"CUDA0": expected, HOST: 410}
+    assert pools == {"card": expected, HOST_POOL: 410}
+
+
+def test_devices_of_one_pool_give_back_to_all_of_it() -> None:
+    """An integrated GPU and the host draw from the same memory."""
+    shared = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, 1000, 400, HOST_POOL)
+    devices, pools = free(emptied(machine_of(shared), {"Vulkan0": 100, HOST: 50}))
+    assert devices == {"Vulkan0": 550, HOST: 550}
+    assert pools == {HOST_POOL: 550}
+
+
+def test_a_worker_s_figure_is_from_before_its_lease_but_the_host_s_is_from_now() -> None:
+    local = Device(DeviceName("RPC0"), DeviceKind.RPC, 200, 200, HOST_POOL, endpoint="127.0.0.1:1")
+    remote = Device(DeviceName("RPC1"), DeviceKind.RPC, 200, 200, PoolId("far"), endpoint="10.0.0.2:1")
+    devices, pools = free(emptied(machine_of(local, remote), {"RPC0": 70, "RPC1": 70}))
+    assert devices == {"RPC0": 200, "RPC1": 200, HOST: 470}
+    assert pools == {HOST_POOL: 470, "far": 200}
+
+
+def test_what_is_not_known_stays_unknown() -> None:
+    card = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, None, None, PoolId("card"))
+    assert emptied(machine_of(card), {"Vulkan0": 5}).devices == (card,)
+
+
+def test_a_worker_that_serves_a_runner_is_left_out_and_said_so() -> None:
+    busy = Device(DeviceName("RPC0"), DeviceKind.RPC, 200, 200, PoolId("a"), endpoint="10.0.0.2:1")
+    idle = replace(busy, name=DeviceName("RPC1"), endpoint="10.0.0.2:2")
+    first, second = without_workers(machine_of(busy, idle), frozenset({"10.0.0.2:1"})).devices
+    assert (first.usable, first.why_not) == (False, "the worker 10.0.0.2:1 serves another runner")
+    assert second == idle
