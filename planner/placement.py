@@ -15,6 +15,7 @@ from planner import budget, companions, context, knobs, launch, speculation
 from planner.build import is_pinned
 from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
+from planner.longest import longest
 from planner.model import ModelFacts
 from planner.nearest import nearest
 from planner.types import (
@@ -40,7 +41,6 @@ from planner.units import format_size
 __all__ = ["MIN_CONTEXT", "Oracle", "search"]
 
 MIN_CONTEXT: Final = 4096  # tokens; below this no context is chosen, as with llama.cpp's own -fitc
-STEP: Final = context.CONTEXT_ALIGNMENT
 
 
 def search(
@@ -143,7 +143,7 @@ class _Search:
     def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         floor = min(MIN_CONTEXT, trained)
-        complete = _longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
         if complete is not None and complete.unknown and finder.is_settled_by(settled):
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
             return finder.complete(knobs.with_context(settled, floor))
@@ -155,7 +155,7 @@ class _Search:
             why = "not all layers fit on devices, and a longer one leaves less for them"
             self._decide("context", f"{floor:,} tokens", why)
             return partial
-        on_host = _longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
+        on_host = longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
         if on_host is None:
             self._decide("context", f"{floor:,} tokens", "the weights alone are more than the host's memory")
             return partial
@@ -323,29 +323,6 @@ def _pinned_context(settled: PlanRequest) -> PlanRequest:
         return settled
     per_slot = max(1, total // (1 if settled.kv_unified else settled.n_parallel or 1))
     return replace(knobs.with_context(settled, per_slot), n_ctx=total, n_ctx_per_slot=None)
-
-
-def _longest(candidate: Callable[[int], Candidate], floor: int, trained: int) -> Candidate | None:
-    """Return the candidate with the longest context that fits, mapped weights included; None where none does.
-
-    The trained length is tried first; below it multiples of 256 are bisected, since memory grows with the context.
-    One whose figures are not known is returned as it is: there is nothing to compare.
-    """
-    whole = candidate(trained)
-    if whole.fits_in_memory or whole.unknown:
-        return whole
-    best = candidate(floor)
-    if not best.fits_in_memory:
-        return None
-    low, high = floor // STEP, -(-trained // STEP)
-    while high - low > 1:
-        middle = (low + high) // 2
-        attempt = candidate(middle * STEP)
-        if attempt.fits_in_memory:
-            low, best = middle, attempt
-        else:
-            high = middle
-    return best
 
 
 def _build_warnings(build: LlamaBuild) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from planner import flags, knobs
 from planner.build import PINNED_BUILD
 from planner.errors import InvalidRequest
 from planner.explain import headline
+from planner.longest import STEP
 from planner.model import ModelFacts, read_model
 from planner.placement import search
 from planner.types import (
@@ -121,15 +122,16 @@ def test_the_first_layers_stay_on_the_host_where_not_all_fit(model: ModelFacts) 
     assert on_device == sorted(on_device)
 
 
-def test_the_context_gives_way_before_layers_do(model: ModelFacts) -> None:
-    """The longest multiple of 256 is taken that leaves all layers on the device."""
-    outcome = plan(model, PlanRequest(), machine(64 * MIB))
+@pytest.mark.parametrize("mib", [34, 41, 50, 64, 71])
+def test_the_context_gives_way_before_layers_do(model: ModelFacts, mib: int) -> None:
+    """The longest in steps of llama.cpp's is taken that leaves all layers on the device."""
+    outcome = plan(model, PlanRequest(), machine(mib * MIB))
     assert isinstance(outcome, Plan)
     assert outcome.placement.kind is PlacementKind.GPU
     assert outcome.n_ctx_per_slot is not None
-    assert outcome.n_ctx_per_slot % 256 == 0
+    assert outcome.n_ctx_per_slot % STEP == 0
     assert 4096 <= outcome.n_ctx_per_slot < 32_768
-    longer = plan(model, PlanRequest(n_ctx=outcome.n_ctx_per_slot + 256, n_gpu_layers="all"), machine(64 * MIB))
+    longer = plan(model, PlanRequest(n_ctx=outcome.n_ctx_per_slot + STEP, n_gpu_layers="all"), machine(mib * MIB))
     assert isinstance(longer, NoFit)
 
 
