@@ -122,7 +122,7 @@ def test_the_first_layers_stay_on_the_host_where_not_all_fit(model: ModelFacts) 
     assert on_device == sorted(on_device)
 
 
-@pytest.mark.parametrize("mib", [34, 41, 50, 64, 71])
+@pytest.mark.parametrize("mib", [43, 50, 57, 64, 71])
 def test_the_context_gives_way_before_layers_do(model: ModelFacts, mib: int) -> None:
     """The longest in steps of llama.cpp's is taken that leaves all layers on the device."""
     outcome = plan(model, PlanRequest(), machine(mib * MIB))
