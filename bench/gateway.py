@@ -75,7 +75,7 @@ def service_address(child: subprocess.Popen[str]) -> str:
     address = ""
     for line in child.stdout or ():
         entry = json.loads(line) if line.startswith("{") else {}
-        address = entry.get("url", address)
+        address = str(entry.get("url", address))
         if entry.get("event") == "serve.ready":
             threading.Thread(target=child.communicate, daemon=True).start()  # a full pipe would stop it
             return address
