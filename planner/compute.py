@@ -7,7 +7,7 @@ from typing import Final
 
 from planner.build import is_pinned
 from planner.context import ContextParams
-from planner.estimate import F32_BYTES, PIPELINE_COPIES, estimate_buffers, reserved_tokens
+from planner.estimate import F32_BYTES, estimate_buffers, reserved_tokens
 from planner.graphs import SHAPES
 from planner.model import ModelFacts
 from planner.replay import replay
@@ -43,13 +43,11 @@ def compute_buffers(
     """Return what llama.cpp reserves for its graphs (src/llama-context.cpp, ``sched_reserve``).
 
     Simulated where the architecture's graph is replayed for the build that it mirrors; estimated upwards for another
-    build, for pooled embeddings, or where only a closed form bounds the graph; else unknown.
+    build, or where only a closed form bounds the graph; else unknown.
     """
     replayed = _replayed(model, params, placement, machine)
     as_replayed = {machine.device(name).kind for name in placement.devices} <= _REPLAYED_KINDS
     if replayed is not None and as_replayed and is_pinned(build):
-        if params.embeddings:
-            return _buffers(_with_pooling(replayed, model, params, placement), Source.ESTIMATED)
         if any(machine.device(name).kind in _FUSING_KINDS for name in placement.devices) and model.hparams.n_expert:
             return _buffers(_with_fused_routers(replayed, model, params), Source.ESTIMATED)
         return _buffers(replayed, Source.SIMULATED)
@@ -77,23 +75,6 @@ def _replayed(
         ArithmeticError,
     ):  # the file lacks a tensor or a figure of this family: a variant not built here
         return None
-
-
-def _with_pooling(
-    sizes_bytes: tuple[int, ...], model: ModelFacts, params: ContextParams, placement: Placement
-) -> tuple[int, ...]:
-    """Return the buffers with room for what pooling adds: the outputs transposed, their means, and their indices.
-
-    (src/llama-graph.cpp, ``build_pooling``; how a server pools is not among the parameters.) The indices and weights of
-    the means are inputs of the host that are copied to the output's device.
-    """
-    n_outputs = min(reserved_tokens(params), params.n_outputs_max)
-    inputs = F32_BYTES * n_outputs * params.n_seq_max * PIPELINE_COPIES
-    pooled = 2 * F32_BYTES * model.hparams.n_embd * (n_outputs + params.n_seq_max)
-    output = placement.output_device if placement.output_device >= 0 else len(sizes_bytes) - 1
-    added = [0] * (len(sizes_bytes) - 1) + [inputs]
-    added[output] += inputs + pooled
-    return tuple(size + more for size, more in zip(sizes_bytes, added, strict=True))
 
 
 def _with_fused_routers(sizes_bytes: tuple[int, ...], model: ModelFacts, params: ContextParams) -> tuple[int, ...]:

@@ -119,10 +119,18 @@ _SPECIAL: Final[Mapping[str, Architecture]] = {
     "deepseek4": Architecture(cache=Cache.COMPRESSED, window=Window.ALWAYS, window_period=0, nextn_loaded=_NOTHING),
     # No cache: encoders and diffusion models.
     **dict.fromkeys(
-        ("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert", "modern-bert"),
+        ("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert"),
         Architecture(cache=Cache.NONE, ties_output=False, embeds=True),
     ),
-    "gemma-embedding": Architecture(cache=Cache.NONE, embeds=True),
+    "modern-bert": Architecture(
+        cache=Cache.NONE,
+        window=Window.IF_SET,
+        window_period=3,
+        window_dense_first=True,
+        ties_output=False,
+        embeds=True,
+    ),
+    "gemma-embedding": Architecture(cache=Cache.NONE, window=Window.ALWAYS, window_period=6, embeds=True),
     "wavtokenizer-dec": Architecture(cache=Cache.NONE, ties_output=False),
     **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), Architecture(cache=Cache.NONE)),
     # Known by name, but no model of its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from planner.graph import Graph
@@ -26,7 +27,7 @@ from planner.graphs.state_space import (
     PureMambaDecoder,
     ShortConvolutionDecoder,
 )
-from planner.graphs.uncached import UncachedDecoder
+from planner.graphs.uncached import BertEncoder, Encoder, GatedBertEncoder, ModernBertEncoder, UncachedDecoder
 from planner.graphs.variants import (
     ArcticDecoder,
     GatedAttentionDecoder,
@@ -46,6 +47,9 @@ _POST_NORMS: Final = ("post_attention_norm", "post_ffw_norm")
 _HEADER_MOE: Final = Moe(normalizes=None, scales=None)
 _SCALED_MOE: Final = Moe(uses_scales=True)
 _GATED_MOE: Final = Moe(uses_scales=True, shared_gate=SharedGate.SIGMOID)
+_BERT: Final = Shape(
+    norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU, moe=Moe(normalizes=False, scales=None, gated=False)
+)
 _GRANITE: Final = Shape(rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS)
 _GEMMA: Final = Shape(embedding_scale=When.ALWAYS, scaled_query=True)
 
@@ -69,6 +73,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
         logit_scale=When.ALWAYS,
         capped_logits=When.IF_SET,
     ),
+    "jina-bert-v2": replace(_BERT, learned_positions=False),
+    "jina-bert-v3": replace(_BERT, rope=Rope.ALL, learned_positions=False),
     "kimi-linear": Shape(moe=Moe(scales=None)),
     "laguna": Shape(moe=_HEADER_MOE),
     "llama4": Shape(
@@ -87,6 +93,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "bailingmoe3": Shape(
         four_positions=When.IF_SET, moe=Moe(normalizes=None, scales=None, limited=True), rows=Rows.AFTER_NORM
     ),
+    "bert": _BERT,
     "bloom": Shape(norm="norm", rope=Rope.NONE, embedding_norm=True, ffn=_GELU),
     "chatglm": Shape(ffn=_FUSED_GATE),
     "codeshell": Shape(norm="norm", ffn=_GELU),
@@ -122,6 +129,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "dream": Shape(),
     "ernie4_5": Shape(),
     "ernie4_5-moe": Shape(),
+    "eurobert": Shape(),
     "exaone": Shape(rope_factors=True),
     "exaone-moe": Shape(rope=Rope.WINDOWED, rope_factors=True, moe=_HEADER_MOE),
     "exaone4": Shape(
@@ -130,6 +138,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "falcon-h1": Shape(),
     "falcon": Shape(norm="norm", residual=Residual.ATTENTION_FIRST, ffn_norm=None, ffn=_GELU),
     "gemma": _GEMMA,
+    "gemma-embedding": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=_POST_NORMS),
     "gemma2": Shape(
         embedding_scale=When.ALWAYS,
         scaled_query=True,
@@ -195,6 +204,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
     "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
     "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
+    "modern-bert": Shape(norm="norm", embedding_norm=True, ffn=_FUSED_GATE),
     "mpt": Shape(
         query_norm=QueryNorm.NONE, norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU
     ),
@@ -203,6 +213,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "nemotron_h": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, rows=Rows.AFTER_NORM),
     "nemotron_h_moe": Shape(rope=Rope.NONE, ffn=_RELU_SQUARED, moe=None, rows=Rows.AFTER_NORM),
     "nemotron": Shape(norm="norm", ffn=_RELU_SQUARED),
+    "neo-bert": Shape(output_norm="enc.output_norm", ffn=_FUSED_GATE),
+    "nomic-bert": replace(_BERT, rope=Rope.ALL, learned_positions=False, ffn=()),
+    "nomic-bert-moe": replace(_BERT, rope=Rope.ALL, learned_positions=False),
     "olmo": Shape(norm="norm", clamps=True),
     "olmo2": Shape(attention_norm=False, query_norm=QueryNorm.ROWS, post_norms=_POST_NORMS, ffn_norm=None),
     "olmoe": Shape(query_norm=QueryNorm.ROWS, moe=Moe(normalizes=False)),
@@ -246,11 +259,14 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "afmoe": GatedAttentionDecoder,
     "arctic": ArcticDecoder,
     "bailingmoe3": SafeDeltaAttentionDecoder,
+    "bert": BertEncoder,
     "cohere2moe": Cohere2MoeDecoder,
     "deepseek2": LatentDecoder,
     "deepseek32": SparseDecoder,
     "dream": UncachedDecoder,
+    "eurobert": Encoder,
     "falcon-h1": FalconH1Decoder,
+    "gemma-embedding": Encoder,
     "gemma3n": Gemma3nDecoder,
     "gemma4": Gemma4Decoder,
     "glm-dsa": SparseDecoder,
@@ -259,6 +275,8 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "grovemoe": GroveMoeDecoder,
     "hrm_text": HrmTextDecoder,
     "jamba": MambaDecoder,
+    "jina-bert-v2": GatedBertEncoder,
+    "jina-bert-v3": BertEncoder,
     "kimi-linear": DeltaAttentionDecoder,
     "laguna": GatedAttentionDecoder,
     "lfm2": ShortConvolutionDecoder,
@@ -270,9 +288,13 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "minicpm3": ExpandedLatentDecoder,
     "minimax-01": LightningDecoder,
     "mistral4": LatentDecoder,
+    "modern-bert": ModernBertEncoder,
     "muse-glimmer": MuseGlimmerDecoder,
     "nemotron_h": NemotronDecoder,
     "nemotron_h_moe": NemotronDecoder,
+    "neo-bert": Encoder,
+    "nomic-bert": GatedBertEncoder,
+    "nomic-bert-moe": BertEncoder,
     "openelm": OpenElmDecoder,
     "plamo2": Plamo2Decoder,
     "qwen35": DeltaNetDecoder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.graph import F32, I32, Graph, Node
 from planner.graphs.blocks import Blocks, CacheInputs
 from planner.graphs.experts import NO_LIMIT, moe
+from planner.graphs.pooling import pooled
 from planner.graphs.shape import QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 
 _MROPE_POSITIONS = 4  # GGML_MROPE_SECTIONS
@@ -36,13 +37,18 @@ class Decoder:
             self._temperature = graph.input(F32, 1, 1, blocks.batch.n_tokens)
         self._caches = self.caches()
         rows = graph.input(I32, blocks.batch.n_outputs)
-        learned = blocks.weight("position_embd.weight") if shape.learned_positions else None
-        if learned:
-            x = graph.same("add", x, graph.get_rows(learned, positions))
-        if shape.embedding_norm:
-            x = blocks.norm(x, "token_embd_norm", 0, shape.norm)
-        graph.expand(self.logits(self.output_rows(self.layers(x, rows), rows)))
+        x = self.output_rows(self.layers(self.positioned(x, positions), rows), rows)
+        graph.expand(self.logits(x))
+        if blocks.params.embeddings:
+            graph.expand(pooled(blocks, x))
         return graph
+
+    def positioned(self, x: Node, positions: Node) -> Node:
+        """Return the tokens' rows as the first layer reads them: with learned positions, normalized."""
+        shape, learned = self.shape, self.blocks.weight("position_embd.weight")
+        if shape.learned_positions and learned:
+            x = self.graph.same("add", x, self.graph.get_rows(learned, positions))
+        return self.blocks.norm(x, "token_embd_norm", 0, shape.norm) if shape.embedding_norm else x
 
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the last layer's output, of which it keeps only the given rows where the family does."""
