@@ -1,0 +1,99 @@
+"""A model over three unequal workers, of which one is killed in mid-stream and comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import aiohttp
+import anyio
+import pytest
+from conftest import Supervising
+from event_log import EventLog
+from rpc_worker import RpcWorker, start_worker
+
+from planner.types import Role
+from supervisor.api import Lease, RunnerView
+from supervisor.runtime import Supervisor
+
+pytestmark = [pytest.mark.anyio, pytest.mark.llama]
+
+# 1.5, 0.7 and 0.4 GiB by 1000 / 13: small enough for this model to need all three.
+CAPS_KIB = (19968, 9318, 5325)
+
+
+@pytest.fixture
+def start(llama_tools: Path) -> Iterator[Callable[..., RpcWorker]]:
+    """Return a function that starts a worker, at an endpoint of before if it is told one."""
+    with ExitStack() as stack:
+
+        def run(again_on: str | None = None) -> RpcWorker:
+            worker = start_worker(llama_tools, again_on)
+            stack.callback(worker.stop)
+            return worker
+
+        yield run
+
+
+async def first_words(lease: Lease, n_events: int) -> None:
+    """Ask for an endless answer and return after so many events of it; the connection is cut when this is cancelled."""
+    body = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    headers = {"Authorization": f"Bearer {lease.endpoint.api_key}"}
+    async with (
+        aiohttp.ClientSession(lease.endpoint.base_url, headers=headers) as session,
+        session.post("/v1/chat/completions", json=body) as response,
+    ):
+        async for line in response.content:
+            if line.startswith(b"data: ") and json.loads(line[6:])["choices"]:
+                n_events -= 1
+            if n_events == 0:
+                return
+
+
+def used(supervisor: Supervisor) -> list[str]:
+    """Return the devices that the one runner uses."""
+    runner = only_runner(supervisor)
+    return [use.device for use in runner.uses if use.planned_bytes]
+
+
+def only_runner(supervisor: Supervisor) -> RunnerView:
+    """Return the one runner."""
+    (runner,) = supervisor.snapshot().runners
+    return runner
+
+
+async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again_when_it_is_back(
+    supervising: Supervising,
+    models: Callable[..., Path],
+    endless_model: Path,
+    start: Callable[..., RpcWorker],
+    log: EventLog,
+) -> None:
+    workers = [start() for _ in CAPS_KIB]
+    caps = zip(workers, CAPS_KIB, strict=True)
+    servers = ",".join(f"{worker.endpoint}={cap}KiB" for worker, cap in caps)
+    settings = {"PLANNER_RPC_SERVERS": servers}
+    async with supervising(models(endless_model), settings, keep_alive_s=0.0) as supervisor:
+        async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
+            assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
+            await first_words(lease, 3)
+            workers[1].process.kill()
+            with anyio.fail_after(30):
+                story = await lease.wait_lost()
+            assert story
+        async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
+            machine = supervisor.snapshot().machine
+            assert machine is not None
+            gone = next(device for device in machine.devices if device.endpoint == workers[1].endpoint)
+            assert not gone.usable
+            assert "unreachable" in gone.description
+            assert "cannot connect" in str(gone.why_not)
+            assert gone.name not in used(supervisor)
+            await first_words(lease, 3)
+        await log.wait("runner.stopping")  # unused, since nothing is kept
+        start(workers[1].endpoint)
+        async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
+            assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
+            await first_words(lease, 3)
