@@ -106,12 +106,18 @@ def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int
             file_bytes=entry.file_bytes,
             modified_at=entry.modified_at,
             n_ctx_train=entry.n_ctx_train,
-            n_ctx_per_slot=n_ctx_per_slot if plan is None else plan.plan.n_ctx_per_slot,
+            n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.plan.n_ctx_per_slot,
             problem=entry.problem,
         )
         for entry in entries
         for plan in [pool.runner(entry.id).plan]
     )
+
+
+def _promised(entry: ModelEntry, n_ctx_per_slot: int | None) -> int | None:
+    """Return what a conversation will get: llama-server uses no more than the model was trained for."""
+    known = [length for length in (n_ctx_per_slot, entry.n_ctx_train) if length is not None]
+    return min(known) if n_ctx_per_slot is not None else None
 
 
 def _deadline(one: Runner, clock: Clock, *states: RunnerState) -> float | None:
