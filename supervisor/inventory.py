@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,7 @@ from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import PlanProblem
 from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Surroundings
+from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Situation, Surroundings
 
 LOOK_AGAIN_S: Final = 2.0  # for what is missing; short beside the minutes that building or mounting it takes
 RESCAN_EVERY_S: Final = 30.0  # a model that was downloaded is listed soon; reading a folder costs milliseconds
@@ -40,6 +41,7 @@ class Inventory:
         self._scanned_at = -math.inf
         self._looked_at = -math.inf
         self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
+        self._held: Mapping[str, int] = {}
         self._warned: frozenset[str] = frozenset()
         self.llama: LlamaBuild | None = None
         self.machine: Machine | None = None
@@ -57,15 +59,26 @@ class Inventory:
     async def look_around(self) -> None:
         """Find the machine, llama-server and the models; what is missing is remembered and logged, no more."""
         try:
-            answer = await self._planning.ask(LookAround())
+            self._take(await self._look(gone={}))
         except PlanningFailed as error:
-            answer = Failed(str(error))
-        match answer:
-            case Surroundings():
-                self._take(answer)
-            case Failed(reason):
-                self._note(LLAMA_SERVER, reason)
+            self._note(LLAMA_SERVER, str(error))
         await self.scan()
+
+    async def refresh(self, held: Mapping[str, int], gone: Mapping[str, int]) -> None:
+        """Read the machine again, now that runners of ours hold this on it, or that what they held is gone."""
+        self._held = held
+        try:
+            self._take(await self._look(gone))
+        except PlanningFailed as error:
+            _log.warning("machine.not_read", reason=str(error))
+        else:
+            _log.debug("machine.read")
+
+    async def _look(self, gone: Mapping[str, int]) -> Surroundings:
+        answer = await self._planning.ask(LookAround(Situation(self.machine, self._held, {}, gone)))
+        if isinstance(answer, Surroundings):
+            return answer
+        raise PlanningFailed(answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}")
 
     async def keep_looking(self) -> None:
         """Look again for what is missing, and for models that come and go, for as long as the service runs."""
@@ -133,16 +146,8 @@ class Inventory:
         missing = self._problems.get(LLAMA_SERVER)
         if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:
             return Planned(command.model, command.revision, PlanProblem(missing, ours=True))
-        question = MakePlan(
-            entry.path,
-            entry.role,
-            entry.mmproj,
-            command.held,
-            command.promised,
-            command.gone,
-            known=self.machine,
-            assume_empty=command.assume_empty,
-        )
+        situation = Situation(self.machine, command.held, command.promised, command.gone)
+        question = MakePlan(entry.path, entry.role, entry.mmproj, situation, assume_empty=command.assume_empty)
         try:
             answer = await self._planning.ask(question)
         except PlanningFailed as error:

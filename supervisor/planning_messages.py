@@ -19,8 +19,23 @@ LENGTH_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
+class Situation:
+    """What our runners do to the machine that is looked at, in the terms of ``supervisor.core.commands.PlanModel``.
+
+    ``known`` is the machine as it was last told: a worker that had to be replaced learns the names of what is in use.
+    """
+
+    known: Machine | None
+    held: Mapping[str, int]
+    promised: Mapping[str, int]
+    gone: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class LookAround:
     """Ask what machine this is and which llama-server it has; answered by ``Surroundings``."""
+
+    situation: Situation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +56,12 @@ class ScanModels:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``.
-
-    ``known`` is the machine as it was last told: a worker that had to be replaced knows the names of what is in use.
-    """
+    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``."""
 
     path: str
     role: Role
     mmproj: str | None
-    held: Mapping[str, int]
-    promised: Mapping[str, int]
-    gone: Mapping[str, int]
-    known: Machine | None
+    situation: Situation
     assume_empty: bool
 
 

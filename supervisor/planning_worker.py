@@ -46,6 +46,7 @@ from supervisor.planning_messages import (
     PlanAnswer,
     Question,
     ScanModels,
+    Situation,
     Surroundings,
     pack,
     read_message,
@@ -65,13 +66,13 @@ class Worker:
         self._headers: dict[tuple[str, int, int], ModelFacts] = {}
         self._detected: Detected | None = None
         self._stamp: tuple[int, int] | None = None  # of its llama-server
-        self._reading: Reading | None = None  # at the last plan
+        self._reading: Reading | None = None  # of the last look
 
     def answer(self, question: Question) -> Answer:
         """Return the answer to this question."""
         match question:
-            case LookAround():
-                return _surroundings(self._detect(frozenset()))
+            case LookAround(situation):
+                return _surroundings(self._look(situation, self._leased(situation)))
             case ScanModels(folder):
                 return self._scan(folder)
             case MakePlan():
@@ -111,38 +112,46 @@ class Worker:
         self._stamp = _stamp(self._detected.llama)
         return self._detected
 
-    def _plan(self, question: MakePlan) -> PlanAnswer:
-        known = () if question.known is None else question.known.devices
+    def _leased(self, situation: Situation) -> frozenset[str]:
+        """Return the endpoints of the RPC workers that runners hold; remember them by their names."""
+        known = situation.known
+        if known is None:
+            return frozenset()
         leased = frozenset(
-            device.endpoint for device in known if device.endpoint is not None and device.name in question.held
+            device.endpoint for device in known.devices if device.endpoint is not None and device.name in situation.held
         )
-        if self._detected is None and question.known is not None:
-            self._detected = replace(self._detect(leased), machine=question.known)
-        detected = self._detect_settled(question, leased)
-        return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
+        if self._detected is None:
+            self._detected = replace(self._detect(leased), machine=known)
+        return leased
 
-    def _detect_settled(self, question: MakePlan, leased: frozenset[str]) -> Detected:
+    def _look(self, situation: Situation, leased: frozenset[str]) -> Detected:
         """Return the machine once its drivers show that the runners which have just gone are gone."""
         give_up_at = time.monotonic() + self._settle_within_s
         while True:
             detected = self._detect(leased)
-            now = _reading(detected.machine, question)
-            lagging = unsettled(self._reading, now, question.gone) if self._reading is not None else ()
+            now = _reading(detected.machine, situation)
+            lagging = unsettled(self._reading, now, situation.gone) if self._reading is not None else ()
             if not lagging or time.monotonic() > give_up_at:
                 self._reading = now
                 return detected
             time.sleep(SETTLE_POLL_S)
+
+    def _plan(self, question: MakePlan) -> PlanAnswer:
+        leased = self._leased(question.situation)
+        detected = self._look(question.situation, leased)
+        return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
 
     def _search(
         self, question: MakePlan, detected: Detected, leased: frozenset[str]
     ) -> LoadPlan | DoesNotFit | PlanProblem:
         if (not_found := detected.llama.not_found()) is not None:
             return PlanProblem(not_found, ours=True)
+        situation = question.situation
         if question.assume_empty:
-            machine, policy = emptied(detected.machine, question.held), from_settings(self._settings)
+            machine, policy = emptied(detected.machine, situation.held), from_settings(self._settings)
         else:
             machine = without_workers(detected.machine, leased)
-            policy = from_settings(self._settings, held=question.held, promised=question.promised)
+            policy = from_settings(self._settings, held=situation.held, promised=situation.promised)
         request = PlanRequest(role=question.role, mmproj=question.mmproj)
         try:
             facts = companions.attach(self._read(question.path), request)
@@ -159,14 +168,14 @@ class Worker:
                 return PlanProblem(explain.headline(outcome))
 
 
-def _reading(machine: Machine, question: MakePlan) -> Reading:
+def _reading(machine: Machine, situation: Situation) -> Reading:
     """Return what the drivers of this machine say now: those of remote devices and the host do not lag."""
     free_bytes = {
         str(device.name): device.free_bytes
         for device in machine.devices
         if device.free_bytes is not None and device.kind is not DeviceKind.RPC and device.pool != machine.host.pool
     }
-    held = {name: held_bytes - question.promised.get(name, 0) for name, held_bytes in question.held.items()}
+    held = {name: held_bytes - situation.promised.get(name, 0) for name, held_bytes in situation.held.items()}
     return Reading(free_bytes, held)
 
 

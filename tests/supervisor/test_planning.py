@@ -23,7 +23,7 @@ from supervisor import planning_worker
 from supervisor.api import PlannerFailed
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import MakePlan, PlanAnswer, ScanModels
+from supervisor.planning_messages import LookAround, ScanModels, Situation, Surroundings
 from supervisor.runtime import Supervisor
 
 Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
@@ -122,7 +122,7 @@ async def test_a_request_whose_planner_is_killed_fails_and_the_next_one_is_serve
 
 @pytest.mark.parametrize("readings_mib, believed_mib", [((50, 50, 55, 88), 88), ((50,), 50)])
 def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_ever(
-    chat_model: Path, monkeypatch: pytest.MonkeyPatch, readings_mib: tuple[int, ...], believed_mib: int
+    monkeypatch: pytest.MonkeyPatch, readings_mib: tuple[int, ...], believed_mib: int
 ) -> None:
     """A driver that keeps the bytes holds up one plan, within its bound."""
     readings = chain(readings_mib, repeat(readings_mib[-1]))
@@ -135,9 +135,9 @@ def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_
     worker = planning_worker.Worker({}, settle_within_s=0.3)
 
     def free_mib(held: dict[str, int], gone: dict[str, int]) -> int:
-        answer = worker.answer(MakePlan(str(chat_model), Role.CHAT, None, held, {}, gone, None, assume_empty=False))
-        assert isinstance(answer, PlanAnswer)
-        return (answer.surroundings.machine.devices[0].free_bytes or 0) // MIB
+        answer = worker.answer(LookAround(Situation(None, held, {}, gone)))
+        assert isinstance(answer, Surroundings)
+        return (answer.machine.devices[0].free_bytes or 0) // MIB
 
     runner = {"CUDA0": 40 * MIB}
     assert free_mib(held=runner, gone={}) == 50
