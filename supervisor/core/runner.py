@@ -91,6 +91,7 @@ class Runner:
     crashes: tuple[float, ...] = ()  # when, within the crash window
     restarts: int = 0
     last_failure: Failure | None = None
+    failed_last: bool = False  # the last child ended by failing
     pending_failure: Failure | None = None
     wanted_back: bool = False  # it crashed while people used it: load it again without being asked
 
@@ -148,7 +149,8 @@ def _start(runner: Runner, event: StartRequested, now: float, _limits: Limits) -
         in_flight=0,
         load_started_at=now,
         load_seconds=None,
-        restarts=runner.restarts + (runner.last_failure is not None),
+        restarts=runner.restarts + runner.failed_last,
+        failed_last=False,
         pending_failure=None,
         wanted_back=False,
     )
@@ -288,6 +290,7 @@ def _fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outco
         deadline=now + pause,
         crashes=crashes,
         last_failure=failure,
+        failed_last=True,
         wanted_back=was_serving and state is S.BACKOFF,
     )
     report = ReportFailure(runner.model, runner.generation, failure, while_loading=while_loading)

@@ -166,6 +166,17 @@ def test_pauses_after_crashes_grow_are_capped_and_end_in_failed() -> None:
     assert later.state is RunnerState.BACKOFF
 
 
+def test_only_a_start_after_a_failure_is_a_restart() -> None:
+    runner, _ = step(runner_in(RunnerState.LOADING), EXAMPLES[ProcessExited], 0.0, LIMITS)
+    restarts = []
+    for generation in (2, 3):
+        runner, _ = step(
+            replace(runner, state=RunnerState.STOPPED), StartRequested(MODEL, generation, make_plan()), 0.0, LIMITS
+        )
+        restarts.append(runner.restarts)
+    assert restarts == [1, 1], "the second start followed an unload"
+
+
 @pytest.mark.parametrize("load_seconds, pause_s", [(None, 30.0), (1.0, 0.0)])
 def test_a_load_that_ran_out_of_memory_is_not_tried_again_at_once(load_seconds: float | None, pause_s: float) -> None:
     """Planned again in the same moment it would get the same plan. A runner that had served is given its chance."""
