@@ -34,7 +34,8 @@ _BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}
 class Detected:
     """The machine, the llama-server that plans for it are launched with, and what each source said.
 
-    ``cards`` are the cards behind the devices, by the devices' names.
+    ``cards`` are the cards behind the devices, by the devices' names; ``machine_key`` says which cards and drivers
+    there are, on which llama-server's own list depends.
     """
 
     machine: Machine
@@ -44,6 +45,7 @@ class Detected:
     memory: host.HostMemory
     workers: tuple[Worker, ...]
     cards: Mapping[str, Card]
+    machine_key: tuple[str, ...]
 
 
 def detect(
@@ -60,14 +62,15 @@ def detect(
     """Return this machine as llama-server will see it. Raises nothing: what cannot be read is a warning.
 
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
-    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept. ``owner`` is
+    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept,
+    unless cards came or went since: it is asked again what it lists. ``owner`` is
     the process whose runners' mapped weights are not to be counted as available. ``named`` are devices that the user
     asked for by name, to be used even where llama.cpp would leave them out.
     """
     nvidia, amd = nvml.probe(), rocm.probe(root)
     cards = (*nvidia.cards, *amd.cards)
     machine_key = _machine_key(cards, root)
-    if previous is not None and previous.llama.server is not None:
+    if previous is not None and previous.llama.server is not None and previous.machine_key == machine_key:
         search = replace(previous.llama, server=previous.llama.server.without_free())
     else:
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
@@ -91,7 +94,7 @@ def detect(
         warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
-    return Detected(machine, search, nvidia, amd, memory, workers.workers, by_name)
+    return Detected(machine, search, nvidia, amd, memory, workers.workers, by_name, machine_key)
 
 
 def _looked_for(search: Search, rpc_servers: Sequence[RpcServer]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
+from gpu import bounded
 from gpu.card import Card, Fault, Link, Probe, Vendor
 from gpu.host import process_name
 from planner.types import ProcessUse
@@ -75,17 +76,11 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
     if not hasattr(pynvml, "nvmlMemory_v2"):
         what = f"NVIDIA: an old pynvml package ({pynvml.__file__}) stands before NVIDIA's own"
         return _failed(Fault(what, "pip uninstall pynvml; pip install --force-reinstall nvidia-ml-py"))
-    # A wedged driver blocks in the kernel, where nothing can interrupt it: then its thread is left behind.
-    from queue import Empty, SimpleQueue  # noqa: PLC0415 - as pynvml, for machines with NVIDIA's driver only
-    from threading import Thread  # noqa: PLC0415
-
-    answers: SimpleQueue[Probe] = SimpleQueue()
-    Thread(target=lambda: answers.put(_ask(pynvml)), name="nvml", daemon=True).start()
-    try:
-        return answers.get(timeout=timeout_s)
-    except Empty:
-        what = f"NVIDIA: the driver gave no answer within {timeout_s:g} s"
-        return _failed(Fault(what, "see nvidia-smi and the kernel log (dmesg); a reboot ends a wedged driver"))
+    found = bounded.ask("nvml", lambda: _ask(pynvml), timeout_s)
+    if found is not None:
+        return found
+    what = f"NVIDIA: the driver gave no answer within {timeout_s:g} s"
+    return _failed(Fault(what, "see nvidia-smi and the kernel log (dmesg); a reboot ends a wedged driver"))
 
 
 def _failed(fault: Fault) -> Probe:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from gpu import bounded
 from gpu.card import Card, Fault, Probe, Vendor
 from gpu.host import process_name
 from planner.types import ProcessUse
@@ -20,6 +22,7 @@ from planner.units import GIB
 
 _NODES: Final = "sys/class/kfd/kfd/topology/nodes"
 _LOOKED_FOR: Final = f"AMD: /{_NODES}"
+TIMEOUT_S: Final = 5.0  # reading them takes a millisecond; a card that resets makes readers wait
 MAX_NODES: Final = 256  # far above any machine: the walk over a folder of the kernel's is bounded all the same
 
 # Ollama's rule for a part whose memory is the host's: a small carve-out beside a large share of system memory.
@@ -29,7 +32,7 @@ _APU_GTT_PER_VRAM: Final = 4
 _LOCAL_HEAPS: Final = frozenset({1, 2})  # HSA_MEM_HEAP_TYPE_FB_PUBLIC and _PRIVATE
 
 
-def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
+def probe(root: Path = Path("/"), *, can_open: bool | None = None, timeout_s: float = TIMEOUT_S) -> Probe:
     """Return this machine's AMD cards in KFD's order, which is HIP's. ``root`` and ``can_open`` are for tests.
 
     sysfs shows every card, also those that this process may not open, so access to the device files is asked for too.
@@ -39,6 +42,15 @@ def probe(root: Path = Path("/"), *, can_open: bool | None = None) -> Probe:
         numbers = sorted(int(entry.name) for entry in nodes.iterdir() if entry.name.isdigit())[:MAX_NODES]
     except OSError:
         return Probe(looked_for=(f"{_LOOKED_FOR} (not there)",), installed=False)
+    found = bounded.ask(f"amd {root}", lambda: _cards(root, numbers, can_open=can_open), timeout_s)
+    if found is not None:
+        return found
+    what = f"AMD: the driver's files gave no answer within {timeout_s:g} s"
+    return Probe(faults=(Fault(what, "see the kernel log (dmesg | grep amdgpu); reboot"),), looked_for=(_LOOKED_FOR,))
+
+
+def _cards(root: Path, numbers: Sequence[int], *, can_open: bool | None) -> Probe:
+    nodes = root / _NODES
     cards: list[Card] = []
     faults: list[Fault] = []
     for number in numbers:

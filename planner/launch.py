@@ -4,8 +4,9 @@ Every knob is written out, so that neither llama-server's defaults nor its confi
 only the devices it is to use: an idle CUDA context costs hundreds of MiB. Its own names for them therefore count from
 0 again; ``child_names`` maps the plan's names to those.
 
-The environment is what is added to one that was scrubbed of ``LLAMA_ARG_*`` and of every ``*_VISIBLE_DEVICES``. Port,
-alias, key and an empty ``XDG_CONFIG_HOME`` are added by whoever starts the child.
+The environment is what is added to one that was scrubbed of ``LLAMA_ARG_*``; a ``*_VISIBLE_DEVICES`` that is not set
+here stays what it was when the machine was looked at. Port, alias, key and an empty ``XDG_CONFIG_HOME`` are added by
+whoever starts the child.
 """
 
 from __future__ import annotations

@@ -173,6 +173,44 @@ def test_memory_that_changes_between_two_looks_is_seen(nvidia: Callable[..., dic
     assert before - after == GIB
 
 
+WATCHING = """
+import json, os
+from pathlib import Path
+from gpu import detect, show
+fixture, listing = Path(os.environ["FAKE_NVML"]), Path(SERVER).parent.parent / "listing"
+looks, found = [], None
+for cards, listed in STEPS:
+    fixture.write_text(cards)
+    listing.write_text(listed)
+    found = detect.detect(os.environ, llama_server=Path(SERVER), previous=found)
+    looks.append({device.name: device.uuid for device in found.machine.devices})
+print(json.dumps(looks))
+"""
+
+
+def test_a_card_that_vanishes_between_two_looks_and_comes_back_is_followed(
+    python: Callable[..., str], nvml_folder: Path, tmp_path: Path
+) -> None:
+    first, second = RTX3060, RTX3060.replace("GPU-bbbb 0 1 0", "GPU-cccc 0 2 0")
+    line = "  CUDA{}: NVIDIA GeForce RTX 3060 (12160 MiB, 11000 MiB free)\n"
+    both, one = (f"Available devices:\n{line.format(0)}{more}" for more in (line.format(1), ""))
+    server = write_server(tmp_path / "a", both, backends=("cpu", "cuda"))
+    steps = [(first + second, both), (first + "error 15\n" + second, one), (first + second, both)]
+    code = WATCHING.replace("SERVER", repr(str(server))).replace("STEPS", repr(steps))
+    shown = python(
+        code,
+        LD_LIBRARY_PATH=str(nvml_folder),
+        FAKE_NVML=str(tmp_path / "nvml.txt"),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    assert json.loads(shown) == [
+        {"CUDA0": "GPU-bbbb", "CUDA1": "GPU-cccc"},
+        {"CUDA0": "GPU-cccc"},
+        {"CUDA0": "GPU-bbbb", "CUDA1": "GPU-cccc"},
+    ]
+    assert calls(tmp_path / "a").count("--list-devices") == 2, "each set of cards is asked about once"
+
+
 BESIDE = """Available devices:
   Vulkan0: Intel(R) Arc(tm) A770 Graphics (16032 MiB, 15000 MiB free)
   Vulkan1: Intel(R) UHD Graphics 770 (ADL-S GT1) (48000 MiB, 47000 MiB free)

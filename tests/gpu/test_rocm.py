@@ -117,6 +117,20 @@ def test_missing_files_leave_figures_unknown_and_no_card_out(cards: Callable[...
     assert card.free_bytes is None
 
 
+def test_a_driver_that_does_not_answer_is_given_up_and_named_and_not_waited_for_twice(tmp_path: Path) -> None:
+    write_tree(tmp_path, _node(1, 128, 0x300))
+    stuck = tmp_path / "sys/class/drm/renderD128/device/mem_info_vram_total"
+    stuck.parent.mkdir(parents=True)
+    os.mkfifo(stuck)  # whoever opens it for reading waits for a writer
+    try:
+        (fault,) = rocm.probe(tmp_path, can_open=True, timeout_s=0.1).faults
+        assert "AMD: the driver's files gave no answer within 0.1 s" in fault.what
+        again = rocm.probe(tmp_path, can_open=True, timeout_s=3600.0)
+        assert again.cards == ()
+    finally:
+        stuck.open("w").close()
+
+
 def test_a_machine_without_kfd_has_no_card_and_says_where_was_looked(tmp_path: Path) -> None:
     found = rocm.probe(tmp_path)
     assert found.cards == ()

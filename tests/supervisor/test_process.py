@@ -132,15 +132,18 @@ def test_what_would_change_a_runner_behind_the_plan_s_back_is_scrubbed() -> None
         "LLAMA_ARG_CTX_SIZE": "1",
         "LLAMA_API_KEY": "k",
         "LLAMA_SERVER_ROUTER_PORT": "1",
-        "CUDA_VISIBLE_DEVICES": "0",
-        "HIP_VISIBLE_DEVICES": "0",
         "AIP_HTTP_PORT": "1",
         "GGML_CUDA_ENABLE_UNIFIED_MEMORY": "1",
         "NOTIFY_SOCKET": "/run/n",
         "PLANNER_API_KEYS": "secret",
         "OLLAMA_HOST": "x",
     }
-    assert scrubbed({**kept, **gone}) == kept
+    assert scrubbed({**kept, **gone}) == {**kept, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def test_what_the_operator_hides_stays_hidden_and_numbers_count_as_when_the_machine_was_looked_at() -> None:
+    operators = {"CUDA_VISIBLE_DEVICES": "1", "GGML_VK_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    assert scrubbed(operators) == {**operators, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 @pytest.mark.parametrize(
