@@ -380,6 +380,39 @@ async def test_shutting_down_lets_requests_finish_and_takes_no_new_ones(
             await supervisor.wait_stopped()
 
 
+async def test_a_client_that_leaves_while_its_model_loads_leaves_the_load_to_the_next_one(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(hold, supervisor)
+            await log.wait("runner.loading")
+            tasks.cancel_scope.cancel()
+        assert supervisor.snapshot().queue_length == 0
+        await log.wait("runner.ready")
+        assert only_runner(supervisor).in_flight == 0
+        await hold_named(supervisor, "tiny-chat", Role.CHAT)
+        assert len(log.of("plan.final")) == 1
+
+
+async def test_shutting_down_ends_a_load_and_refuses_who_waits_for_it(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+
+        async def wait_in_vain() -> None:
+            with pytest.raises(ShuttingDown):
+                await hold(supervisor)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_in_vain)
+            child = psutil.Process((await log.wait("runner.loading"))["pid"])
+            supervisor.shut_down()
+        with anyio.fail_after(30):
+            await supervisor.wait_stopped()
+        assert not child.is_running()
+
+
 async def test_a_stream_that_does_not_finish_in_time_is_told_before_its_child_has_gone(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:
