@@ -86,7 +86,7 @@ def account(
         if reason := cache.not_built(model):
             reasons.append(reason)
         else:
-            contexts = _caches(model, params, placement, machine, build)
+            contexts = caches(model, params, placement, machine, build)
         buffers = compute_buffers(model, params, placement, machine, build)
         computes = buffers.devices, buffers.host
         reasons += buffers.not_built
@@ -120,7 +120,7 @@ def _host_detail(model: ModelFacts, params: ContextParams, host: HostShare | Non
     )
 
 
-def _caches(
+def caches(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
 ) -> tuple[tuple[Figure, ...], Figure]:
     """Return the caches on each device and on the host: a layer's lie where the layer lies, or all on the host."""

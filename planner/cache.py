@@ -66,7 +66,10 @@ def window_cells(hparams: HParams, params: ContextParams) -> int:
 def cache_tensors(model: ModelFacts, params: ContextParams) -> tuple[CacheTensor, ...]:
     """Return every cache tensor of a context of this model, in no particular order."""
     rules = ARCHITECTURES[model.hparams.architecture]
-    return tuple(_RULES[rules.cache](_Context(model, params, rules)))
+    context = _Context(model, params, rules)
+    if params.of_draft_head:  # plain attention, whatever the trunk has
+        return tuple(_keys_and_values(context, range(model.hparams.n_layer, model.hparams.n_layer_all)))
+    return tuple(_RULES[rules.cache](context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +151,8 @@ def _recurrent(context: _Context) -> Iterator[CacheTensor]:
 
 
 def _states(context: _Context, layers: Sequence[int]) -> Iterator[CacheTensor]:
-    """Both states of recurrent layers, one row per sequence (llama-memory-recurrent.cpp)."""
-    hparams, rows = context.hparams, context.params.n_seq_max
+    """Both states of recurrent layers, a row per sequence and older state of it (llama-memory-recurrent.cpp)."""
+    hparams, rows = context.hparams, context.params.n_seq_max * (1 + context.params.n_rs_seq)
     ple_layers = context.model.metadata.get(f"{hparams.architecture}.ple.layers", ())
     for layer in layers:
         yield CacheTensor(layer, _F32, hparams.n_embd_r, rows)

@@ -60,6 +60,9 @@ class ContextParams:
     n_ctx_unpadded: int = 0
     cache_ram_mib: int = CACHE_RAM_MIB
     pooling: str | None = None  # of embeddings; None: the model's own
+    loads_draft_head: bool = False  # the NextN layers (load_mtp)
+    n_rs_seq: int = 0  # older recurrent states that each sequence keeps
+    of_draft_head: bool = False  # this is the context of the NextN layers (LLAMA_CONTEXT_TYPE_MTP)
     not_built: tuple[str, ...] = ()
 
     @property
@@ -114,6 +117,8 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         n_ctx_unpadded=n_ctx_unpadded,
         cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
         pooling=_pooling(request),
+        loads_draft_head=speculation.uses_own_head(request),
+        n_rs_seq=speculation.n_rs_seq(model, request),
         not_built=_not_built(model, request),
     )
 

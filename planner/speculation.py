@@ -11,7 +11,39 @@ if TYPE_CHECKING:
 N_MAX: Final = 3  # common/common.h, common_params_speculative_draft
 NONE: Final = "none"
 SIMPLE: Final = "draft-simple"
-WITH_RULE: Final = frozenset({NONE, SIMPLE})
+OWN_HEAD: Final = "draft-mtp"
+_WITH_RULE: Final = frozenset({SIMPLE, OWN_HEAD})
+# Whose heads are never loaded, or drafted with by caches that have no rule here (src/llama-model.cpp, create_memory).
+_HEADS_WITHOUT_RULE: Final = frozenset(
+    {
+        "bailingmoe2",
+        "deepseek4",
+        "dots3note",
+        "exaone-moe",
+        "exaone4",
+        "gemma4-assistant",
+        "glm4",
+        "glm5-next",
+        "graniteswitch",
+        "nemotron_h",
+    }
+)
+# Whose recurrent states can be rolled back (src/llama-arch.cpp, llm_arch_supports_rs_rollback).
+_ROLLS_BACK: Final = frozenset(
+    {
+        "bailingmoe3",
+        "deepseek4",
+        "glm5-next",
+        "kimi-k3",
+        "lfm2",
+        "lfm2moe",
+        "nemotron_h",
+        "nemotron_h_moe",
+        "qwen35",
+        "qwen35moe",
+        "qwen4exp",
+    }
+)
 
 
 def types(request: PlanRequest) -> tuple[str, ...]:
@@ -26,23 +58,31 @@ def n_draft(request: PlanRequest) -> int:
     return N_MAX if request.spec_draft_n_max is None else request.spec_draft_n_max
 
 
+def uses_own_head(request: PlanRequest) -> bool:
+    """Say whether the model's NextN layers draft, so that they are loaded (common/common.cpp, ``load_mtp``)."""
+    return OWN_HEAD in types(request)
+
+
+def n_rs_seq(model: ModelFacts, request: PlanRequest) -> int:
+    """Return how many older states each sequence keeps, to take drafted tokens back (``need_n_rs_seq``)."""
+    return n_draft(request) if uses_own_head(request) and model.hparams.architecture in _ROLLS_BACK else 0
+
+
 def has_draft_head(model: ModelFacts) -> bool:
     """Say whether llama-server takes this draft for a head of its own kind (``common_speculative_types_from_gguf``)."""
-    hparams = model.hparams
-    return hparams.architecture == "dflash" or model.tensor(_last_head(hparams.n_layer_all)) is not None
-
-
-def _last_head(n_layer_all: int) -> str:
-    return f"blk.{n_layer_all - 1}.nextn.eh_proj.weight"
+    last = f"blk.{model.hparams.n_layer_all - 1}.nextn.eh_proj.weight"
+    return model.hparams.architecture == "dflash" or model.tensor(last) is not None
 
 
 def without_rule(model: ModelFacts, request: PlanRequest) -> str | None:
     """Return what of this request's speculation no rule here covers, or None."""
-    if missing := sorted(set(types(request)) - WITH_RULE):
+    if missing := sorted(set(types(request)) - _WITH_RULE):
         return f"speculative decoding by {missing[0]} (--spec-type)"
-    draft = model.draft
+    draft, architecture = model.draft, model.hparams.architecture
     if request.model_draft and draft is None:
         return "a draft model that was not read (--model-draft)"
-    if draft is not None and not request.spec_type and has_draft_head(draft):
-        return f"speculative decoding with {draft.summary.path}, which is a draft head"
+    if draft is not None and (uses_own_head(request) or (not request.spec_type and has_draft_head(draft))):
+        return f"speculative decoding with a head of its own file, {draft.summary.path}"
+    if uses_own_head(request) and architecture in _HEADS_WITHOUT_RULE:
+        return f"speculative decoding with the head of {architecture}"
     return None

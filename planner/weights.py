@@ -75,7 +75,7 @@ def not_built(model: ModelFacts, params: ContextParams, placement: Placement, ma
     places = {_place(buffer, devices) for _, buffer in params.overrides}
     if elsewhere := sorted(places - {*placement.devices, *_HOST_BUFFERS}):
         return f"overrides to {elsewhere[0]}, which is not among the devices"
-    if unknown := _slots(model)[1]:
+    if unknown := _slots(model, loads_draft_head=params.loads_draft_head)[1]:
         return f"the place of tensor {unknown}"
     return None
 
@@ -88,8 +88,12 @@ def weight_bytes(
     rule = host_rule(params, devices, machine, build)
     overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
     places = tuple((device.name, buffer_type(device)) for device in devices) if overrides else ()
-    tables = [_shares(model, buffer_type(device), device.kind, rule, overrides, places) for device in devices]
-    on_host = _shares(model, None, DeviceKind.HOST, rule, overrides, places)
+    head = params.loads_draft_head
+    tables = [
+        _shares(model, buffer_type(device), device.kind, rule, overrides, places, loads_draft_head=head)
+        for device in devices
+    ]
+    on_host = _shares(model, None, DeviceKind.HOST, rule, overrides, places, loads_draft_head=head)
     homes = (*placement.layer_devices, placement.output_device, _HOST)
     chosen = [((on_host if home == _HOST else tables[home])[slot], home) for slot, home in enumerate(homes)]
     chosen += [  # one copy of the rotation factors wherever a layer asks for them
@@ -118,7 +122,7 @@ def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement,
     devices = [machine.device(name) for name in placement.devices]
     overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
     overridden = _overridden(model, overrides)
-    slots, _ = _slots(model)
+    slots, _ = _slots(model, loads_draft_head=params.loads_draft_head)
     ropes = {placement.layer_devices[layer] for layer in _rope_slots(model)}
     owners = zip(slots, (*placement.layer_devices, placement.output_device, _HOST), strict=False)
     homes: dict[str, int] = {}
@@ -135,7 +139,7 @@ def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement,
 
 
 @lru_cache(maxsize=32)
-def _slots(model: ModelFacts) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
+def _slots(model: ModelFacts, *, loads_draft_head: bool) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
     """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
     hparams = model.hparams
     rules = ARCHITECTURES[hparams.architecture]
@@ -147,7 +151,7 @@ def _slots(model: ModelFacts) -> tuple[tuple[tuple[Weight, ...], ...], str | Non
         slot, stem = _slot_of(tensor.name, hparams)
         if slot is None or slot >= len(slots):
             unknown = tensor.name
-        elif not _skipped(hparams, slot, stem, rules):
+        elif loads_draft_head or not _skipped(hparams, slot, stem, rules):
             head, _, tail = stem.rpartition(".")
             stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
             lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
@@ -185,7 +189,7 @@ def _skipped(hparams: HParams, slot: int, stem: str, rules: Architecture) -> boo
 def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
     """Return the layers that ask for rotation factors: the trunk's, in gemma4 only those without a window."""
     hparams = model.hparams
-    if not _slots(model)[0][-1]:
+    if not _slots(model, loads_draft_head=False)[0][-1]:
         return ()
     layers = range(hparams.n_layer or hparams.n_layer_all)
     if hparams.architecture in _ROPE_WITHOUT_WINDOW:
@@ -213,6 +217,8 @@ def _shares(
     rule: HostRule,
     overrides: tuple[tuple[str, str], ...],
     places: tuple[tuple[str, BufferType], ...],
+    *,
+    loads_draft_head: bool,
 ) -> tuple[Share, ...]:
     """Return each slot's share where the slot lies on a device of that buffer type, or on the host for None."""
     overridden = _overridden(model, overrides)
@@ -221,7 +227,7 @@ def _shares(
     input_copy = keeping(Weight(embedding, Operation.GET_ROWS), rule) if embedding else None
     twice = ARCHITECTURES[model.hparams.architecture].duplicate_first
     shares = []
-    for weights in _slots(model)[0]:
+    for weights in _slots(model, loads_draft_head=loads_draft_head)[0]:
         device_bytes, host, elsewhere = 0, HostShare(), Counter[str]()
         for weight in weights:
             tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]

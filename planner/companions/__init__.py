@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner import weights
-from planner.companions import draft, lora, projector
+from planner import speculation, weights
+from planner.companions import draft, draft_head, lora, projector
 from planner.model import read_attachment, read_model
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def refusal(model: ModelFacts, request: PlanRequest) -> str | None:
         reasons.append(projector.refusal(model.projector))
     if model.draft is not None:
         reasons.append(draft.refusal(model.draft, request))
+    if speculation.uses_own_head(request) and model.draft is None:
+        reasons.append(draft_head.refusal(model))
     return next((reason for reason in reasons if reason), None)
 
 
@@ -67,4 +69,7 @@ def charges(
         found.append(projector.charge(model.projector, device, build))
     if model.draft is not None and not params.not_built:
         found.append(draft.charge(model.draft, request, params, placement, ledger_of))
+    if params.loads_draft_head and not params.not_built:
+        trunk = ledger_of(model, params, placement)
+        found.append(draft_head.charge(model, request, params, placement, machine, build, trunk))
     return tuple(found)

@@ -9,7 +9,7 @@ from typing import Any
 
 import companion_models
 import pytest
-from live_server import MIB, assert_as_planned, explain, lines_until_ready
+from live_server import MIB, assert_as_planned, explain, lines_until_ready, reserved
 from machines import machine_of
 
 from planner import companions
@@ -263,3 +263,46 @@ def test_overridden_metadata_count_for_model_and_draft(
 def test_an_override_that_llama_cpp_cannot_read_is_wrong_usage(word: str, endless_model: Path) -> None:
     with pytest.raises(InvalidRequest, match="--override-kv"):
         outcome(endless_model, override_kv=(word,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Draft heads
+
+
+@pytest.fixture(scope="module")
+def drafting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("drafting") / "drafting.gguf"
+    companion_models.write_drafting_model(path)
+    return path
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("flags", [("-ts", "3,2"), ("-np", "2", "--spec-draft-n-max", "7", "-ub", "64"), ("-ngl", "2")])
+def test_a_draft_head_takes_the_weights_and_caches_that_the_plan_says(
+    flags: tuple[str, ...],
+    drafting_model: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """Its layers are loaded, it has a cache of its own, and each recurrent state is kept in several ages."""
+    workers = rpc_workers(2)
+    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(workers))
+    words = [word for device in devices for word in ("--device", device)]
+    fixed = ("-c", "2048", "--spec-type", "draft-mtp", "--no-oracle")
+    plan = explain(str(drafting_model), *words, *fixed, *flags, environment=free_environment)
+    measured = reserved(plan, free_environment)
+
+    places = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
+    for device in plan["devices"]:
+        for kind in ("model_bytes", "context_bytes"):
+            printed = measured.get((places[device["name"]], kind), 0.0)
+            assert device[kind] / MIB == pytest.approx(printed, abs=0.02), (device["name"], kind)
+        buffers = measured.get((places[device["name"]], "compute_bytes"), 0.0)
+        assert device["compute_bytes"] / MIB >= buffers - 0.01, device["name"]
+        assert device["source"]["compute"] == "estimated" or buffers == 0
+
+
+def test_a_model_without_a_draft_head_is_refused_one(endless_model: Path) -> None:
+    refused = outcome(endless_model, spec_type="draft-mtp")
+    assert isinstance(refused, Refused)
+    assert "no layers that draft" in refused.reason
