@@ -25,7 +25,17 @@ from supervisor import views
 from supervisor.api import Endpoint, ModelCounters, Snapshot
 from supervisor.children import Children
 from supervisor.core import scheduler
-from supervisor.core.commands import Command, Grant, LoseLeases, PlanModel, Reject, ReportFailure, Spawn, StopProcess
+from supervisor.core.commands import (
+    Command,
+    Grant,
+    LoseLeases,
+    PlanModel,
+    ReadMachine,
+    Reject,
+    ReportFailure,
+    Spawn,
+    StopProcess,
+)
 from supervisor.core.events import (
     Event,
     RequestAbandoned,
@@ -35,7 +45,6 @@ from supervisor.core.events import (
     TimePassed,
 )
 from supervisor.core.pool import Pool
-from supervisor.core.runner import RunnerState
 from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
 from supervisor.inventory import Inventory
@@ -185,26 +194,14 @@ class Supervisor:
         for command in commands:
             self._counters = views.count(self._counters, command)
             self._carry_out(command)
-        if not any(isinstance(command, PlanModel) for command in commands):  # a plan reads the machine anyway
-            self._refresh_machine(before)
-
-    def _refresh_machine(self, before: Pool) -> None:
-        """Have the machine read again where a child has just taken its memory, or given it back."""
-        pool, now = self._pool, anyio.current_time()
-        became_ready = any(
-            runner.state is RunnerState.READY and before.runner(runner.model).state is RunnerState.LOADING
-            for runner in pool.runners.values()
-        )
-        is_gone = pool.gone is not before.gone
-        if self._tasks is not None and (became_ready or is_gone) and not pool.draining:
-            gone = pool.gone_bytes(now) if is_gone else {}
-            self._tasks.start_soon(self._inventory.refresh, pool.held_bytes(), gone)
 
     def _carry_out(self, command: Command) -> None:
         assert self._tasks is not None  # noqa: S101 - nobody asks for anything before ``run`` has started
         match command:
             case PlanModel():
                 self._tasks.start_soon(self._plan, command)
+            case ReadMachine(_, held, gone):
+                self._tasks.start_soon(self._inventory.refresh, held, gone)
             case Spawn():
                 self._children.spawn(command, self._tasks)
             case StopProcess(model, generation, reason):

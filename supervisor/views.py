@@ -11,7 +11,17 @@ from typing import Final, assert_never
 from planner.types import HOST
 from supervisor.api import DeviceUse, FailureView, ModelCounters, ModelView, RunnerView
 from supervisor.catalogue import ModelEntry
-from supervisor.core.commands import Command, Grant, LoseLeases, PlanModel, Reject, ReportFailure, Spawn, StopProcess
+from supervisor.core.commands import (
+    Command,
+    Grant,
+    LoseLeases,
+    PlanModel,
+    ReadMachine,
+    Reject,
+    ReportFailure,
+    Spawn,
+    StopProcess,
+)
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import LoadPlan
@@ -56,7 +66,7 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
             after = replace(before, crashes=before.crashes + 1)
         case StopProcess():
             after = replace(before, unloads=before.unloads + 1)
-        case PlanModel() | LoseLeases():
+        case PlanModel() | ReadMachine() | LoseLeases():
             return counters
         case _:
             assert_never(command)

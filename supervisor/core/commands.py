@@ -83,4 +83,13 @@ class ReportFailure:
     while_loading: bool
 
 
-Command = PlanModel | Spawn | StopProcess | Grant | Reject | LoseLeases | ReportFailure
+@dataclass(frozen=True, slots=True)
+class ReadMachine:
+    """Read the machine again: a child of this model has taken its memory or given it back. See ``PlanModel``."""
+
+    model: ModelId
+    held: Mapping[str, int]
+    gone: Mapping[str, int]
+
+
+Command = PlanModel | ReadMachine | Spawn | StopProcess | Grant | Reject | LoseLeases | ReportFailure

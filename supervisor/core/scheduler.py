@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Final, assert_never
 
 from supervisor.core import runner as runner_table
-from supervisor.core.commands import Command, Grant, PlanModel, Reject
+from supervisor.core.commands import Command, Grant, PlanModel, ReadMachine, Reject
 from supervisor.core.events import (
     DeadlinePassed,
     Event,
@@ -67,7 +67,10 @@ def step(pool: Pool, event: Event, now: float) -> Outcome:
         case _:
             assert_never(event)
     pool, more = _settle(pool, now)
-    return pool, commands + more
+    commands += more
+    if pool.draining or any(isinstance(command, PlanModel) for command in commands):  # which reads it as well
+        commands = tuple(command for command in commands if not isinstance(command, ReadMachine))
+    return pool, commands
 
 
 def next_deadline(pool: Pool) -> float | None:
@@ -129,6 +132,9 @@ def _runner_step(pool: Pool, event: RunnerEvent, now: float) -> Outcome:
     child_gone = before.state in HAS_CHILD and after.state not in HAS_CHILD
     if child_gone:
         pool = pool.with_gone(before, now)
+    if child_gone or (after.state is RunnerState.READY and before.state is not RunnerState.READY):
+        gone = pool.gone_bytes(now) if child_gone else {}
+        commands += (ReadMachine(after.model, pool.held_bytes(), gone),)
     load = pool.load
     if load is not None and load.phase is LoadPhase.LAUNCHING:
         if load.model == after.model and after.state not in IS_LOADING:

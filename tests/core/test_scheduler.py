@@ -11,7 +11,7 @@ from making_plans import make_plan
 
 from planner.types import Shortfall
 from supervisor.core import scheduler
-from supervisor.core.commands import Command, Grant, PlanModel, Reject, Spawn, StopProcess
+from supervisor.core.commands import Command, Grant, PlanModel, ReadMachine, Reject, Spawn, StopProcess
 from supervisor.core.events import (
     BecameReady,
     Event,
@@ -240,7 +240,7 @@ def test_a_load_goes_on_when_its_client_has_gone() -> None:
     ticket = bench.arrive(A)
     bench.answer(make_plan())
     bench.post(RequestAbandoned(ticket))
-    assert bench.finish_load(A) == ()
+    assert granted(bench.finish_load(A)) == []
     assert bench.state(A) is RunnerState.READY
 
 
@@ -376,3 +376,20 @@ def test_a_plan_made_just_after_a_runner_s_exit_is_told_what_it_held() -> None:
     bench.now += SETTLE_WITHIN_S
     bench.arrive(B)
     assert bench.one(PlanModel).gone == {}
+
+
+def test_the_machine_is_read_again_when_memory_was_taken_or_given_back() -> None:
+    """Not where a plan is asked for in the same moment, which reads it anyway."""
+    bench = Bench(replace(LIMITS, max_loaded_models=1))
+    bench.bring_up(A, make_plan(size_bytes=10))
+    assert bench.one(ReadMachine) == ReadMachine(A, {"CUDA0": 10, "Host": 0}, {})
+    bench.finish(A)
+    bench.arrive(B)
+    bench.answer(make_plan())
+    assert bench.state(A) is RunnerState.STOPPING
+    bench.exit(A)
+    assert [type(command) for command in bench.commands] == [PlanModel]
+    bench.answer(make_plan())
+    bench.finish_load(B)
+    bench.exit(B)
+    assert bench.one(ReadMachine).gone["CUDA0"] == 20, "both have just gone"
