@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from planner import kv_overrides
 from planner.accounting import DeviceBytes, MemoryLedger
 from planner.build import is_pinned
 from planner.candidates import Oracle
@@ -83,6 +84,7 @@ class _Asker:
             "n_gpu_layers": placement.n_gpu_layers,
             "tensor_split": placement.tensor_split,
             "params": asdict(params),
+            "kv_overrides": list(kv_overrides.parse(model.overrides).items()),
         }
         answer = _run(question)
         if answer is None or len(answer["rows"]) != len(devices) + 1:

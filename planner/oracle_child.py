@@ -18,7 +18,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +48,7 @@ _LOG_LEVEL_ERROR: Final = 4
 _DEVICE_TYPE_CPU: Final = 0
 _SPLIT_MODE: Final = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 _LAZY_MODE: Final = {"off": 0, "auto": 1, "on": 2}
+_TAGS: Final = {"int": 0, "float": 1, "bool": 2, "str": 3}
 _POOLING: Final = {None: -1, "none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _MEMORY_DATA: Final = (
@@ -47,6 +61,18 @@ class BufferOverride(ctypes.Structure):
     """``llama_model_tensor_buft_override``."""
 
     _fields_ = (("pattern", c_char_p), ("buft", c_void_p))
+
+
+class MetadataValue(ctypes.Union):
+    """The value of a ``llama_model_kv_override``."""
+
+    _fields_ = (("int", c_int64), ("float", c_double), ("bool", c_bool), ("str", c_char * 128))
+
+
+class MetadataOverride(ctypes.Structure):
+    """``llama_model_kv_override``; the last of a list has an empty key."""
+
+    _fields_ = (("tag", c_int), ("key", c_char * 128), ("value", MetadataValue))
 
 
 class ModelParams(ctypes.Structure):
@@ -63,7 +89,7 @@ class ModelParams(ctypes.Structure):
         ("tensor_split", POINTER(c_float)),
         ("progress_callback", c_void_p),
         ("progress_callback_user_data", c_void_p),
-        ("kv_overrides", c_void_p),
+        ("kv_overrides", POINTER(MetadataOverride)),
         *(
             (name, c_bool)
             for name in ("vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp")
@@ -200,6 +226,8 @@ def _model_params(libraries: Libraries, question: Mapping[str, Any]) -> ModelPar
     params.devices = (c_void_p * (len(devices) + 1))(*devices, None)
     params.tensor_split = shares
     params.tensor_buft_overrides = _overrides(libraries, wanted["overrides"], question["names"], devices)
+    params.kv_overrides = _metadata_overrides(question["kv_overrides"])
+    params.load_mtp = wanted["loads_draft_head"]
     params.n_gpu_layers = question["n_gpu_layers"]
     params.split_mode = _SPLIT_MODE[wanted["split_mode"]]
     params.lazy_mode = _LAZY_MODE[wanted["lazy_mode"]]
@@ -220,6 +248,7 @@ def _context_params(libraries: Libraries, wanted: Mapping[str, Any]) -> ContextP
         "n_ubatch",
         "n_seq_max",
         "n_outputs_max",
+        "n_rs_seq",
         "swa_full",
         "kv_unified",
         "op_offload",
@@ -260,6 +289,16 @@ def _overrides(libraries: Libraries, pairs: list[tuple[str, str]], names: list[s
         raise Unusable(f"no buffer type {unknown}")
     rows = [BufferOverride(pattern.encode(), buffer_type(types[buffer])) for pattern, buffer in pairs]
     return (BufferOverride * (len(rows) + 1))(*rows)
+
+
+def _metadata_overrides(pairs: list[tuple[str, Any]]) -> Any:
+    rows = [MetadataOverride(_TAGS[kind], key.encode(), _metadata_value(value, kind))
+            for key, value in pairs for kind in [type(value).__name__]]  # fmt: skip
+    return (MetadataOverride * (len(rows) + 1))(*rows) if rows else None
+
+
+def _metadata_value(value: Any, kind: str) -> MetadataValue:
+    return MetadataValue(**{kind: value.encode() if kind == "str" else value})
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from planner import companions
 from planner import placement as search
 from planner.accounting import DeviceBytes, account
 from planner.build import PINNED_COMMIT, is_pinned
@@ -119,6 +120,7 @@ def verify(
     beside = [flag for name, flag in _BESIDE.items() if getattr(request, name)]
     notes = (f"{', '.join(beside)}: left out here, the model alone is compared",) if beside else ()
     request = replace(request, lora=None, mmproj=None, model_draft=None, spec_type=None)
+    model = companions.attach(model, request)
     outcome = search.search(model, request, machine, policy, build, oracle)
     if not isinstance(outcome, Plan):
         return Verification(path, problem=_why_none(outcome), notes=notes)

@@ -30,7 +30,6 @@ from planner.types import (
     PlanRequest,
     Policy,
     PoolId,
-    Role,
     Source,
 )
 
@@ -122,24 +121,23 @@ def test_only_the_pinned_build_is_asked(build: LlamaBuild) -> None:
 
 
 def test_what_is_estimated_is_asked_for_once_the_search_is_over(build: LlamaBuild, endless_model: Path) -> None:
-    """The buffers of pooled embeddings are estimates here; what is planned are llama.cpp's own figures, never more."""
+    """For another build the formulas are only bounds; what is planned then are that build's own figures."""
     model = read_model(os.fspath(endless_model))
-    request = PlanRequest(role=Role.EMBEDDING, n_ctx="auto")
-    without = search(model, request, machine(1), Policy(), build)
+    other = replace(build, commit="badc0de")
     asked: list[Placement] = []
-    ask = oracle.ask(build)
+    ask = oracle.ask(other, any_build=True)
     assert ask is not None
 
     def listened(*question: Any) -> MemoryLedger | None:
         asked.append(question[2])
         return ask(*question)
 
-    outcome = search(model, request, machine(1), Policy(), build, listened)
-    assert isinstance(without, Plan)
-    assert isinstance(outcome, Plan)
-    assert len(asked) == 1
-    for estimated, told in zip(without.usages, outcome.usages, strict=True):
-        assert estimated.compute.source is Source.ESTIMATED
-        assert told.compute.source is Source.ORACLE
-        assert told.model == estimated.model
-        assert (told.compute.bytes or 0) <= (estimated.compute.bytes or 0)
+    estimated = search(model, PlanRequest(), machine(1), Policy(), other)
+    told = search(model, PlanRequest(), machine(1), Policy(), other, listened)
+    assert isinstance(estimated, Plan)
+    assert isinstance(told, Plan)
+    assert asked == [told.placement]
+    for bound, usage in zip(estimated.usages, told.usages, strict=True):
+        assert bound.compute.source is Source.ESTIMATED
+        assert usage.compute.source is Source.ORACLE
+        assert (usage.planned_bytes or 0) <= (bound.planned_bytes or 0)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 from machines import machine_of
+from published_models import dimensions, write_model
 
 from planner.accounting import DeviceBytes, MemoryLedger, account
 from planner.build import PINNED_BUILD
 from planner.model import ModelFacts, read_model
-from planner.types import DeviceKind, Figure, Placement, PlanRequest, Policy, Role, Source
-from planner.verify import ESTIMATE_ABOVE_BYTES, Verification, build_line, to_text, verify
+from planner.types import DeviceKind, Figure, Placement, PlanRequest, Policy, Source
+from planner.verify import ESTIMATE_ABOVE_BYTES, Compared, Verification, build_line, to_text, verify
 
 TWO = machine_of(DeviceKind.RPC, 2)
 PINNED = PlanRequest(n_ctx=4096, n_gpu_layers="all", tensor_split=(1, 2))
@@ -64,13 +65,12 @@ def test_one_byte_is_a_difference(model: ModelFacts, build: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "more_bytes, agrees", [(0, True), (-ESTIMATE_ABOVE_BYTES, True), (1, False), (-(1 << 30), False)]
+    "more_bytes, agrees", [(0, True), (ESTIMATE_ABOVE_BYTES, True), (-1, False), (ESTIMATE_ABOVE_BYTES + 1, False)]
 )
-def test_an_estimate_may_be_above_but_not_below_nor_far(model: ModelFacts, more_bytes: int, *, agrees: bool) -> None:
-    request = replace(PINNED, role=Role.EMBEDDING, n_ubatch=512)
-    result = verified(model, told_otherwise(more_bytes), request)
-    assert result.figures[2].planned.source is Source.ESTIMATED
-    assert result.agrees == agrees
+def test_an_estimate_may_be_above_but_not_below_nor_far(more_bytes: int, *, agrees: bool) -> None:
+    told_bytes = ESTIMATE_ABOVE_BYTES
+    planned = Figure(told_bytes + more_bytes, Source.ESTIMATED)
+    assert Compared("RPC0", "compute", planned, Figure(told_bytes, Source.ORACLE)).agrees == agrees
 
 
 def test_what_a_stand_in_says_is_shown_but_not_held_against_the_plan(model: ModelFacts) -> None:
@@ -141,6 +141,18 @@ def test_the_installed_llama_cpp_says_what_is_planned(
     assert result["headline"].startswith("Equal")
     compared = {figure["component"] for figure in result["figures"] if figure["agrees"]}
     assert {"context", "compute"} <= compared
+
+
+@pytest.mark.llama
+def test_overridden_metadata_is_what_both_sides_read(planner: Any, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "experts.gguf", dimensions("small")["small-qwen3moe"])
+    told = []
+    for words in ((), ("--override-kv", "qwen3moe.expert_used_count=int:7")):
+        done = planner(str(model), "-c", "4096", "--device", "RPC0=1GiB", "-ngl", "all", *words, "--json")
+        figures = json.loads(done.stdout)["models"][0]["figures"]
+        assert all(figure["agrees"] for figure in figures)
+        told.append([figure["told_bytes"] for figure in figures])
+    assert told[0] != told[1]
 
 
 @pytest.mark.llama
