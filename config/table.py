@@ -114,7 +114,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "MODELS",
         path(),
         _xdg("XDG_DATA_HOME", ".local/share", "loadmaster/models"),
-        "Folder of .gguf files that are served; a model's id is its path below it.",
+        "Folder of .gguf files that are served, links in it followed; a model's id is its path below it.",
         default_text="$XDG_DATA_HOME/loadmaster/models",
         ollama_note="not taken: Ollama's is a store of blobs, not a folder of .gguf files",
     ),
