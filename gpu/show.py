@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from planner.types import Device, Machine
+from gpu.card import Card, Vendor
+from planner.types import HOST_POOL, Device, Machine
 from planner.units import format_size
 
 
@@ -46,45 +49,87 @@ def _device_json(device: Device) -> dict[str, Any]:
     }
 
 
-def as_text(machine: Machine) -> str:
-    """Return the table that ``planner devices`` prints, then what is unusable, held by others, or odd."""
+def as_text(machine: Machine, cards: Mapping[str, Card] = MappingProxyType({}), columns: int = 80) -> str:
+    """Return the table that ``planner devices`` prints: a line for each device, below it what is odd about it.
+
+    ``cards`` are the cards behind the devices. No line is wider than ``columns``, where names and figures leave room.
+    """
     devices = (*machine.devices, machine.host)
-    rows = [("DEVICE", "KIND", "FREE", "TOTAL", "BANDWIDTH", "DESCRIPTION"), *map(_row, devices)]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-    notes = [f"{device.name} cannot be used: {device.why_not}" for device in devices if not device.usable]
-    notes += [
-        f"{device.name}: process {process.pid} ({process.name or 'unknown'}) holds {_size(process.used_bytes)}"
-        for device in devices
-        for process in device.processes
-    ]
-    notes += [f"warning: {warning}" for warning in machine.warnings]
+    rows = [("DEVICE", "FREE", "TOTAL", "BANDWIDTH"), *map(_row, devices)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    indent = " " * (widths[0] + 2)
+    left = [_aligned(row, widths) for row in rows]
+    room = columns - len(left[0]) - 2
+    about = ["DESCRIPTION", *(_about(device, cards.get(device.name), room) for device in devices)]
+    lines = [f"{figures}  {text}".rstrip() for figures, text in zip(left, about, strict=True)]
+    for number, device in reversed(list(enumerate(devices, start=1))):
+        notes = _notes(device, machine)
+        lines[number + 1 : number + 1] = [line for note in notes for line in _wrapped(note, indent, columns)]
+    mentioned = {device.why_not for device in devices if device.why_not}
+    warnings = [line for line in machine.warnings if not any(why in line for why in mentioned)]
+    rest = [line for warning in warnings for line in _wrapped(f"warning: {warning}", "", columns)]
     if not machine.devices:
-        notes.append("No GPU found. Looked for:")
-        notes += [f"  {place}" for place in machine.looked_for]
-    return "\n".join([*lines, "", *notes] if notes else lines)
+        rest += ["No GPU found. Looked for:", *(f"  {place}" for place in machine.looked_for)]
+    return "\n".join([*lines, "", *rest] if rest else lines)
 
 
 def _row(device: Device) -> tuple[str, ...]:
     bandwidth = device.bandwidth_bytes_per_s
     return (
         device.name,
-        device.kind.value,
         _size(device.free_bytes),
         _size(device.total_bytes),
         "?" if bandwidth is None else f"{bandwidth / 1e9:.0f} GB/s",
-        device.description,
     )
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Put names to the left and figures to the right."""
-    left, figures = row[:2], row[2:5]
-    return [
-        *(f"{text:<{width}}" for text, width in zip(left, widths, strict=False)),
-        *(f"{text:>{width}}" for text, width in zip(figures, widths[2:], strict=True)),
-        row[5],
+def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+    """Put the name to the left and figures to the right."""
+    figures = (f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
+    return "  ".join([f"{row[0]:<{widths[0]}}", *figures])
+
+
+def _about(device: Device, card: Card | None, room: int) -> str:
+    """Return what it is, what matters most first, as much as there is room for."""
+    parts = [device.description or device.endpoint or ""]
+    if card is not None:
+        link = card.link
+        parts += [f"at {card.pci_bus_id}"] if card.pci_bus_id else []
+        parts += [f"compute {card.arch}" if card.vendor is Vendor.NVIDIA else card.arch] if card.arch else []
+        parts += [f"PCIe {link.pcie_generation} x{link.pcie_lanes}"] if link.pcie_generation and link.pcie_lanes else []
+        parts += [f"NVLink to {' and '.join(link.nvlink_peers)}"] if link.nvlink_peers else []
+        parts += ["asleep"] if card.asleep else []
+        parts += ["drives a display"] if card.drives_display else []
+    shown = parts[0] if len(parts[0]) <= room else parts[0][: max(room - 3, 0)] + "..."
+    for part in parts[1:]:
+        if len(f"{shown}, {part}") <= room:
+            shown = f"{shown}, {part}"
+    return shown
+
+
+def _notes(device: Device, machine: Machine) -> list[str]:
+    """Return what else there is to say of a device, a line each."""
+    notes = [] if device.usable else [f"not used: {device.why_not}"]
+    others = [other.name for other in (*machine.devices, machine.host) if other.pool == device.pool != HOST_POOL]
+    if len(others) > 1 and others[0] == device.name:
+        notes.append(f"{' and '.join(others)} share one memory")
+    if device.pool == HOST_POOL and device is not machine.host:
+        notes.append("its memory is the host's")
+    return notes + [
+        f"held by process {process.pid} ({process.name or 'not to be seen from here'}): {_size(process.used_bytes)}"
+        for process in device.processes
     ]
+
+
+def _wrapped(text: str, indent: str, columns: int) -> list[str]:
+    """Return the text in lines of this width, broken between words."""
+    lines, line = [], indent
+    for word in text.split():
+        if len(line) + len(word) > columns and line.strip():
+            lines.append(line.rstrip())
+            line = f"{indent}  "
+        line += f"{word} "
+    return [*lines, line.rstrip()]
 
 
 def _size(size_bytes: int | None) -> str:

@@ -278,14 +278,14 @@ def _devices(words: Sequence[str]) -> int:
     from gpu import show
 
     settings, odd = _settings()
-    machine = _detect(settings).machine
-    machine = replace(machine, warnings=(*odd, *machine.warnings))
+    detected = _detect(settings)
+    machine = replace(detected.machine, warnings=(*odd, *detected.machine.warnings))
     if as_json:
         import json
 
         _print(json.dumps(show.as_json(machine), indent=2) + "\n")
     else:
-        _print(show.as_text(machine) + "\n")
+        _print(show.as_text(machine, detected.cards, _columns(os.environ)) + "\n")
     return FITS
 
 
