@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final, assert_never
 
-from supervisor.core import runner as runner_table
+from supervisor.core import runner_table
 from supervisor.core.commands import Command, Grant, PlanModel, ReadMachine, Reject
 from supervisor.core.events import (
     DeadlinePassed,
@@ -50,7 +50,7 @@ Outcome = tuple[Pool, tuple[Command, ...]]
 
 
 def step(pool: Pool, event: Event, now: float) -> Outcome:
-    """Return the pool after this event, and what is to be done. Raises runner.IllegalTransition."""
+    """Return the pool after this event, and what is to be done. Raises runner_table.IllegalTransition."""
     match event:
         case RequestArrived():
             pool, commands = _arrive(pool, event, now)

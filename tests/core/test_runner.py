@@ -24,7 +24,8 @@ from supervisor.core.events import (
     StopRequested,
     WrongDevices,
 )
-from supervisor.core.runner import IGNORED, TRANSITIONS, IllegalTransition, Runner, RunnerState, step
+from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.runner_table import IGNORED, TRANSITIONS, IllegalTransition, step
 from supervisor.core.types import Limits, ModelId, RunnerId
 
 MODEL = ModelId("m")
