@@ -11,17 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from planner.errors import InvalidRequest, ModelFileError, PlannerError
+from planner.errors import InvalidRequest, PlannerError
 
 if TYPE_CHECKING:
     from config.light import PlacementSettings
     from planner.flags import CommandLine
-    from planner.model import ModelFacts
-    from planner.types import LlamaBuild, Machine, PlanOutcome, PlanRequest
-    from planner.verify import Verification
+    from planner.types import LlamaBuild, Machine, PlanOutcome
 
 FITS: Final = 0
-DIFFERS: Final = 1
 SOMETHING_IS_WRONG: Final = 1
 DOES_NOT_FIT: Final = 3
 WRONG_USAGE: Final = 2
@@ -88,7 +85,7 @@ def _explain(words: Sequence[str]) -> int:
     settings, odd = _settings()
     model = read_model(line.options.model)
     machine, build = _machine(line, settings)
-    request = _request(line, model)
+    request = line.request_of(model.role)
     oracle = None if line.options.no_oracle else ask(build)
     model = companions.attach(model, request)
     outcome = placement.search(model, request, machine, from_settings(settings), build, oracle)
@@ -97,12 +94,6 @@ def _explain(words: Sequence[str]) -> int:
     from planner.types import Plan
 
     return FITS if isinstance(outcome, Plan) else DOES_NOT_FIT
-
-
-def _request(line: CommandLine, model: ModelFacts) -> PlanRequest:
-    """Return what the command line asks of this model. The workers of ``--rpc`` are devices of the machine by then."""
-    request = replace(line.request, rpc=None)
-    return request if request.embeddings or request.reranking else replace(request, role=model.role)
 
 
 def _machine(line: CommandLine, settings: PlacementSettings) -> tuple[Machine, LlamaBuild]:
@@ -185,88 +176,23 @@ def _columns(environ: Mapping[str, str]) -> int:
 
 
 def _verify(words: Sequence[str]) -> int:
-    from planner import flags, verify
+    from planner import verify_command
+    from planner.policy import from_settings
+    from supervisor.catalogue import scan
 
     if any(word in {"-h", "--help"} for word in words):
         from planner.usage import VERIFY_USAGE
 
         _print(VERIFY_USAGE)
         return FITS
-    folder, words = _without_folder(words)
-    line = flags.parse(words)
-    if (folder is None) == (line.options.model is None):
-        raise InvalidRequest("which model? planner verify MODEL [flags], or planner verify --all FOLDER [flags]")
-    if line.options.no_oracle:
-        raise InvalidRequest("--no-oracle: verifying is asking llama.cpp")
-    settings, _ = _settings()
-    machine, build = _machine(line, settings)
 
-    def verified(model: ModelFacts) -> Verification:
-        from planner.oracle import ask
-        from planner.policy import from_settings
+    def surroundings(line: CommandLine) -> verify_command.Surroundings:
+        settings, _ = _settings()
+        return verify_command.Surroundings(*_machine(line, settings), from_settings(settings))
 
-        oracle = ask(build, any_build=True)
-        if oracle is None:
-            raise InvalidRequest(
-                f"{build.path or 'no llama-server was found, so there is nothing'}: no libraries beside it to ask; "
-                "run `make llama`, or set PLANNER_LLAMA_SERVER"
-            )
-        return verify.verify(model, _request(line, model), machine, from_settings(settings), build, oracle)
-
-    if folder is None:
-        from planner.model import read_model
-
-        results: tuple[Verification, ...] = (verified(read_model(line.options.model or "")),)
-    else:
-        results = _verify_folder(folder, verified)
-    if line.options.json:
-        import json
-
-        _print(json.dumps(verify.to_json(build, results), indent=2) + "\n")
-    else:
-        _print(verify.to_text(build, results[0]) if folder is None else verify.to_lines(build, results))
-    return FITS if all(result.agrees for result in results) else DIFFERS
-
-
-def _without_folder(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """Return the folder of ``--all``, if it is given, and the other words."""
-    if "--all" not in words:
-        return None, words
-    at = list(words).index("--all")
-    if at + 1 == len(words):
-        raise InvalidRequest("--all needs a folder: --all FOLDER")
-    return words[at + 1], [*words[:at], *words[at + 2 :]]
-
-
-def _verify_folder(folder: str, verified: Callable[[ModelFacts], Verification]) -> tuple[Verification, ...]:
-    """Return a result for every model below the folder, those that cannot be read among them."""
-    from pathlib import Path
-
-    from planner.model import read_model
-    from planner.verify import Verification
-    from supervisor.catalogue import scan
-
-    facts: dict[str, ModelFacts] = {}
-
-    def read(path: str) -> ModelFacts:
-        facts[path] = read_model(path)
-        return facts[path]
-
-    def result(path: str, problem: str | None) -> Verification:
-        if problem is not None:
-            return Verification(path, problem=problem.removeprefix(f"{path}: "))
-        try:
-            return verified(facts[path])
-        except ModelFileError as error:
-            return Verification(path, problem=error.problem)
-
-    try:
-        entries = scan(Path(folder), read)
-    except OSError as error:
-        raise InvalidRequest(f"--all {folder}: {error.strerror}") from None
-    if not entries:
-        raise InvalidRequest(f"--all {folder}: no model below it")
-    return tuple(result(entry.path, entry.problem) for entry in entries)
+    text, status = verify_command.run(words, surroundings, scan)
+    _print(text)
+    return status
 
 
 # ---------------------------------------------------------------------------------------------------------------------

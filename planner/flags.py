@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -256,6 +256,11 @@ class CommandLine:
     request: PlanRequest
     options: Options
     notes: tuple[str, ...] = ()
+
+    def request_of(self, role: Role) -> PlanRequest:
+        """Return what is asked of a model of this role. The workers of ``--rpc`` are devices of the machine by then."""
+        request = replace(self.request, rpc=None)
+        return request if request.embeddings or request.reranking else replace(request, role=role)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

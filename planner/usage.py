@@ -36,7 +36,8 @@ Asks the llama.cpp that would be launched what it would reserve for the planned 
 prints both sides per device. With --all, one line per model below the folder: to be run after an upgrade of llama.cpp.
 Flags are those of `planner explain`, --json among them; a worker that does not exist, as in --device RPC0=24GiB, is
 taken by a stand-in on this machine. Equal means to the byte; a figure that is only estimated may be above llama.cpp's.
-Exit status: 0 they agree, 1 they differ or llama.cpp gave no answer, 2 wrong usage, 65 not a model that can be read.
+Exit status: 0 they agree, 1 they differ or llama.cpp gave no answer, 2 wrong usage, 3 it would not be launched like
+this, 65 not a model that can be read.
 """
 
 _WHAT_IF: Final = """\

@@ -186,3 +186,10 @@ def test_a_folder_is_verified_model_by_model(
 def test_wrong_usage_is_one_line(planner: Any, words: tuple[str, ...], complaint: str) -> None:
     done = planner(*words)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"planner: error: {complaint}\n")
+
+
+@pytest.mark.llama
+def test_a_plan_that_would_not_be_launched_has_the_status_of_explain(planner: Any, endless_model: Path) -> None:
+    done = planner(str(endless_model), "--device", "RPC0=1MiB", "-ngl", "all", "-c", "4096")
+    assert done.returncode == 3
+    assert done.stdout.startswith("Not compared: does not fit: RPC0 lacks")
