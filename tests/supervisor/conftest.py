@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import structlog
 from event_log import WITHIN_S, EventLog
 from running_service import Serve, Service, run
+from supervising import Supervising
 
 from supervisor import children
 from supervisor.core.invariants import violations
@@ -23,8 +24,6 @@ from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 
 LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=5.0)
-
-Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
 
 
 @pytest.fixture

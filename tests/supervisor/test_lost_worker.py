@@ -10,9 +10,9 @@ from pathlib import Path
 import aiohttp
 import anyio
 import pytest
-from conftest import Supervising
 from event_log import EventLog
 from rpc_worker import RpcWorker, start_worker
+from supervising import Supervising
 
 from planner.types import Role
 from supervisor.api import Lease, RunnerView

@@ -8,8 +8,8 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Supervising
 from event_log import EventLog
+from supervising import Supervising
 
 from planner.types import Role
 from supervisor.api import LoadFailed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import anyio
 import psutil
 import pytest
 from event_log import EventLog
+from supervising import Supervising
 
 from gpu import whatif
 from gpu.llama import Search
@@ -24,9 +24,6 @@ from supervisor.api import PlannerFailed
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import LookAround, ScanModels, Situation, Surroundings
-from supervisor.runtime import Supervisor
-
-Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
 
 
 def worker() -> psutil.Process:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import psutil
 import pytest
 import tiny_models
 from event_log import EventLog
+from supervising import Models, Supervising
 
 from planner.types import Role
 from supervisor.api import (
@@ -32,8 +33,6 @@ from supervisor.runtime import Supervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 
-Models = Callable[..., Path]
-Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
 PRINTED_TO = 0.01 * 1024 * 1024  # llama-server prints MiB with two decimals
 
 
