@@ -42,8 +42,12 @@ _BACKEND_BY_LIBRARY: Final = {"hip": "rocm"}
 # A binary without ggml libraries beside it has them built in; these texts are in it whatever was stripped.
 _BACKEND_MARKS: Final = {
     b"ggml_backend_rpc_add_server": "rpc",
-    b"ggml_cuda_init": "cuda",
+    b"found %d CUDA devices": "cuda",  # one source file for the three, and a name in this text (ggml-cuda.cu)
+    b"found %d ROCm devices": "rocm",
+    b"found %d MUSA devices": "musa",
     b"ggml_vulkan:": "vulkan",
+    b"ggml_sycl_": "sycl",
+    b"ggml_metal_": "metal",
 }
 # What makes a processor's CPU backend differ: the vector and matrix extensions (ggml/src/ggml-cpu/arch).
 _CPU_FEATURES: Final = re.compile(r"avx\w*|amx\w*|fma|f16c|sse\w*|ssse3|bmi2|neon|asimd\w*|i8mm|sve\w*|sme\d?")

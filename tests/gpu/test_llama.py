@@ -139,15 +139,17 @@ def test_a_file_that_is_no_program_is_passed_over(tmp_path: Path, environ: dict[
     assert llama.ask(file, environ) == "cannot be started: Permission denied"
 
 
+@pytest.mark.parametrize("backend", ["CUDA", "ROCm"])
 def test_a_binary_without_libraries_beside_it_is_searched_for_what_is_built_in(
-    tmp_path: Path, environ: dict[str, str]
+    tmp_path: Path, environ: dict[str, str], backend: str
 ) -> None:
     server = tmp_path / "llama-server"
-    server.write_text("#!/bin/sh\necho 'version: 4567 (abcdef12)'\n# ggml_cuda_init ggml_backend_rpc_add_server\n")
+    marks = f"# %s: found %d {backend} devices ggml_backend_rpc_add_server"
+    server.write_text(f"#!/bin/sh\necho 'version: 4567 (abcdef12)'\n{marks}\n")
     server.chmod(0o755)
     answer = llama.ask(server, environ)
     assert isinstance(answer, llama.Server)
-    assert answer.build.backends == {"cpu", "cuda", "rpc"}
+    assert answer.build.backends == {"cpu", backend.lower(), "rpc"}
     assert (answer.build.version, answer.build.commit) == ("4567", "abcdef12")
     assert answer.build.rpc_protocol is None, "only the pinned build's protocol is known"
 
