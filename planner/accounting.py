@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from planner import cache, weights
+from planner import cache, tensor_split, weights
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.build import is_pinned
 from planner.compute import compute_buffers
-from planner.types import UNKNOWN_FIGURE, Figure, HostDetail, Source
+from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, HostDetail, Source
 from planner.units import MIB
 
 if TYPE_CHECKING:
@@ -73,8 +73,11 @@ def account(
     as llama.cpp's own breakdown leaves them out. What is loaded beside the model is added by ``planner.charges``.
     """
     reasons = list(params.not_built)
-    if params.split_mode == "tensor":
-        reasons.append("splitting tensors over devices (--split-mode tensor)")
+    if params.split_mode == "tensor" and placement.devices:
+        reason = weights.not_built(model, params, placement, machine) or tensor_split.not_built(model, params)
+        if reason is None and not reasons:
+            return _sliced(model, params, placement, machine, build)
+        reasons += [reason] if reason else []
     unknown = ((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE)
     models, contexts, computes, placed = unknown, unknown, unknown, None
     if not reasons:
@@ -96,6 +99,42 @@ def account(
         host_detail=_host_detail(model, params, placed.host if placed else None),
         not_built=tuple(reasons),
     )
+
+
+def _sliced(
+    model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine, build: LlamaBuild
+) -> MemoryLedger:
+    """Return the ledger of layers that are cut over all devices: the host's and the graphs' as with one device.
+
+    The tensors of graphs are not cut: each device has a buffer that would hold them whole (ggml-backend-meta.cpp,
+    ``get_alloc_size``, ``alloc_buffer``), as was seen on RPC workers.
+    """
+    alone = replace(
+        placement,
+        devices=placement.devices[:1],
+        layer_devices=tuple(min(device, 0) for device in placement.layer_devices),
+        output_device=min(placement.output_device, 0),
+        tensor_split=(1.0,),
+    )
+    whole = account(model, replace(params, split_mode="layer"), alone, machine, build)
+    devices = [machine.device(name) for name in placement.devices]
+    rules = [buffer_type(device) for device in devices]
+    seen = all(device.kind is DeviceKind.RPC for device in devices) and len(set(rules)) == 1
+    held = tensor_split.weight_bytes(model, params, alone, machine, placement.tensor_split, rules)
+    cached = tensor_split.cache_bytes(model, params, alone, placement.tensor_split, rules)
+    computes = [bound if seen else _estimated(bound) for bound in (whole.devices[0].compute, whole.host.compute)]
+    return replace(
+        whole,
+        devices=tuple(
+            DeviceBytes(figure(weight, build, certain=seen), figure(kept, build, certain=seen), computes[0])
+            for weight, kept in zip(held, cached, strict=True)
+        ),
+        host=replace(whole.host, compute=computes[1]),
+    )
+
+
+def _estimated(bound: Figure) -> Figure:
+    return UNKNOWN_FIGURE if bound.bytes is None else Figure(bound.bytes, Source.ESTIMATED)
 
 
 def _weights(placed: weights.WeightBytes, build: LlamaBuild) -> tuple[tuple[Figure, ...], Figure]:

@@ -101,7 +101,7 @@ class Finder:
 
         ``attempt`` is the complete placement that did not fit. Where ``-ngl`` pins a number it is the answer.
         """
-        if request.n_gpu_layers is not None or not attempt.placement.devices:
+        if request.n_gpu_layers is not None or not attempt.placement.devices or request.split_mode == "tensor":
             return attempt
         if request.tensor_split is not None:
             return self._most_with_split(request, request.tensor_split)
@@ -170,6 +170,11 @@ class Finder:
     def _pack(self, request: PlanRequest, group: Sequence[Device], n_slots: int) -> Candidate:
         """Return the first confirmed split of the last ``n_slots`` layers over these devices, or the last attempt."""
         budgets = [self._budget(device) for device in group]
+        if (
+            request.split_mode == "tensor"
+        ):  # equal parts run as fast as the slowest device; unequal ones only if need be
+            equal = self._try(request, group, n_slots, (1,) * len(group))
+            return equal if equal.fits else self._try(request, group, n_slots, _proportional(n_slots, budgets))
         weights = self._weights[-n_slots:]
         counts = packing.balanced(weights, budgets) or _proportional(n_slots, budgets)
         attempt = self._try(request, group, n_slots, counts)

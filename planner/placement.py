@@ -92,6 +92,8 @@ class _Search:
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         kinds = [device.kind for device in devices]
         reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
+        if settled.split_mode == "tensor" and not devices:
+            reason = "--split-mode tensor needs a device"
         if reason is not None:
             return Refused(self.model.summary, settled, self.build, reason, knob_decisions, self.warnings)
         limits = budget.budgets(self.machine, self.policy)

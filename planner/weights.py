@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from planner.context import ContextParams
-    from planner.model import HParams, ModelFacts
+    from planner.model import HParams, ModelFacts, Tensor
     from planner.types import Device, LlamaBuild, Machine, Placement
 
 _BLOCK: Final = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|posnet|convnext)\.(\d{1,4})\.(.+)", re.ASCII)
@@ -138,6 +138,13 @@ def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement,
     return homes
 
 
+def tied_output(model: ModelFacts) -> Tensor | None:
+    """Return the embedding where it serves as the output too, None where the file has an output of its own."""
+    if not ARCHITECTURES[model.hparams.architecture].ties_output or model.tensor("output.weight") is not None:
+        return None
+    return model.tensor(_EMBEDDING)
+
+
 @lru_cache(maxsize=32)
 def _slots(model: ModelFacts, *, loads_draft_head: bool) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
     """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
@@ -156,8 +163,7 @@ def _slots(model: ModelFacts, *, loads_draft_head: bool) -> tuple[tuple[tuple[We
             stem, suffix = (head, tail) if tail in _SUFFIXES else (stem, "")
             lazy = rules.lazy_embedding and stem == "per_layer_token_embd"
             slots[slot].append(Weight(tensor, operation(hparams.architecture, stem, suffix), lazy=lazy))
-    embedding = model.tensor(_EMBEDDING)
-    if rules.ties_output and embedding is not None and model.tensor("output.weight") is None:
+    if (embedding := tied_output(model)) is not None:
         slots[hparams.n_layer_all].append(Weight(embedding, Operation.MUL_MAT, tied=True))
     return tuple(map(tuple, slots)), unknown
 

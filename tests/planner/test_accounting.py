@@ -99,7 +99,7 @@ def test_output_buffer_and_prompt_cache_are_told_apart_from_the_breakdown(model:
         ({"lora": ("adapter.gguf",)}, "--lora"),
         ({"override_kv": ("llama.context_length=int:2",)}, "--override-kv"),
         ({"spec_type": "draft-eagle3"}, "--spec-type"),
-        ({"split_mode": "tensor"}, "--split-mode tensor"),
+        ({"split_mode": "tensor", "override_tensor": (("ffn", "CUDA1"),)}, "--split-mode tensor"),
     ],
 )
 def test_a_flag_without_a_rule_leaves_the_figures_unknown_and_is_named(
