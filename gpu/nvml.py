@@ -184,6 +184,9 @@ def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
     total, free, reserved = (
         (_or_none(pynvml, lambda: _memory(pynvml, handle)) or unknown) if divided else _memory(pynvml, handle)
     )
+    unified = _UNIFIED_NAMES.search(name) is not None
+    if unified:
+        total = free = None  # of a part of the host's memory, if anything
     processes = _processes(pynvml, handle)
     mode = _or_none(pynvml, lambda: _COMPUTE_MODES.get(pynvml.nvmlDeviceGetComputeMode(handle)))
     display = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetDisplayActive(handle))
@@ -198,7 +201,7 @@ def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
         bandwidth_bytes_per_s=_or_none(pynvml, lambda: _bandwidth(pynvml, handle)),
         arch=arch,
         multiprocessors=_or_none(pynvml, lambda: _multiprocessors(pynvml.nvmlDeviceGetNumGpuCores(handle), arch)),
-        unified=_UNIFIED_NAMES.search(name) is not None,
+        unified=unified,
         drives_display=None if display is None else bool(display),
         compute_mode=mode,
         numa_node=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)),

@@ -102,6 +102,12 @@ def test_a_unified_part_has_no_figure_of_its_own(ask: Ask) -> None:
     assert card["pci_bus_id"] == "000f:01:00.0"
 
 
+def test_a_unified_part_that_reports_too_little_is_not_believed(ask: Ask) -> None:
+    (card,) = ask("card NVIDIA_N1X GPU-cccc f 1 0\nmemory 8589934592 0 0\n")["cards"]
+    assert card["unified"]
+    assert card["total_bytes"] is None
+
+
 def test_missing_memory_on_any_other_card_is_unknown_and_not_unified(ask: Ask) -> None:
     (card,) = ask("card NVIDIA_RTX_9999 GPU-dddd 0 1 0\n")["cards"]
     assert not card["unified"]
