@@ -185,6 +185,10 @@ class ShortConvolutionDecoder(RecurrentDecoder):
             return caches
         return {windowed: replace(cache, k_rotation=None, v_rotation=None) for windowed, cache in caches.items()}
 
+    def logits(self, x: Node) -> Node:
+        """Return the logits; where embeddings are served there are none."""
+        return x if self.blocks.params.embeddings else super().logits(x)
+
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's mixing of tokens: a short convolution, or attention."""
         if not self.hparams.recr_layers[il]:
