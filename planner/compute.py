@@ -10,7 +10,7 @@ from planner.context import ContextParams
 from planner.estimate import F32_BYTES, estimate_buffers, reserved_tokens
 from planner.graphs import SHAPES
 from planner.model import ModelFacts
-from planner.replay import replay
+from planner.replay import Backend, replay
 from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
 
 # Kinds whose allocation rules the replay follows. Others reorder the graph or cut buffers into blocks of their own.
@@ -20,8 +20,7 @@ _REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.
 # A margin where operations may be computed in another order than the replayed one, and no closed form bounds it.
 _OTHER_ORDER: Final = 1.25
 
-# Kinds that choose experts in one step and keep its small operands until then; which they are is not replayed.
-_FUSING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
+# What computes as CUDA does chooses experts in one step and keeps small operands until then; which, is not replayed.
 _ROUTER_TENSORS: Final = 8  # logits, probabilities, their order, weights, sums: at most this many rows of all experts
 
 
@@ -48,7 +47,8 @@ def compute_buffers(
     replayed = _replayed(model, params, placement, machine)
     as_replayed = {machine.device(name).kind for name in placement.devices} <= _REPLAYED_KINDS
     if replayed is not None and as_replayed and is_pinned(build):
-        if any(machine.device(name).kind in _FUSING_KINDS for name in placement.devices) and model.hparams.n_expert:
+        fuses = any(Backend.of(machine.device(name)).like_cuda for name in placement.devices)
+        if fuses and model.hparams.n_expert:
             return _buffers(_with_fused_routers(replayed, model, params), Source.ESTIMATED)
         return _buffers(replayed, Source.SIMULATED)
     bound = estimate_buffers(model, params, placement, machine)
@@ -59,7 +59,8 @@ def compute_buffers(
         return _buffers(sizes_bytes, Source.ESTIMATED)
     if replayed is not None and (as_replayed or not any(model.hparams.recr_layers)):  # scans may be cut up elsewhere
         return _buffers(tuple(int(size * _OTHER_ORDER) for size in replayed), Source.ESTIMATED)
-    reason = f"the compute graph of {model.hparams.architecture}"
+    built = model.hparams.architecture in SHAPES
+    reason = f"the compute graph of {'this file of ' * built}{model.hparams.architecture}"
     return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
 
 

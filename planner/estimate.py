@@ -275,36 +275,39 @@ class _Form:
         return self.largest_host_weight * (2 if len(self.placement.devices) > 1 else 1)
 
 
+def _block_tensors(model: ModelFacts) -> Iterator[tuple[int, str, Tensor]]:
+    """Yield each tensor of a block with the block's number and its name there; none of blocks that do not count."""
+    for tensor in model.tensors:
+        found = _BLOCK.match(tensor.name)
+        if found and int(found[1]) < model.hparams.n_layer_all:
+            yield int(found[1]), found[2], tensor
+
+
 def _host_weights(model: ModelFacts, params: ContextParams, placement: Placement) -> list[Tensor]:
     """Return the matrices of blocks that lie in host memory: by layer, or by a tensor override."""
     overrides = [(re.compile(pattern), buffer_type) for pattern, buffer_type in params.overrides]
     weights = []
-    for tensor in model.tensors:
-        found = _BLOCK.match(tensor.name)
-        if not found or len(tensor.shape) < 2:  # noqa: PLR2004  # vectors are too small to matter
+    for il, _, tensor in _block_tensors(model):
+        if len(tensor.shape) < 2:  # noqa: PLR2004  # vectors are too small to matter
             continue
         target = next((buffer_type for regex, buffer_type in overrides if regex.search(tensor.name)), None)
-        if target == "CPU" or (target is None and placement.layer_devices[int(found[1])] < 0):
+        if target == "CPU" or (target is None and placement.layer_devices[il] < 0):
             weights.append(tensor)
     return weights
 
 
 def _parts(model: ModelFacts, host_names: frozenset[str]) -> tuple[_Parts, ...]:
     sides: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in range(model.hparams.n_layer_all)]
-    for tensor in model.tensors:
-        found = _BLOCK.match(tensor.name)
-        if found and len(tensor.shape) > 1 and not found[2].startswith("ffn_gate_inp"):
-            part = "ffn" if found[2].startswith("ffn") else "attn"
-            sides[int(found[1])][tensor.name in host_names].add(part)
+    for il, name, tensor in _block_tensors(model):
+        if len(tensor.shape) > 1 and not name.startswith("ffn_gate_inp"):
+            sides[il][tensor.name in host_names].add("ffn" if name.startswith("ffn") else "attn")
     return tuple(_Parts(frozenset(on_device), frozenset(on_host)) for on_device, on_host in sides)
 
 
 def _widths(model: ModelFacts) -> Iterator[Width]:
     blocks: list[dict[str, Tensor]] = [{} for _ in range(model.hparams.n_layer_all)]
-    for tensor in model.tensors:
-        found = _BLOCK.match(tensor.name)
-        if found and int(found[1]) < len(blocks):
-            blocks[int(found[1])][found[2]] = tensor
+    for il, name, tensor in _block_tensors(model):
+        blocks[il][name] = tensor
     for il, block in enumerate(blocks):
         yield _width(model.hparams, il, block)
 

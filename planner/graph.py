@@ -272,6 +272,11 @@ class Graph:
         return Node("scale", a.type, a.ne, a.nb, [a], a.view_of or a)
 
     def top_k(self, a: Node, k: int) -> Node:
-        """Return the indices of each row's k largest: a window into all of them sorted (``ggml_argsort_top_k``)."""
+        """Return the indices of each row's k largest: a window into all of them sorted (``ggml_argsort_top_k``).
+
+        Raises IndexError where a row has fewer.
+        """
+        if k > a.ne[0]:
+            raise IndexError(f"the {k} largest of {a.ne[0]}")
         order = self.new("argsort", I32, a.ne, a)
         return self.view(order, (k, *a.ne[1:]), order.nb[1:])

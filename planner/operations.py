@@ -80,8 +80,8 @@ def operation(architecture: str, stem: str, suffix: str) -> Operation:
 
 
 # ggml-cuda.cu, ggml_backend_cuda_device_supports_op
-_CUDA_NO_MUL_MAT: Final = frozenset({"tq1_0", "tq2_0", "q8_1", "i8", "i16", "i32", "i64", "f64"})
-_CUDA_NO_ROWS: Final = _CUDA_NO_MUL_MAT - {"i32"} | {"nvfp4", "q8_K"}
+CUDA_NO_MUL_MAT: Final = frozenset({"tq1_0", "tq2_0", "q8_1", "i8", "i16", "i32", "i64", "f64"})
+_CUDA_NO_ROWS: Final = CUDA_NO_MUL_MAT - {"i32"} | {"nvfp4", "q8_K"}
 _CUDA_ROWS_BY_BLOCK: Final = frozenset({"iq4_nl", "mxfp4"})
 _CUDA_ROW_BLOCK: Final = 256
 _CUDA_SCAN_STATES: Final = frozenset({96, 128, 256})
@@ -105,7 +105,7 @@ def _cuda(reads: Operation, tensor: Tensor, model: ModelFacts) -> bool:
     rows = _rows(tensor)
     if reads is Operation.SSM_SCAN:
         return _cuda_scans(tensor, rows, model)
-    multiplies = type_ not in _CUDA_NO_MUL_MAT
+    multiplies = type_ not in CUDA_NO_MUL_MAT
     return {
         Operation.MUL_MAT: multiplies,
         Operation.MUL_MAT_ID: multiplies,

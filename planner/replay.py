@@ -24,6 +24,7 @@ from planner.graph import Graph, Node
 from planner.graphs import build_graph
 from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
 from planner.model import ModelFacts
+from planner.operations import CUDA_NO_MUL_MAT
 from planner.scheduler import Offloads, Schedule, schedule
 from planner.types import Device, DeviceKind, Machine, Placement
 from planner.weights import tensor_homes
@@ -172,7 +173,7 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement, home
 
 def _takes_host_weights(node: Node) -> bool:
     """Say whether a graphics card computes with a weight in host memory (ggml-cuda.cu, ``get_op_batch_size``)."""
-    if node.op == "get_rows":
+    if node.op == "get_rows" or node.src[0].type.name in CUDA_NO_MUL_MAT:
         return False
     rows = {"mul_mat": node.ne[1], "mul_mat_id": node.ne[2], "rope": node.ne[2]}
     return rows.get(node.op, node.ne[1] * node.ne[2] * node.ne[3]) >= OFFLOAD_MIN_ROWS

@@ -77,6 +77,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "jina-bert-v3": replace(_BERT, rope=Rope.ALL, learned_positions=False),
     "kimi-linear": Shape(moe=Moe(scales=None)),
     "laguna": Shape(moe=_HEADER_MOE),
+    "llama-embed": Shape(rope_factors=True, moe=_SCALED_MOE),
     "llama4": Shape(
         rope=Rope.BUT_EVERY_FOURTH,
         rope_factors=True,
@@ -283,6 +284,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "lfm2moe": ShortConvolutionDecoder,
     "llada": UncachedDecoder,
     "llada-moe": UncachedDecoder,
+    "llama-embed": Encoder,
     "mamba": PureMambaDecoder,
     "mamba2": PureMamba2Decoder,
     "minicpm3": ExpandedLatentDecoder,

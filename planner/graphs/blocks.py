@@ -163,9 +163,12 @@ class Blocks:
         heads = {head_of(il) for il in range(self.hparams.n_layer_all) if windowed is None or swa[il] is windowed}
         if not BY_NAME[type_name].quantized or head_of(0) % _ROTATION or len(heads) != 1:
             return None
-        head, size = heads.pop(), _ROTATION
-        while grows and head % (2 * size) == 0:
-            size *= 2
+        head = heads.pop()
+        return self.rotation(head if grows else _ROTATION) if head else None
+
+    def rotation(self, head: int) -> Node:
+        """Return a matrix that turns heads of that size: as large as divides it, 64 at least."""
+        size = max(head & -head, _ROTATION)
         return self.graph.input(F32, size, size)
 
     def k_width(self, il: int) -> int:

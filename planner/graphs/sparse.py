@@ -7,8 +7,6 @@ from planner.graphs.blocks import Blocks, CacheInputs
 from planner.graphs.latent import LatentDecoder
 from planner.graphs.shape import Settings, Shape
 
-_SMALLEST_ROTATION = 64  # src/llama-kv-cache.cpp, build_input_k_rot
-
 
 class SparseDecoder(LatentDecoder):
     """DeepSeek-V3.2 and its kin. A layer without an indexer of its own takes the last one's choice."""
@@ -22,14 +20,12 @@ class SparseDecoder(LatentDecoder):
         """Return the inputs of the latent cache; the indexer's keys have another."""
         graph, params, n_tokens = self.graph, self.blocks.params, self.blocks.batch.n_tokens
         caches = super().caches()
-        n_cells, size = params.n_ctx_seq, _SMALLEST_ROTATION
-        while self._head % (2 * size) == 0:
-            size *= 2
+        n_cells = params.n_ctx_seq
         self._indexer = CacheInputs(
             k_ids=graph.input(I64, n_tokens),
             v_ids=None,
             mask=graph.input(F16, n_cells, n_tokens // params.n_stream, 1, params.n_stream),
-            k_rotation=graph.input(F32, size, size),
+            k_rotation=self.blocks.rotation(self._head),
             v_rotation=None,
             n_cells=n_cells,
         )

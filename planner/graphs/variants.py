@@ -87,7 +87,10 @@ class HrmTextDecoder(GatedAttentionDecoder):
         n_slow, n_fast, depth = (
             int(self.settings.number(f"hrm.{name}")) for name in ("h_cycles", "l_cycles", "layers_per_stack")
         )
-        passes = [range(first, first + depth) for first in range(0, n_slow * (n_fast + 1) * depth, depth)]
+        n_layer = self.hparams.n_layer
+        if depth < 1 or n_slow * (n_fast + 1) * depth != n_layer:
+            raise KeyError("hrm.layers_per_stack")
+        passes = [range(first, first + depth) for first in range(0, n_layer, depth)]
         for block in range(2 * depth):
             ends_cycle = block >= depth
             stacks = [stack for index, stack in enumerate(passes) if (index % (n_fast + 1) == n_fast) is ends_cycle]

@@ -147,3 +147,23 @@ def test_more_tokens_at_once_never_need_less(sample_model: ReadModel) -> None:
         current = sizes(compute_buffers(model, asked, placement, machine, PINNED_BUILD))
         assert all(now >= before for now, before in zip(current, previous, strict=True))
         previous = current
+
+
+def test_a_worker_on_cuda_keeps_what_it_chooses_experts_by(sample_model: ReadModel) -> None:
+    model, params, placement, machine = question(sample_model("qwen3moe-moe"), "-c 4096 -np 1", DeviceKind.RPC, 1)
+    on_cuda = replace(machine, devices=tuple(replace(device, alignment_bytes=128) for device in machine.devices))
+    plain = compute_buffers(model, params, placement, machine, PINNED_BUILD).devices[0]
+    fusing = compute_buffers(model, params, placement, on_cuda, PINNED_BUILD).devices[0]
+    assert (plain.source, fusing.source) == (Source.SIMULATED, Source.ESTIMATED)
+    assert (fusing.bytes or 0) > (plain.bytes or 0)
+
+
+def test_a_card_neither_holds_nor_takes_over_products_that_it_cannot_compute(tmp_path: Path) -> None:
+    entry = SAMPLE["llama-dense"]
+    ternary = [(name, "tq2_0" if ".ffn_up.weight" in name else type_, shape) for name, type_, shape in entry["tensors"]]
+    path = write_header(tmp_path / "t.gguf", "llama", entry["metadata"], ternary, tokens=entry["vocabulary"])
+    model = read_model(str(path))
+    card = compute_buffers(*question(model, "-c 256 -np 1 -fa on", DeviceKind.CUDA, 1), PINNED_BUILD)
+    worker = compute_buffers(*question(model, "-c 256 -np 1 -fa on", DeviceKind.RPC, 1), PINNED_BUILD)
+    activations = 4 * 384 * 256
+    assert sizes(card)[-1] >= sizes(worker)[-1] + activations
