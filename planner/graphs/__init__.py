@@ -16,7 +16,7 @@ from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.lightning import LightningDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
 from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
-from planner.graphs.sparse import SparseDecoder
+from planner.graphs.sparse import SparseDecoder, WindowedSparseDecoder
 from planner.graphs.state_space import (
     FalconH1Decoder,
     Mamba2Decoder,
@@ -127,6 +127,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "deepseek2": Shape(moe=_HEADER_MOE),
     "deepseek32": Shape(moe=_HEADER_MOE, carries_more=True),
     "dots1": Shape(moe=_HEADER_MOE),
+    "dots3note": Shape(moe=_HEADER_MOE, carries_more=True),
     "dream": Shape(),
     "ernie4_5": Shape(),
     "ernie4_5-moe": Shape(),
@@ -264,6 +265,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "cohere2moe": Cohere2MoeDecoder,
     "deepseek2": LatentDecoder,
     "deepseek32": SparseDecoder,
+    "dots3note": WindowedSparseDecoder,
     "dream": UncachedDecoder,
     "eurobert": Encoder,
     "falcon-h1": FalconH1Decoder,

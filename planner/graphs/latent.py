@@ -11,8 +11,12 @@ class LatentDecoder(Decoder):
     """The attention of DeepSeek-V2 and its kin, with the projections absorbed as converted files have them."""
 
     def caches(self) -> dict[bool, CacheInputs]:
-        """Return the inputs of the one cache."""
-        return {False: self.blocks.cache_inputs(self.blocks.params.n_ctx_seq, latent=True)}
+        """Return the inputs of the cache and, where layers are windowed, of theirs."""
+        blocks = self.blocks
+        caches = {False: blocks.cache_inputs(blocks.params.n_ctx_seq, latent=True)}
+        if any(self.hparams.swa_layers):
+            caches[True] = blocks.cache_inputs(blocks.window_cells(), latent=True)
+        return caches
 
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, projected. Raises KeyError where the file has no absorbed projections."""
@@ -24,7 +28,10 @@ class LatentDecoder(Decoder):
         q = graph.reshape(q, head, n_head, n_tokens)
         both = graph.mul_mat(blocks.needed(f"{prefix}kv_a_mqa.weight"), x)
         latent = both.ne[0] - rope
-        k_rope = self.turned_part(graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1])))
+        k_rope = graph.view(both, (rope, 1, n_tokens), (both.nb[1], both.nb[1]))
+        if blocks.has(f"{prefix}k_norm.weight"):
+            k_rope = blocks.norm(k_rope, f"{prefix}k_norm", il)
+        k_rope = self.turned_part(k_rope)
         compressed = blocks.norm(graph.view(both, (latent, n_tokens), (both.nb[1],)), f"{prefix}kv_a_norm", il)
         q_plain = graph.view(q, (head - rope, n_head, n_tokens), q.nb[1:3])
         q_rope = self.turned_part(graph.view(q, (rope, n_head, n_tokens), q.nb[1:3]))

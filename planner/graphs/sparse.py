@@ -95,3 +95,21 @@ class SparseDecoder(LatentDecoder):
         shown = graph.set_rows(cells, zeros, ids)
         shown = graph.view(shown, (n_cells, n_rows, 1, streams), (shown.nb[2], shown.nb[3], shown.nb[3]))
         return graph.same("add", shown, mask)
+
+
+class WindowedSparseDecoder(SparseDecoder):
+    """Windowed layers see all of their window; every head is gated (src/models/dots3note.cpp)."""
+
+    def attended(self, query: Node, key: Node, value: Node, il: int) -> Node:
+        """Return what the heads see."""
+        if self.hparams.swa_layers[il]:
+            return LatentDecoder.attended(self, query, key, value, il)
+        return super().attended(query, key, value, il)
+
+    def projected(self, out: Node, x: Node, il: int) -> Node:
+        """Return what the heads saw, weighed per head and projected."""
+        graph, blocks, n_head, (width, n_tokens, _, _) = self.graph, self.blocks, self.hparams.n_head[il], out.ne
+        gate = graph.same("unary", blocks.project(x, f"blk.{il}.attn_gate"))
+        heads = graph.reshape(out, width // n_head, n_head, n_tokens)
+        gated = graph.same("mul", heads, graph.reshape(gate, 1, n_head, n_tokens))
+        return blocks.project(graph.reshape(gated, width, n_tokens), f"blk.{il}.attn_output")
