@@ -23,6 +23,7 @@ LITTLE_MEMORY: Final = 2 * GIB  # less holds no model worth serving beside its c
 ENOUGH_FILES: Final = 4096  # two descriptors for each streaming client
 ENOUGH_LOCKED: Final = 64 * MIB  # systemd's and the kernel's default is 8 MiB: a limit that nobody chose
 HELD_BY_OTHERS: Final = 0.1  # of a card: less is a desktop
+_CUDA_NODES: Final = frozenset({"nvidia-uvm", "dxg"})  # the second is WSL's
 _RUNNERS: Final = re.compile(r"llama-server|ggml-rpc-server|ollama.*")
 _DIVIDE: Final = re.compile(r"; |: ")
 
@@ -70,7 +71,7 @@ def _nvidia(facts: Facts) -> Found:
         yield _WRONG, fault
     if on_bus and not facts.nvidia.faults and not facts.nvidia.cards:
         yield _WRONG, _no_nvidia_driver(facts, on_bus[0].address, on_bus[0].driver)
-    elif facts.nvidia.cards and "nvidia-uvm" not in facts.nodes:
+    elif any(not card.unified for card in facts.nvidia.cards) and not facts.nodes & _CUDA_NODES:
         what = "the card is seen but CUDA cannot use it: /dev/nvidia-uvm is missing"
         yield _WRONG, Fault(what, _container_flags("--gpus all", facts) or "sudo nvidia-modprobe -u -c=0")
 
@@ -251,10 +252,15 @@ def _workers(facts: Facts) -> Found:
         WorkerState.UNREACHABLE: "start ggml-rpc-server there, open its port, or take it out of RPC_SERVERS",
         WorkerState.INCOMPATIBLE: "run ggml-rpc-server of the same llama.cpp build as llama-server",
     }
+    serves = len(facts.services) > 1
     for worker in facts.workers:
         if worker.state is not WorkerState.READY:
             why = (worker.why_not or worker.endpoint).partition(": ")[0]
-            yield _WRONG, Fault(f"RPC worker {worker.endpoint} is {worker.state}: {why}", fixes[worker.state])
+            # A worker that our own service uses is busy too.
+            yield (
+                not (serves and worker.state is WorkerState.BUSY),
+                Fault(f"RPC worker {worker.endpoint} is {worker.state}: {why}", fixes[worker.state]),
+            )
     for device in facts.machine.devices:
         if device.kind is DeviceKind.RPC and device.usable and _is_uncapped_cpu(device, facts):
             what = f"RPC worker {device.endpoint} is a CPU and calls all RAM there free, in use or not"

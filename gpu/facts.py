@@ -23,7 +23,7 @@ from planner.types import LlamaBuild, Machine
 
 _VENDORS: Final = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _GPU_CLASSES: Final = ("0x03", "0x12")  # display controllers, processing accelerators (PCI code and id assignment)
-_NODES: Final = ("nvidiactl", "nvidia-uvm", "kfd", "dri")
+_NODES: Final = ("nvidiactl", "nvidia-uvm", "dxg", "kfd", "dri")
 _CONTAINER_FILES: Final = (".dockerenv", "run/.containerenv")
 _CONTAINER_VARIABLES: Final = ("container", "KUBERNETES_SERVICE_HOST")
 MAX_PROCESSES: Final = 65536  # of a walk over /proc; the kernel's own default for the highest process id is half of it

@@ -29,6 +29,7 @@ MAX_NODES: Final = 256  # far above any machine: the walk over a folder of the k
 _APU_MAX_VRAM: Final = 4 * GIB
 _APU_MIN_GTT: Final = 8 * GIB
 _APU_GTT_PER_VRAM: Final = 4
+_VRAM_TOTAL: Final = "mem_info_vram_total"
 _LOCAL_HEAPS: Final = frozenset({1, 2})  # HSA_MEM_HEAP_TYPE_FB_PUBLIC and _PRIVATE
 
 
@@ -72,8 +73,8 @@ def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool 
     minor = properties.get("drm_render_minor", 0)
     pci = _pci_bus_id(properties)
     # A partition's render node has a folder without figures; the card's own is that of its address.
-    device = root / f"sys/bus/pci/devices/{pci}"
-    device = device if device.exists() else root / f"sys/class/drm/renderD{minor}/device"
+    own, of_card = root / f"sys/class/drm/renderD{minor}/device", root / f"sys/bus/pci/devices/{pci}"
+    device = of_card if (of_card / _VRAM_TOTAL).exists() and not (own / _VRAM_TOTAL).exists() else own
     asleep = _text(device / "power/runtime_status") == "suspended"
     memory = _sleeping(node) if asleep else _awake(device, properties)
     split = (_text(device / "current_memory_partition") or "NPS1") != "NPS1"
@@ -112,7 +113,7 @@ class _Memory:
 
 
 def _awake(device: Path, properties: dict[str, int]) -> _Memory:
-    vram_total, vram_used = _number(device / "mem_info_vram_total"), _number(device / "mem_info_vram_used")
+    vram_total, vram_used = _number(device / _VRAM_TOTAL), _number(device / "mem_info_vram_used")
     gtt_total, gtt_used = _number(device / "mem_info_gtt_total"), _number(device / "mem_info_gtt_used")
     unified = _is_unified(device, properties, vram_total, gtt_total)
     # HIP takes an APU's memory from the larger of the two.

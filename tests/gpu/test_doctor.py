@@ -207,6 +207,14 @@ NOTES: dict[str, tuple[dict[str, Any], str, str]] = {
         "MemoryHigh=",
     ),
     "little locked memory": ({"services": (Service("this process", 8 * MIB, 65536),)}, "8.0 MiB", "LimitMEMLOCK="),
+    "a worker that the service may use": (
+        {
+            "workers": (Worker("h:1", WorkerState.BUSY),),
+            "services": (*HEALTHY.services, Service("planner serve (process 9)", None, 65536)),
+        },
+        "RPC worker h:1 is busy",
+        "other client",
+    ),
     "few files for a shell": ({"services": (Service("this process", None, 1024),)}, "1024 files", "LimitNOFILE="),
     "a worker without a cap": (
         {
@@ -247,6 +255,11 @@ def test_every_finding_is_one_line_with_a_fix(changes: dict[str, Any]) -> None:
     for finding in examine(replace(HEALTHY, **changes)):
         assert finding.fix
         assert "\n" not in finding.what + finding.fix
+
+
+def test_under_wsl_and_on_a_unified_part_other_device_nodes_are_enough() -> None:
+    assert examine(replace(HEALTHY, nodes=frozenset({"dxg"}))) == ()
+    assert examine(replace(HEALTHY, nodes=frozenset(), nvidia=Probe((replace(CARD, unified=True),)))) == ()
 
 
 def test_a_runner_of_the_service_is_no_finding() -> None:
