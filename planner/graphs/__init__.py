@@ -11,6 +11,7 @@ from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
+from planner.graphs.hyper import HyperSparseDecoder
 from planner.graphs.kimi import DeltaAttentionDecoder, SafeDeltaAttentionDecoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.lightning import LightningDecoder
@@ -180,6 +181,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "hunyuan-moe": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hy_v3": Shape(rope_factors=True, moe=Moe(normalizes=None, scales=None, uses_scales=True), rows=Rows.AFTER_NORM),
+    "hy_v4": Shape(moe=_HEADER_MOE, rows=Rows.ALL, carries_more=True),
     "internlm2": Shape(),
     "jamba": Shape(rope=Rope.NONE, onto_residual=(True, True), moe=Moe(normalizes=False)),
     "jais": Shape(norm="norm", rope=Rope.NONE),
@@ -277,6 +279,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "grok": GrokDecoder,
     "grovemoe": GroveMoeDecoder,
     "hrm_text": HrmTextDecoder,
+    "hy_v4": HyperSparseDecoder,
     "jamba": MambaDecoder,
     "jina-bert-v2": GatedBertEncoder,
     "jina-bert-v3": BertEncoder,

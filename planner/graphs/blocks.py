@@ -327,7 +327,15 @@ class Blocks:
         return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def latent_attention(
-        self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int, mask: Node | None = None
+        self,
+        cache: CacheInputs,
+        q: Node,
+        k: Node,
+        v: Node,
+        il: int,
+        *,
+        mask: Node | None = None,
+        sinks: Node | None = None,
     ) -> Node:
         """Return latent attention (``build_attn`` over ``llm_graph_input_attn_k``): V is a window into K.
 
@@ -337,7 +345,8 @@ class Blocks:
             self.graph.expand(node)
         stored = self.store_k(cache, k, il)
         seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
-        return self._heads(mask or cache.mask, q, stored, seen, il, v_up=self.needed(f"blk.{il}.attn_v_b.weight"))
+        v_up = self.needed(f"blk.{il}.attn_v_b.weight")
+        return self._heads(mask or cache.mask, q, stored, seen, il, sinks=sinks, v_up=v_up)
 
     def batch_mask(self) -> Node:
         """Return the mask over the batch's own tokens (``build_attn_inp_no_cache``)."""

@@ -52,8 +52,8 @@ class SparseDecoder(LatentDecoder):
         if self._chosen is None:
             raise KeyError(f"blk.{il}.indexer.attn_k.weight")
         cache = self.cache(il)
-        mask = self._unhidden(cache.mask, self._chosen)
-        return self.blocks.latent_attention(cache, query, key, value, il, mask)
+        mask, sinks = self._unhidden(cache.mask, self._chosen), self.blocks.weight(f"blk.{il}.attn_sinks.weight")
+        return self.blocks.latent_attention(cache, query, key, value, il, mask=mask, sinks=sinks)
 
     def _has_indexer(self, il: int) -> bool:
         types = self.settings.get("attention.indexer.types")
@@ -67,9 +67,9 @@ class SparseDecoder(LatentDecoder):
             raise KeyError("indexer")
         n_tokens, head, streams = x.ne[1], self._head, blocks.params.n_stream
         q = graph.mul_mat(blocks.needed(f"{prefix}attn_q_b.weight"), low_rank)
-        q = self._turned_and_mixed(graph.reshape(q, head, q.ne[0] // head, n_tokens), inputs.k_rotation)
+        q = self.turned_and_mixed(graph.reshape(q, head, q.ne[0] // head, n_tokens), inputs.k_rotation)
         k = blocks.norm(graph.mul_mat(blocks.needed(f"{prefix}attn_k.weight"), x), f"{prefix}k_norm", il, "norm")
-        k = self._turned_and_mixed(graph.reshape(k, head, 1, n_tokens), inputs.k_rotation)
+        k = self.turned_and_mixed(graph.reshape(k, head, 1, n_tokens), inputs.k_rotation)
         cells = blocks.store_k(inputs, k, il)
         weights = graph.mul_mat(blocks.needed(f"{prefix}proj.weight"), x)
         per_stream = n_tokens // streams
@@ -82,7 +82,8 @@ class SparseDecoder(LatentDecoder):
         n_best = min(cells.ne[2], int(self.settings.number("attention.indexer.top_k")))
         return graph.cont(graph.new("top_k", I32, (n_best, *scores.ne[1:]), scores))
 
-    def _turned_and_mixed(self, x: Node, rotation: Node) -> Node:
+    def turned_and_mixed(self, x: Node, rotation: Node) -> Node:
+        """Return the indexer's query or key with positions turned in, its channels mixed."""
         return self.graph.mul_mat(rotation, self.blocks.rope(x, self.needed_positions()))
 
     def _unhidden(self, mask: Node, chosen: Node) -> Node:
