@@ -25,6 +25,9 @@ MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 
+# Architectures that end llama.cpp by GGML_ASSERT(ggml_can_repeat(b, a)) where sequences get unequal parts of a batch.
+_EVEN_SLOTS: Final = frozenset({"kimi-linear"})
+
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
@@ -143,6 +146,18 @@ def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind]
     src/llama-model.cpp, ``make_gpu_buft_list``; common/arg.cpp.)
     """
     return _model_refusal(model) or _cache_refusal(model, request) or _split_refusal(model, request, kinds)
+
+
+def aborts(model: ModelFacts, params: ContextParams) -> str | None:
+    """Return why llama-server would end itself by an assertion while it loads, or None; it does not refuse these."""
+    n_tokens, n_slots = min(params.n_ctx, params.n_ubatch), params.n_seq_max
+    uneven = not params.kv_unified and n_tokens % n_slots
+    if model.hparams.architecture in _EVEN_SLOTS and uneven:
+        return (
+            f"llama.cpp aborts while it loads {model.hparams.architecture}, since {n_slots} slots do not share a "
+            f"micro-batch of {n_tokens} evenly: give --ubatch-size {n_tokens - uneven}"
+        )
+    return None
 
 
 def _model_refusal(model: ModelFacts) -> str | None:

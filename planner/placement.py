@@ -340,6 +340,8 @@ def _build_warnings(build: LlamaBuild) -> tuple[str, ...]:
 def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> tuple[str, ...]:
     """Return what a reader of the plan should know beside its figures."""
     warnings = []
+    if reason := context.aborts(model, found.params):
+        warnings.append(reason)
     if missing := launch.unaddressed(used):
         warnings.append(
             f"{', '.join(missing)}: no address is known, so the command line has no --rpc; give NAME@HOST:PORT=SIZE"

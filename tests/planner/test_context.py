@@ -11,7 +11,7 @@ from gguf_files import write_header
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.context import ContextParams, context_params, refusal
+from planner.context import ContextParams, aborts, context_params, refusal
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts, read_model
 from planner.types import DeviceKind, PlanRequest, Role
@@ -154,3 +154,21 @@ def test_files_that_are_no_model_for_this_machine_are_refused(tmp_path: Path) ->
     assert "no weights" in (refusal(vocabulary, PlanRequest()) or "")
     foreign = write_header(tmp_path / "big.gguf", "llama", BASE, TENSORS, endian=gguf.GGUFEndian.BIG)
     assert "big-endian" in (refusal(read_model(str(foreign)), PlanRequest()) or "")
+
+
+@pytest.mark.parametrize(
+    "architecture,knobs,aborted",
+    [
+        ("kimi-linear", {"n_parallel": 3, "n_ubatch": 512}, True),
+        ("kimi-linear", {"n_parallel": 3, "n_ubatch": 510}, False),
+        ("kimi-linear", {"n_parallel": 3, "n_ubatch": 512, "kv_unified": True}, False),
+        ("llama", {"n_parallel": 3, "n_ubatch": 512}, False),
+    ],
+)
+def test_what_llama_server_does_not_survive_is_told(
+    tmp_path: Path, architecture: str, knobs: dict[str, Any], *, aborted: bool
+) -> None:
+    model = model_of(tmp_path, architecture)
+    reason = aborts(model, params(model, n_ctx=4096, **knobs))
+    assert (reason is not None) == aborted
+    assert reason is None or "--ubatch-size 510" in reason
