@@ -20,7 +20,7 @@ from gpu.host import process_name
 from planner.types import ProcessUse
 
 LIBRARY: Final = "libnvidia-ml.so.1"
-TIMEOUT_S: Final = 15.0  # without persistence mode a driver brings up each idle card first, in seconds
+TIMEOUT_S: Final = 10.0  # without persistence mode a driver brings up each idle card first, in a second or two
 _LOOKED_FOR: Final = (f"NVIDIA: {LIBRARY}",)
 
 # NVML's return codes, as far as they decide what to do (nvml.h, nvmlReturn_t).
