@@ -1,4 +1,4 @@
-"""Decoders with hyper-connections: several residual streams that each part reads a mixture of (src/models/hy-v4.cpp)."""
+"""Decoders with hyper-connections: several residual streams, of which each part reads a mixture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from planner.graphs.sparse import SparseDecoder
 
 
 class HyperSparseDecoder(SparseDecoder):
-    """Hunyuan's fourth: sparse latent attention, gated per element, between hyper-connections."""
+    """Sparse latent attention, gated per element, between hyper-connections (src/models/hy-v4.cpp)."""
 
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the streams' mixture after the last layer, of the rows that yield outputs."""

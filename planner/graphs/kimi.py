@@ -58,8 +58,10 @@ class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
 
     def output_gate(self, x: Node, il: int) -> Node:
         """Return what the result is weighed with."""
-        low_rank = self.graph.mul_mat(self.blocks.needed(f"blk.{il}.ssm_g_a.weight"), x)
-        return self.graph.mul_mat(self.blocks.needed(f"blk.{il}.ssm_g_b.weight"), low_rank)
+        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_g_"
+        by_sequence = graph.reshape(x, x.ne[0], self.n_seq_tokens, self.n_seqs)  # and back: a tensor to copy of its own
+        low_rank = graph.mul_mat(blocks.needed(f"{prefix}a.weight"), graph.reshape(by_sequence, *x.ne[:2]))
+        return graph.mul_mat(blocks.needed(f"{prefix}b.weight"), low_rank)
 
     def _per_head(self, x: Node) -> Node:
         n_head = self.hparams.n_head[0]
