@@ -97,7 +97,8 @@ def _passes(model: ModelFacts, params: ContextParams) -> list[_Pass]:
     n_tokens = min(params.n_ctx, params.n_ubatch)
     n_outputs = min(n_tokens, params.n_outputs_max)
     passes = [_Pass(prompt, n_outputs, n_seqs)]
-    if prompt < _TOKENS_RATIO * n_seqs or any(hparams.recr_layers):  # states do not grow with tokens
+    fixed = any(hparams.recr_layers) or not params.kv_offload  # states, copied caches: they do not grow with tokens
+    if fixed or prompt < _TOKENS_RATIO * n_seqs:
         passes.append(_Pass(n_seqs, n_seqs, n_seqs))
     if hparams.architecture in _ONE_SEQUENCE_LAST and n_seqs > 1:
         passes.append(_Pass(n_tokens, n_outputs, 1))
