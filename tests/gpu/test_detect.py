@@ -265,6 +265,23 @@ def test_amds_cards_are_matched_by_order_and_believed_before_hip(
     assert {pool.id for pool in machine.pools} == {HOST_POOL, first.pool, second.pool}
 
 
+def test_weights_that_the_owners_runners_have_mapped_are_not_counted_as_available(
+    amd_machine: Path, tmp_path: Path
+) -> None:
+    write_tree(
+        amd_machine,
+        {
+            "proc/50/task/50/children": "61",
+            "proc/61/comm": "llama-server",
+            "proc/61/status": f"RssFile: {8 * 1024**2} kB",
+        },
+    )
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": ""}
+    machine = detect(environ, llama_server=tmp_path / "none", owner=50, root=amd_machine).machine
+    assert machine.host.free_bytes == 24 * GIB
+    assert next(pool.free_bytes for pool in machine.pools if pool.id == HOST_POOL) == 24 * GIB
+
+
 def test_amds_cards_without_a_server_for_them_are_named_by_pyrsmi(
     amd_machine: Path, rocm_path: Path, tmp_path: Path
 ) -> None:
