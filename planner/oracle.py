@@ -53,15 +53,16 @@ class _Asker:
 
     folder: Path
     worker: Path | None
-    answers: dict[tuple[ContextParams, Placement], MemoryLedger | None] = field(default_factory=dict)
+    answers: dict[tuple[ModelFacts, ContextParams, Placement], MemoryLedger | None] = field(default_factory=dict)
 
     def __call__(
         self, model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
     ) -> MemoryLedger | None:
         """Return what llama.cpp says to this placement, or None where it cannot be asked or does not answer."""
-        key = (params, placement)
+        key = (model, params, placement)
         if key not in self.answers:
-            if len(self.answers) >= MAX_QUESTIONS or params.not_built or model.adapters:
+            sliced = params.split_mode == "tensor"  # its figures are not told by device
+            if len(self.answers) >= MAX_QUESTIONS or params.not_built or model.adapters or sliced:
                 return None
             self.answers[key] = self._ask(model, params, placement, machine)
         return self.answers[key]
