@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Final, assert_never
 
-from planner import flags
+from planner import flags, overrides
 from planner.types import (
+    DecodeEstimate,
     DeviceKind,
     DeviceUsage,
     HostDetail,
@@ -78,7 +79,10 @@ def _spilled(request: PlanRequest) -> str:
         return "all experts on the CPU"
     if request.n_cpu_moe:
         return f"experts of {request.n_cpu_moe} layers on the CPU"
-    return f"FFN of {request.n_cpu_ffn} layers on the CPU" if request.n_cpu_ffn else ""
+    if request.n_cpu_ffn:
+        return f"FFN of {request.n_cpu_ffn} layers on the CPU"
+    to_cpu = any(buffer == overrides.CPU for _, buffer in request.override_tensor or ())
+    return "parts of layers on the CPU" if to_cpu and request.override_tensor != overrides.UNPIPELINED else ""
 
 
 def _capacity(request: PlanRequest, n_ctx_per_slot: int | None) -> str:
@@ -106,9 +110,7 @@ def to_json(outcome: PlanOutcome) -> dict[str, Any]:
         "model": _model(outcome),
         "request": flags.as_json(outcome.request),
         "devices": [] if isinstance(outcome, Refused) else _devices(outcome.usages, outcome.host),
-        "decode_tokens_per_second": plan
-        and plan.decode
-        and {"estimate": plan.decode.tokens_per_second, "basis": plan.decode.basis},
+        "decode_tokens_per_second": plan and plan.decode and _decode(plan.decode),
         "launch": plan and {"argv": list(plan.launch.argv), "env": dict(plan.launch.env)},
         "decisions": [{"step": d.step, "chosen": d.chosen, "because": d.because} for d in outcome.decisions],
         "warnings": list(outcome.warnings),
@@ -129,6 +131,24 @@ def _model(outcome: PlanOutcome) -> dict[str, Any]:
         "n_params": model.n_params,
         "n_layers": model.n_layers,
         "n_ctx_train": model.n_ctx_train,
+    }
+
+
+def _decode(decode: DecodeEstimate) -> dict[str, Any]:
+    return {
+        "estimate": round(decode.tokens_per_second, 2),
+        "basis": decode.basis,
+        "parts": [
+            {
+                "place": part.place,
+                "read_bytes": part.read_bytes,
+                "bytes_per_second": part.bytes_per_second,
+                "assumed": not part.is_known,
+                "seconds": part.seconds,
+            }
+            for part in decode.parts
+        ],
+        "crossings_seconds": decode.crossings_s,
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from planner.explain import headline
-from planner.types import DeviceUsage, HostDetail, NoFit, Plan, PlanOutcome, Refused
+from planner.types import DecodeEstimate, DeviceUsage, HostDetail, NoFit, Plan, PlanOutcome, Refused
 from planner.units import GIB, KIB, MIB, TIB
 
 MIN_WIDTH: Final = 60  # narrower than this no table is readable; lines then run over
@@ -19,6 +19,8 @@ _GAP: Final = "  "
 _HEADINGS: Final = ("device", "layers", "weights", "context", "compute", "overhead", "free", "headroom")
 _PARTS: Final = ("weights", "context", "compute", "overhead")
 _FULL: Final = 1000  # from here a figure is written in the next unit, so that none is wider than eight characters
+
+_FAST: Final = 100  # tokens a second: more digits would promise too much
 
 _SHARE: Final = " 100 %"
 _FAR_OVER: Final = ">999 %"
@@ -60,6 +62,8 @@ def to_text(outcome: PlanOutcome, width: int = 80, style: Style = Style()) -> st
         blocks.append(_table(outcome.usages, width, style) + _host_lines(outcome.host, width, style))
     if isinstance(outcome, NoFit):
         blocks.append(_nearest(outcome, style))
+    if isinstance(outcome, Plan) and outcome.decode is not None:
+        blocks.append(_decode(outcome.decode, width))
     if isinstance(outcome, Plan):
         blocks.append(_launch(outcome, width, style))
     blocks.append(_reasons(outcome, width, style))
@@ -207,6 +211,13 @@ def _nearest(no_fit: NoFit, style: Style) -> list[str]:
     if no_fit.nearest:
         lines += ["", style.paint(_DIM, "Tried instead, one change at a time:")]
     return lines + [f"  {near.change}: {'fits' if near.fits else 'does not fit either'}" for near in no_fit.nearest]
+
+
+def _decode(decode: DecodeEstimate, width: int) -> list[str]:
+    speed = (
+        f"{decode.tokens_per_second:,.0f}" if decode.tokens_per_second >= _FAST else f"{decode.tokens_per_second:.1f}"
+    )
+    return _wrap(f"About {speed} tokens a second", f": {decode.basis}", width)
 
 
 def _launch(plan: Plan, width: int, style: Style) -> list[str]:

@@ -15,16 +15,20 @@ CPU: Final = "CPU"
 MAX_LAYERS: Final = 512  # LLAMA_MAX_LAYERS (src/llama-hparams.h)
 
 # common/common.h, LLM_FFN_EXPS_REGEX and LLM_FFN_DENSE_REGEX
-_EXPERTS: Final = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
-_FFN: Final = r"\.ffn_(up|down|gate)\."
+EXPERTS: Final = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+FFN: Final = r"\.ffn_(up|down|gate)\."
+
+# A pattern that no tensor's name matches: any override at all makes llama.cpp keep one copy of a split graph's inputs
+# instead of four (src/llama-context.cpp, ``pipeline_parallel``).
+UNPIPELINED: Final[tuple[Override, ...]] = (("^unpipelined$", CPU),)
 
 
 def to_cpu(
     *, cpu_moe: bool | None, n_cpu_moe: int | None, n_cpu_ffn: int | None, n_layer: int = MAX_LAYERS
 ) -> tuple[Override, ...]:
     """Return what these flags add to the list, for a model of so many layers: one pattern for each flag."""
-    pairs = [(_EXPERTS, CPU)] if cpu_moe else []
-    for count, pattern in ((n_cpu_moe, _EXPERTS), (n_cpu_ffn, _FFN)):
+    pairs = [(EXPERTS, CPU)] if cpu_moe else []
+    for count, pattern in ((n_cpu_moe, EXPERTS), (n_cpu_ffn, FFN)):
         if layers := min(count or 0, n_layer):
             pairs.append((rf"blk\.({'|'.join(map(str, range(layers)))}){pattern}", CPU))
     return tuple(pairs)

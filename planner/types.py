@@ -363,11 +363,27 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodePart:
+    """What one token has read in one place, the bandwidth there, whether that is known, and how long it takes."""
+
+    place: str
+    read_bytes: int
+    bytes_per_second: int
+    is_known: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeEstimate:
-    """A predicted decode speed and the words that say what it was computed from."""
+    """A predicted decode speed, the words that say what it was computed from, and the parts of a token's time.
+
+    ``crossings_s`` is spent on the ways between devices.
+    """
 
     tokens_per_second: float
     basis: str
+    parts: tuple[DecodePart, ...] = ()
+    crossings_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

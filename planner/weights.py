@@ -146,6 +146,16 @@ def tied_output(model: ModelFacts) -> Tensor | None:
 
 
 @lru_cache(maxsize=32)
+def slot_tensors(model: ModelFacts, *, loads_draft_head: bool) -> tuple[tuple[Tensor, ...], ...]:
+    """Return the tensors of each block, then of the output: those that are loaded, an embedding used twice included.
+
+    ``not_built`` must be None.
+    """
+    slots, _ = _slots(model, loads_draft_head=loads_draft_head)
+    return tuple(tuple(weight.tensor for weight in slot) for slot in slots[: model.hparams.n_layer_all + 1])
+
+
+@lru_cache(maxsize=32)
 def _slots(model: ModelFacts, *, loads_draft_head: bool) -> tuple[tuple[tuple[Weight, ...], ...], str | None]:
     """Return the weights of each block, the output, the input and the rotation factors; and a name without a place."""
     hparams = model.hparams
