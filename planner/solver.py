@@ -1,0 +1,258 @@
+"""The best contiguous split there is, by dynamic programming: slots into bins, each costing seconds and bytes.
+
+Knows nothing of models: ``planner.best`` makes the problem and has its answer accounted for. A state is a set of bins
+and the slots that they hold, the first ones; a bin then takes the slots that follow. So every order of every subset of
+bins and every cut is covered, in time that grows with the subsets and not with the orders.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
+from operator import add
+from typing import Final, NamedTuple
+
+# Seconds are sums in another order than the ones they are compared with.
+_ROUNDING: Final = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """A device. ``rooms`` are its bytes for slots: in the middle, with the output, as the first bin, as both.
+
+    ``sizes`` are bytes per slot here; ``spill_sizes`` per part that may be left to the host (``Problem.spill_slots``).
+    Entering or leaving it takes ``crossing_s``.
+    """
+
+    rooms: tuple[float, float, float, float]
+    sizes: tuple[int, ...]
+    spill_sizes: tuple[int, ...]
+    bytes_per_s: float
+    crossing_s: float
+
+    def room(self, *, first: bool, output: bool) -> float:
+        """Return its bytes in this role."""
+        return self.rooms[2 * first + output]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Slots in order, the output last, and bins.
+
+    ``reads`` are the bytes that one token has read of each slot. ``on_host`` says how many first slots stay there: None
+    for any number. Of a bin's slots, the first parts in ``spill_slots``'s order may be left to the host, of at most
+    ``max_spilled`` slots; ``spill_reads`` is what is read of them. ``fixed_s`` is spent anyway. ``ordered`` keeps the
+    bins in order; ``all_bins`` uses all of them, else at most ``max_bins`` are.
+    """
+
+    bins: tuple[Bin, ...]
+    reads: tuple[float, ...]
+    host_bytes_per_s: float
+    on_host: int | None = 0
+    spill_slots: tuple[int, ...] = ()
+    spill_reads: tuple[float, ...] = ()
+    max_spilled: int = 0
+    fixed_s: float = 0.0
+    ordered: bool = False
+    all_bins: bool = False
+    max_bins: int = 1 << 30
+
+
+class Segment(NamedTuple):
+    """Slots of a bin, from ``start`` to before ``end``; parts ``spill_start`` to before ``spill_end`` are not there."""
+
+    bin: int
+    start: int
+    end: int
+    spill_start: int = 0
+    spill_end: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """An answer: the segments in the slots' order, and the seconds of a token."""
+
+    segments: tuple[Segment, ...]
+    seconds: float
+
+
+class _Row(NamedTuple):
+    """The ways in which a bin's slots may end before one slot: the first possible start, and what spilling adds."""
+
+    start: int
+    spill_s: list[float] | None
+
+
+class Solver:
+    """A problem, solved: ``seconds`` has the least seconds for every set of bins (a bit each) that has an answer."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._n = len(problem.reads)
+        self._reads = [0.0, *accumulate(problem.reads)]
+        self._twins = [problem.bins.index(each) for each in problem.bins]
+        self._tables: dict[tuple[int, bool], _Table] = {}
+        host_s = [read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads]
+        allowed = problem.on_host
+        self._states: dict[int, list[float]] = {
+            0: [s if allowed in {None, start} else inf for start, s in enumerate(host_s)]
+        }
+        self.seconds: dict[int, float] = {}
+        self._run()
+
+    def split(self, used: int) -> Split:
+        """Return the split of this set of bins, one of ``seconds``'s keys."""
+        segments: list[Segment] = []
+        end, left = self._n, used
+        while left:
+            segment = next(self._last_segments(left, end))
+            segments.append(segment)
+            end, left = segment.start, left ^ 1 << segment.bin
+        return Split(tuple(reversed(segments)), self.seconds[used])
+
+    def _run(self) -> None:
+        """Go through the sets of bins, small ones first; a set's number is larger than those of its parts."""
+        for used in range(1 << len(self._problem.bins)):
+            state = self._states.get(used)
+            if state is None:
+                continue
+            if state[self._n] < inf:
+                self.seconds[used] = state[self._n]
+            if used.bit_count() >= self._problem.max_bins or min(state) == inf:
+                continue
+            for index in self._next_bins(used):
+                self._take(used, state, index)
+
+    def _next_bins(self, used: int) -> Iterator[int]:
+        """Yield the bins that may come next. Of bins that are alike, the first that is left stands for all."""
+        problem = self._problem
+        count = len(problem.bins)
+        if problem.ordered:
+            after = used.bit_length()
+            for index in range(after, min(after + 1, count) if problem.all_bins else count):
+                if index == after or self._twins[index] != self._twins[index - 1]:
+                    yield index
+            return
+        twins = set()
+        for index in range(count):
+            if not used >> index & 1 and self._twins[index] not in twins:
+                twins.add(self._twins[index])
+                yield index
+
+    def _take(self, used: int, state: list[float], index: int) -> None:
+        """Let a bin take slots after those of a state, as many as there is room for, to any end."""
+        table = self._table(index, first=not used)
+        before = list(map(add, state, table.minus_reads_s))  # the seconds less those that the slots take in this bin
+        into = used | 1 << index
+        best = self._states.setdefault(into, [inf] * (self._n + 1))
+        for end, row in enumerate(table.rows):
+            if row is None:
+                continue
+            ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
+            seconds = min(ways) - table.minus_reads_s[end] + table.crossings_s
+            best[end] = min(best[end], seconds)
+
+    def _last_segments(self, used: int, end: int) -> Iterator[Segment]:
+        """Yield the last segments of the best splits of the first slots over these bins."""
+        least = self._states[used][end] * (1 + _ROUNDING)
+        for index in reversed(range(len(self._problem.bins))):
+            before = self._states.get(used ^ 1 << index) if used >> index & 1 else None
+            if before is None:
+                continue
+            table = self._table(index, first=used == 1 << index)
+            row = table.rows[end]
+            for start in range(row.start, end) if row else ():
+                spill_s = row.spill_s[start - row.start] if row and row.spill_s else 0.0
+                own_s = table.minus_reads_s[start] - table.minus_reads_s[end] + table.crossings_s
+                if before[start] + own_s + spill_s <= least:
+                    yield Segment(index, start, end, *table.spilled(start, end))
+
+    def _table(self, index: int, *, first: bool) -> _Table:
+        key = (self._twins[index], first)
+        if key not in self._tables:
+            self._tables[key] = _Table(self._problem, self._problem.bins[index], self._reads, first=first)
+        return self._tables[key]
+
+
+def bound_s(problem: Problem) -> float:
+    """Return seconds that no split is below: slots cut as one likes, the most read bytes into the fastest bins.
+
+    Infinite where everything has to be in bins and they cannot hold it.
+    """
+    by_speed = sorted(problem.bins, key=lambda each: -each.bytes_per_s)
+    spill_read, spill_size = [0.0] * len(problem.reads), [0] * len(problem.reads)
+    least_spills = [min(sizes) for sizes in zip(*(each.spill_sizes for each in by_speed), strict=True)]
+    parts = list(zip(problem.spill_reads, least_spills, strict=True))
+    for slot, (read, size) in zip(problem.spill_slots, parts, strict=True):
+        spill_read[slot] += read
+        spill_size[slot] += size
+    wholes = [min(sizes) for sizes in zip(*(each.sizes for each in by_speed), strict=True)]
+    parts += [(read - spill_read[slot], wholes[slot] - spill_size[slot]) for slot, read in enumerate(problem.reads)]
+    parts.sort(key=lambda part: part[0] / part[1] if part[1] > 0 else inf, reverse=True)
+    only_bins = problem.on_host == 0 and not problem.max_spilled
+    seconds, bins = problem.fixed_s, iter(by_speed)
+    room, speed = 0.0, problem.host_bytes_per_s
+    for part in parts:
+        read, size = part
+        while size > room:
+            seconds += read * room / size / speed
+            read, size = read * (1 - room / size), size - room
+            each = next(bins, None)
+            if each is None or each.bytes_per_s < problem.host_bytes_per_s:
+                if only_bins and each is None:
+                    return inf
+                room, speed, bins = inf, problem.host_bytes_per_s, iter(())
+            else:
+                room, speed = max(*each.rooms, 0.0), each.bytes_per_s
+        seconds += read / speed
+        room -= size
+    return seconds
+
+
+class _Table:
+    """What one bin can take and what that costs, in the role of the first or of a later one."""
+
+    def __init__(self, problem: Problem, bin_: Bin, reads: list[float], *, first: bool) -> None:
+        self._problem, self._bin, self._first = problem, bin_, first
+        self.crossings_s = 2 * bin_.crossing_s
+        self.minus_reads_s = [-read / bin_.bytes_per_s for read in reads]
+        self._sizes = [0, *accumulate(bin_.sizes)]
+        self._first_part = [bisect_left(problem.spill_slots, slot) for slot in range(len(bin_.sizes) + 1)]
+        self._spill_sizes = [0, *accumulate(bin_.spill_sizes)]
+        slower = 1 / problem.host_bytes_per_s - 1 / bin_.bytes_per_s
+        self._spill_s = [0.0, *accumulate(read * slower for read in problem.spill_reads)]
+        starts = [True, *(a != b for a, b in zip(problem.spill_slots, problem.spill_slots[1:], strict=False))]
+        self._slots_until = [0, *accumulate(starts[: len(problem.spill_slots)])]
+        self.rows: list[_Row | None] = [None, *(self._row(end) for end in range(1, len(reads)))]
+
+    def spilled(self, start: int, end: int) -> tuple[int, int]:
+        """Return the parts that are left to the host where these slots lie here: as few as there must be."""
+        lacking = self._sizes[end] - self._sizes[start] - self._room(end)
+        begin = self._first_part[start]
+        if lacking <= 0:
+            return (begin, begin)
+        return (begin, bisect_left(self._spill_sizes, self._spill_sizes[begin] + lacking))
+
+    def _room(self, end: int) -> float:
+        return self._bin.room(first=self._first, output=end == len(self._bin.sizes))
+
+    def _row(self, end: int) -> _Row | None:
+        whole = bisect_left(self._sizes, self._sizes[end] - self._room(end))  # the first start that spills nothing
+        if not self._problem.max_spilled:
+            return _Row(whole, None) if whole < end else None
+        last_part = self._first_part[end]
+        extra: list[float] = []
+        for start in range(min(whole, end) - 1, -1, -1):
+            begin, until = self.spilled(start, end)
+            if until > last_part:
+                break
+            slots = self._slots_until[until] - self._slots_until[begin]
+            if slots > self._problem.max_spilled:
+                break
+            extra.append(self._spill_s[until] - self._spill_s[begin] + self.crossings_s * slots)
+        start = min(whole, end) - len(extra)
+        extra = [*reversed(extra), *([0.0] * (end - whole))]
+        return _Row(start, extra) if start < end else None
