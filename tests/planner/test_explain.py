@@ -130,6 +130,11 @@ UNKNOWN = replace(
     decode=None,
     fit_by_llama=True,
 )
+PARTLY_KNOWN = replace(
+    PLAN,
+    usages=tuple(replace(usage, compute=UNKNOWN_FIGURE) if usage.layers else usage for usage in PLAN.usages),
+    warnings=("how much compute takes is unknown: there is no rule here for the compute graph of brandnew",),
+)
 NO_FIT = NoFit(
     model=MODEL,
     request=REQUEST,
@@ -143,7 +148,13 @@ NO_FIT = NoFit(
 )
 REFUSED = Refused(MODEL, REQUEST, BUILD, "a quantized V cache (q8_0) needs flash attention", DECISIONS)
 
-OUTCOMES: dict[str, PlanOutcome] = {"plan": PLAN, "unknown": UNKNOWN, "no_fit": NO_FIT, "refused": REFUSED}
+OUTCOMES: dict[str, PlanOutcome] = {
+    "plan": PLAN,
+    "unknown": UNKNOWN,
+    "partly_known": PARTLY_KNOWN,
+    "no_fit": NO_FIT,
+    "refused": REFUSED,
+}
 WIDTHS = (80, 120)
 
 
@@ -208,6 +219,15 @@ def test_what_is_not_known_is_null_and_a_question_mark() -> None:
     assert device["planned_bytes"] is None
     assert device["source"] == {"model": "unknown", "context": "unknown", "compute": "unknown"}
     assert "?" in to_text(UNKNOWN)
+
+
+def test_what_is_known_in_part_is_told_as_far_as_it_is() -> None:
+    document = explain.to_json(PARTLY_KNOWN)
+    assert document["fits"]
+    assert document["headline"].startswith("Probably fits on ")
+    device = document["devices"][0]
+    assert (device["compute_bytes"], device["planned_bytes"]) == (None, None)
+    assert device["model_bytes"] > 0
 
 
 def test_colours_change_nothing_but_colours() -> None:
