@@ -98,29 +98,37 @@ def _explain(words: Sequence[str]) -> int:
 
 def _machine(line: CommandLine, settings: PlacementSettings) -> tuple[Machine, LlamaBuild]:
     """Return the machine to plan for, real or imagined, and the llama-server that it is planned for."""
+    options, request = line.options, line.request
+    host_bytes = _host_memory(options.host_memory)
+    if options.machine or options.what_if or options.cards or options.no_gpu:
+        machine, build = _imagined(line, settings, host_bytes)
+    else:
+        detected = _detect(settings, request.rpc or (), named=request.devices or ())
+        machine, build = detected.machine, detected.llama.build
+    if host_bytes is not None:
+        from gpu.whatif import with_host_memory
+
+        machine = with_host_memory(machine, host_bytes)
+    return machine, build
+
+
+def _imagined(line: CommandLine, settings: PlacementSettings, host_bytes: int | None) -> tuple[Machine, LlamaBuild]:
+    """Return the machine that the flags describe, and the llama-server that was found here."""
     from gpu import llama, machine_file, whatif
 
-    options, pinned_rpc = line.options, line.request.rpc
-    host_bytes = _host_memory(options.host_memory)
+    options = line.options
+    if line.request.rpc:
+        raise InvalidRequest("--rpc with an imagined machine: write the address as --device RPC0@HOST:PORT=SIZE")
     try:
-        if options.machine or options.what_if or options.cards or options.no_gpu:
-            if pinned_rpc:
-                raise InvalidRequest(
-                    "--rpc with an imagined machine: write the address as --device RPC0@HOST:PORT=SIZE"
-                )
-            if options.machine:
-                machine = machine_file.read(options.machine)
-            else:
-                machine = whatif.machine(
-                    options.what_if, options.cards, host_memory_bytes=host_bytes, more_cards=settings.cards
-                )
-            build = llama.find(os.environ, configured=settings.llama_server, n_gpus=0).build
+        if options.machine:
+            machine = machine_file.read(options.machine)
         else:
-            detected = _detect(settings, pinned_rpc or (), named=line.request.devices or ())
-            machine, build = detected.machine, detected.llama.build
+            machine = whatif.machine(
+                options.what_if, options.cards, host_memory_bytes=host_bytes, more_cards=settings.cards
+            )
     except whatif.WhatIfError as error:
         raise InvalidRequest(str(error)) from None
-    return (machine if host_bytes is None else whatif.with_host_memory(machine, host_bytes)), build
+    return machine, llama.find(os.environ, configured=settings.llama_server, n_gpus=0).build
 
 
 def _detect(settings: PlacementSettings, endpoints: Sequence[str] = (), *, named: Sequence[str] = ()) -> Any:
