@@ -12,7 +12,7 @@ from planner.graphs.decoder import Decoder
 from planner.graphs.delta_net import DeltaNetDecoder, SpreadDeltaNetDecoder
 from planner.graphs.gemma import Gemma3nDecoder, Gemma4Decoder
 from planner.graphs.hyper import HyperSparseDecoder
-from planner.graphs.kimi import DeltaAttentionDecoder, SafeDeltaAttentionDecoder
+from planner.graphs.kimi import DeltaAttentionDecoder, ResidualAttentionDecoder, SafeDeltaAttentionDecoder
 from planner.graphs.latent import ExpandedLatentDecoder, LatentDecoder
 from planner.graphs.lightning import LightningDecoder
 from planner.graphs.mixtures import Cohere2MoeDecoder, GroveMoeDecoder, SmallThinkerDecoder
@@ -76,6 +76,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     ),
     "jina-bert-v2": replace(_BERT, learned_positions=False),
     "jina-bert-v3": replace(_BERT, rope=Rope.ALL, learned_positions=False),
+    "kimi-k3": Shape(rows=Rows.ALL),
     "kimi-linear": Shape(moe=Moe(scales=None)),
     "laguna": Shape(moe=_HEADER_MOE),
     "llama-embed": Shape(rope_factors=True, moe=_SCALED_MOE),
@@ -283,6 +284,7 @@ _BUILDERS: Final[Mapping[str, type[Decoder]]] = {
     "jamba": MambaDecoder,
     "jina-bert-v2": GatedBertEncoder,
     "jina-bert-v3": BertEncoder,
+    "kimi-k3": ResidualAttentionDecoder,
     "kimi-linear": DeltaAttentionDecoder,
     "laguna": GatedAttentionDecoder,
     "lfm2": ShortConvolutionDecoder,

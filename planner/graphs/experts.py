@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from planner.graph import Graph, Node
 from planner.graphs.blocks import Blocks
 from planner.graphs.shape import Moe, Settings
+
+Activation = Callable[[Node | None, Node], Node]
 
 NO_LIMIT: Final = 1e-6  # a clamp below this is none (``build_ffn``, ``build_moe_ffn``)
 _MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cuda/ggml-cuda.cu
@@ -14,9 +18,9 @@ _MAX_REDUCED: Final = 15  # MOE_WEIGHTED_REDUCTION_MAX_EXPERTS, ggml/src/ggml-cu
 
 def moe(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None = None) -> Node:
     """Return the weighted sum of the chosen experts; ``scores`` are the router's where it has run before."""
-    chosen, weights = _route(blocks, x, il, how, settings, scores)
+    chosen, weights = route(blocks, x, il, how, settings, scores)
     limited = how.limited and settings.of_layer("swiglu_clamp_exp", il) > NO_LIMIT
-    return mixed(blocks, x, il, how, chosen, weights, limited=limited)
+    return mixed(blocks, x, il, how, chosen, weights, activate=partial(blocks.activated, limited=limited))
 
 
 def mixed(
@@ -28,7 +32,7 @@ def mixed(
     weights: Node,
     suffix: str = "exps",
     *,
-    limited: bool = False,
+    activate: Activation | None = None,
 ) -> Node:
     """Return the weighted sum of the experts that were chosen (``build_moe_ffn``, from the weights on)."""
     graph, prefix = blocks.graph, f"blk.{il}.ffn_"
@@ -44,7 +48,7 @@ def mixed(
     else:
         up = _experts(blocks, x, f"{prefix}up_{suffix}", chosen, how)
         gate = _experts(blocks, x, f"{prefix}gate_{suffix}", chosen, how) if how.gated else None
-        hidden = blocks.activated(gate, up, limited=limited)
+        hidden = (activate or blocks.activated)(gate, up)
     experts = _experts(blocks, hidden, f"{prefix}down_{suffix}", chosen, how)
     if not how.weighs_input:
         experts = graph.same("mul", experts, weights)
@@ -66,8 +70,8 @@ def router_scores(blocks: Blocks, x: Node, il: int) -> Node:
     return blocks.biased(blocks.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
 
 
-def _route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None) -> tuple[Node, Node]:
-    """Return the chosen experts and their weights."""
+def route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None) -> tuple[Node, Node]:
+    """Return the chosen experts and their weights; ``scores`` are the router's where it has run before."""
     graph, used, n_tokens = blocks.graph, blocks.hparams.n_expert_used, x.ne[1]
     scores = router_scores(blocks, x, il) if scores is None else scores
     probabilities = scores if how.softmax_after else graph.same("soft_max", scores)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from planner.graph import F32, Node
+from planner.graphs.blocks import Blocks
+from planner.graphs.experts import mixed, route, router_scores
 from planner.graphs.latent import LatentDecoder
 from planner.graphs.recurrent import UNIT_BYTES, RecurrentDecoder
+from planner.graphs.shape import Moe, Settings, Shape
 
 _PARTS = ("q", "k", "v")
+_HEADER_MOE = Moe(normalizes=None, scales=None)
 
 
 class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
@@ -54,7 +58,7 @@ class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
         low_rank = graph.mul_mat(blocks.needed(f"{prefix}f_a.weight"), x)
         gate = graph.mul_mat(blocks.needed(f"{prefix}f_b.weight"), low_rank)
         gate = graph.same("unary", graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
-        return graph.same("mul", self._per_head(gate), self._rates(il))
+        return graph.same("mul", self.per_head(gate), self.rates(il))
 
     def output_gate(self, x: Node, il: int) -> Node:
         """Return what the result is weighed with."""
@@ -63,11 +67,13 @@ class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
         low_rank = graph.mul_mat(blocks.needed(f"{prefix}a.weight"), graph.reshape(by_sequence, *x.ne[:2]))
         return graph.mul_mat(blocks.needed(f"{prefix}b.weight"), low_rank)
 
-    def _per_head(self, x: Node) -> Node:
+    def per_head(self, x: Node) -> Node:
+        """Return channels cut into heads."""
         n_head = self.hparams.n_head[0]
         return self.graph.reshape(x, x.ne[0] // n_head, n_head, x.ne[1])
 
-    def _rates(self, il: int) -> Node:
+    def rates(self, il: int) -> Node:
+        """Return each head's rate."""
         return self.graph.reshape(self.blocks.needed(f"blk.{il}.ssm_a"), 1, self.hparams.n_head[0])
 
     def _mixed(self, x: Node, past: Node, kept: Node, part: str, il: int) -> Node:
@@ -97,8 +103,8 @@ class SafeDeltaAttentionDecoder(DeltaAttentionDecoder):
         """Return how much of a state is kept, per channel, within bounds."""
         graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
         gate = graph.mul_mat(blocks.needed(f"{prefix}f_a.weight"), x)
-        gate = self._per_head(graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
-        return graph.same("scale", graph.same("unary", graph.same("mul", gate, self._rates(il))))
+        gate = self.per_head(graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
+        return graph.same("scale", graph.same("unary", graph.same("mul", gate, self.rates(il))))
 
     def output_gate(self, x: Node, il: int) -> Node:
         """Return what the result is weighed with."""
@@ -111,3 +117,106 @@ class SafeDeltaAttentionDecoder(DeltaAttentionDecoder):
         gate = graph.same("unary", graph.reshape(gate, 1, n_head, n_tokens))
         gated = graph.same("mul", graph.reshape(out, width // n_head, n_head, n_tokens), gate)
         return blocks.project(graph.cont(gated, width, n_tokens), f"blk.{il}.attn_output")
+
+
+class ResidualAttentionDecoder(DeltaAttentionDecoder):
+    """Kimi K3 (src/models/kimi-k3.cpp): attention over banked layer inputs, and experts in a latent space."""
+
+    def __init__(self, blocks: Blocks, settings: Settings, shape: Shape) -> None:
+        super().__init__(blocks, settings, shape)
+        self._banked: Node | None = None
+
+    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return a layer's output."""
+        del picked
+        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}."
+        every = int(self.settings.number("attn_res.block_size"))
+        banks = every > 0 and il % every == 0
+        read = self._recalled(x, f"{prefix}attn_res_score") if every else x
+        if banks:
+            row = graph.reshape(x, x.ne[0], 1, x.ne[1])
+            self._banked = graph.concat(self._banked, row, 1) if self._banked else row
+        attended = self.attention(blocks.norm(read, f"{prefix}attn_norm", il), il)
+        x = attended if banks else graph.same("add", x, attended)
+        read = self._recalled(x, f"{prefix}ffn_res_score") if every else x
+        return graph.same("add", x, self.feed_forward(blocks.norm(read, f"{prefix}ffn_norm", il), il))
+
+    def output_rows(self, x: Node, rows: Node) -> Node:
+        """Return the normalized rows that yield outputs."""
+        x = self.graph.get_rows(self._recalled(x, "output_res_score"), rows)
+        x = self.blocks.norm(x, "output_norm", -1)
+        x.is_output = True
+        return x
+
+    def decay(self, x: Node, il: int) -> Node:
+        """Return how much of a state is kept, per channel, within bounds."""
+        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
+        if self.settings.number("kda.gate_lower_bound") == float("-inf"):
+            return super().decay(x, il)
+        low_rank = graph.mul_mat(blocks.needed(f"{prefix}f_a.weight"), x)
+        gate = graph.mul_mat(blocks.needed(f"{prefix}f_b.weight"), low_rank)
+        gate = self.per_head(graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
+        gate = graph.same("mul", gate, self.rates(il))
+        for op in ("scale", "unary", "scale"):
+            gate = graph.same(op, gate)
+        return gate
+
+    def output_gate(self, x: Node, il: int) -> Node:
+        """Return what the result is weighed with."""
+        graph = self.graph
+        by_sequence = graph.reshape(x, x.ne[0], self.n_seq_tokens, self.n_seqs)
+        return graph.mul_mat(self.blocks.needed(f"blk.{il}.ssm_g.weight"), graph.reshape(by_sequence, *x.ne[:2]))
+
+    def projected(self, out: Node, x: Node, il: int) -> Node:
+        """Return what the heads saw, weighed per element and projected."""
+        if gate := self.blocks.weight(f"blk.{il}.attn_gate.weight"):
+            out = self.graph.same("mul", out, self.graph.same("unary", self.graph.mul_mat(gate, x)))
+        return self.blocks.project(out, f"blk.{il}.attn_output")
+
+    def feed_forward(self, x: Node, il: int) -> Node:
+        """Return a dense part, or experts that read and write a latent space beside shared ones that do not."""
+        blocks, prefix = self.blocks, f"blk.{il}.ffn_"
+        if not blocks.has(f"{prefix}gate_inp.weight"):
+            return self._dense(x, prefix, "")
+        inner = blocks.project(x, f"{prefix}routed_down") if blocks.has(f"{prefix}routed_down.weight") else x
+        chosen, weights = route(blocks, inner, il, _HEADER_MOE, self.settings, router_scores(blocks, x, il))
+        routed = mixed(blocks, inner, il, _HEADER_MOE, chosen, weights, activate=self._situ)
+        if blocks.has(f"{prefix}routed_norm.weight"):
+            routed = blocks.norm(routed, f"{prefix}routed_norm", il)
+        if blocks.has(f"{prefix}routed_up.weight"):
+            routed = blocks.project(routed, f"{prefix}routed_up")
+        if not blocks.has(f"{prefix}gate_shexp.weight"):
+            return routed
+        return self.graph.same("add", routed, self._dense(x, prefix, "_shexp"))
+
+    def _dense(self, x: Node, prefix: str, suffix: str) -> Node:
+        blocks = self.blocks
+        gate, up = blocks.project(x, f"{prefix}gate{suffix}"), blocks.project(x, f"{prefix}up{suffix}")
+        return blocks.project(self._situ(gate, up), f"{prefix}down{suffix}")
+
+    def _situ(self, gate: Node | None, up: Node) -> Node:
+        """Return a gated activation that levels off on both sides (``LLM_FFN_SITU``)."""
+        graph = self.graph
+        if gate is None:
+            raise KeyError("ffn_gate_exps.weight")
+        levelled = graph.same("mul", self._levelled(gate), graph.same("unary", gate))
+        if self.settings.number("activation.situ_linear_beta") > 0:
+            up = self._levelled(up)
+        return graph.same("mul", levelled, up)
+
+    def _levelled(self, x: Node) -> Node:
+        for op in ("scale", "unary", "scale"):
+            x = self.graph.same(op, x)
+        return x
+
+    def _recalled(self, x: Node, name: str) -> Node:
+        """Return the stream mixed with what was banked, by their scores (``res_mix``)."""
+        graph, banked = self.graph, self._banked
+        if banked is None:
+            return x
+        weight, (_, n_banked, n_tokens, _) = self.blocks.needed(f"{name}.weight"), banked.ne
+        old, new = (graph.sum_rows(graph.same("mul", graph.same("rms_norm", each), weight)) for each in (banked, x))
+        shares = graph.same("soft_max", graph.concat(graph.reshape(old, n_banked, n_tokens), new))
+        of_banked, of_stream = (graph.cont(graph.view(shares, (n, n_tokens), (shares.nb[1],))) for n in (n_banked, 1))
+        mixture = graph.new("dsv4_hc_pre", F32, (x.ne[0], n_tokens, 1, 1), banked, of_banked)
+        return graph.same("add", mixture, graph.same("mul", x, of_stream))
