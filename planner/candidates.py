@@ -14,7 +14,7 @@ from typing import Final
 
 from planner import budget, companions, layers, packing
 from planner.accounting import DeviceBytes, MemoryLedger, account
-from planner.charges import charged
+from planner.charges import Charge, charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
 from planner.types import Device, DeviceUsage, Figure, LlamaBuild, Machine, Placement, PlanRequest, Shortfall, Source
@@ -37,6 +37,7 @@ class Candidate:
     ledger: MemoryLedger
     usages: tuple[DeviceUsage, ...]
     shortfalls: tuple[Shortfall, ...]
+    beside: tuple[Charge, ...] = ()  # in the ledger already
 
     @property
     def unknown(self) -> bool:
@@ -224,7 +225,7 @@ class Finder:
         ledger = charged(ledger, placement, beside)
         rows = budget.usages(self.machine, placement, ledger, self.limits)
         short = budget.shortfalls(self.machine, rows, ledger, self.limits)
-        return Candidate(request, params, placement, ledger, rows, short)
+        return Candidate(request, params, placement, ledger, rows, short, beside)
 
     def _ledger(self, model: ModelFacts, params: ContextParams, placement: Placement, *, confirm: bool) -> MemoryLedger:
         """Account for one model; llama.cpp is asked for what is unknown, and to ``confirm`` what is estimated."""

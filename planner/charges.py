@@ -26,6 +26,15 @@ class Charge:
     host_detail: HostDetail = NO_DETAIL
     not_built: tuple[str, ...] = ()
 
+    @property
+    def by_device(self) -> dict[str, int | None]:
+        """Return the bytes of each device that holds a part, None where they are not known."""
+        parts = {
+            name: (each.model.bytes, each.context.bytes, each.compute.bytes) for name, each in self.devices.items()
+        }
+        sums = {name: None if None in each else sum(part or 0 for part in each) for name, each in parts.items()}
+        return {name: size for name, size in sums.items() if size != 0}
+
 
 def charged(ledger: MemoryLedger, placement: Placement, charges: Iterable[Charge]) -> MemoryLedger:
     """Return the ledger with all of this in its figures. A sum is no better founded than its weakest part."""

@@ -102,6 +102,7 @@ class _Search:
         found = finder.confirmed(self._with_context(finder, settled))
         if not found.unknown or finder.is_settled_by(settled):
             self._decide_placement(found)
+            self._decide_beside(found)
         self.decisions += knob_decisions
         if found.unknown and not finder.is_settled_by(settled):
             return self._left_to_llama(finder, found)
@@ -193,6 +194,14 @@ class _Search:
         if self.request.tensor_split is None and len(placement.devices) > 1:
             shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
             self._decide("layers per device", shares, "so the fullest device is as empty as whole layers allow")
+
+    def _decide_beside(self, found: Candidate) -> None:
+        """Say where that lies which is loaded beside the model."""
+        for charge in found.beside:
+            sizes = (
+                (name, "unknown" if size is None else format_size(size)) for name, size in charge.by_device.items()
+            )
+            self._decide(charge.name, ", ".join(f"{size} on {name}" for name, size in sizes), "loaded beside the model")
 
     def _plan(self, found: Candidate) -> Plan:
         request = effective(found)

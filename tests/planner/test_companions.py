@@ -162,6 +162,8 @@ def test_a_projector_lies_on_the_first_device_or_where_the_flag_says(endless_mod
         plan = search(facts, request, machine, Policy(), PINNED_BUILD)
         assert isinstance(plan, Plan)
         plans[offload] = [usage.planned_bytes or 0 for usage in plan.usages]
+    told = [decision.chosen for decision in plan.decisions if decision.step == "projector"]
+    assert [where.endswith("on Host") for where in told] == [True], "the reader learns where the last one lies"
     on_device, on_host = (
         [new - old for new, old in zip(plans[key], plans[None], strict=True)] for key in (True, False)
     )
