@@ -11,13 +11,13 @@ from planner.types import HOST_POOL, Device, Machine
 from planner.units import format_size
 
 
-def as_json(machine: Machine) -> dict[str, Any]:
+def as_json(machine: Machine, cards: Mapping[str, Card] = MappingProxyType({})) -> dict[str, Any]:
     """Return what ``planner devices --json`` prints; the host is the last device. Unknown is None.
 
-    It holds all that a plan needs: ``gpu.machine_file`` reads it back.
+    It holds all that a plan needs: ``gpu.machine_file`` reads it back. ``cards`` are the cards behind the devices.
     """
     return {
-        "devices": [_device_json(device) for device in (*machine.devices, machine.host)],
+        "devices": [_device_json(device, cards.get(device.name)) for device in (*machine.devices, machine.host)],
         "warnings": list(machine.warnings),
         "looked_for": list(machine.looked_for),
         "pools": [
@@ -26,7 +26,7 @@ def as_json(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _device_json(device: Device) -> dict[str, Any]:
+def _device_json(device: Device, card: Card | None) -> dict[str, Any]:
     return {
         "name": device.name,
         "kind": device.kind.value,
@@ -46,6 +46,25 @@ def _device_json(device: Device) -> dict[str, Any]:
         "endpoint": device.endpoint,
         "alignment_bytes": device.alignment_bytes,
         "overhead_bytes": device.overhead_bytes,
+        "card": None if card is None else _card_json(card),
+    }
+
+
+def _card_json(card: Card) -> dict[str, Any]:
+    """Return what the driver says of the card, beyond what plans are made from."""
+    return {
+        "driver": card.driver,
+        "reserved_bytes": card.reserved_bytes,
+        "gtt_bytes": card.gtt_bytes,
+        "part_of": card.part_of,
+        "asleep": card.asleep,
+        "compute_mode": card.compute_mode,
+        "drives_display": card.drives_display,
+        "numa_node": card.numa_node,
+        "pcie_generation": card.link.pcie_generation,
+        "pcie_lanes": card.link.pcie_lanes,
+        "pcie_lanes_max": card.link.pcie_lanes_max,
+        "nvlink_peers": list(card.link.nvlink_peers),
     }
 
 

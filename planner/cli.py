@@ -217,7 +217,7 @@ def _devices(words: Sequence[str]) -> int:
     if as_json:
         import json
 
-        _print(json.dumps(show.as_json(machine), indent=2) + "\n")
+        _print(json.dumps(show.as_json(machine, detected.cards), indent=2) + "\n")
     else:
         _print(show.as_text(machine, detected.cards, _columns(os.environ)) + "\n")
     return FITS

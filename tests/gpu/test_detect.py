@@ -112,11 +112,14 @@ def test_planner_devices_prints_the_promised_keys_and_nothing_else(
     found = json.loads(shown)
     assert list(found) == ["devices", "warnings", "looked_for", "pools"]
     keys = "name kind description uuid pci_bus_id total_bytes free_bytes bandwidth_bytes_per_s pool usable why_not"
-    more = "processes compute_capability endpoint alignment_bytes overhead_bytes"
+    more = "processes compute_capability endpoint alignment_bytes overhead_bytes card"
     assert all(list(device) == [*keys.split(), *more.split()] for device in found["devices"])
     assert [device["name"] for device in found["devices"]] == ["CUDA0", "CUDA1", "Host"]
     assert found["devices"][1]["uuid"] == "GPU-aaaa"
+    assert found["devices"][1]["card"]["driver"] == "580.65.06"
+    assert found["devices"][1]["card"]["reserved_bytes"] == 393216000
     assert found["devices"][0]["uuid"] is None, "NVML does not know this one"
+    assert found["devices"][0]["card"] is None
 
 
 def test_a_unified_part_is_counted_in_the_hosts_pool(nvidia: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpu import doctor, show, whatif
+from gpu.card import Card, Vendor
 
 PAGE = (Path(__file__).parents[2] / "docs/devices.md").read_text()
 
 
 def test_every_key_of_the_device_list_is_on_the_page() -> None:
-    document = show.as_json(whatif.machine(["CUDA0=1GiB"], host_memory_bytes=2**30))
-    names = {*document, *document["devices"][0], *document["pools"][0]}
+    card = Card(Vendor.NVIDIA, "a card", None)
+    document = show.as_json(whatif.machine(["CUDA0=1GiB"], host_memory_bytes=2**30), {"CUDA0": card})
+    names = {*document, *document["devices"][0], *document["devices"][0]["card"], *document["pools"][0]}
     assert [name for name in sorted(names) if f"`{name}" not in PAGE and f".{name}`" not in PAGE] == []
 
 
