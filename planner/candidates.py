@@ -17,7 +17,18 @@ from planner.accounting import DeviceBytes, MemoryLedger, account
 from planner.charges import Charge, charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
-from planner.types import Device, DeviceUsage, Figure, LlamaBuild, Machine, Placement, PlanRequest, Shortfall, Source
+from planner.types import (
+    Device,
+    DeviceKind,
+    DeviceUsage,
+    Figure,
+    LlamaBuild,
+    Machine,
+    Placement,
+    PlanRequest,
+    Shortfall,
+    Source,
+)
 
 Oracle = Callable[[ModelFacts, ContextParams, Placement, Machine], MemoryLedger | None]
 
@@ -140,7 +151,11 @@ class Finder:
 
     def confirmed(self, attempt: Candidate) -> Candidate:
         """Return a finalist with what is only estimated here replaced by what llama.cpp says, where it can say."""
-        return self._evaluated(attempt.request, attempt.placement, confirm=True) if self.oracle else attempt
+        kinds = {self.machine.device(name).kind for name in attempt.placement.devices}
+        imagined_cards = self.machine.what_if and kinds - {DeviceKind.RPC}  # a stand-in for one could only estimate too
+        if self.oracle is None or imagined_cards:
+            return attempt
+        return self._evaluated(attempt.request, attempt.placement, confirm=True)
 
     def on_host(self, request: PlanRequest) -> Candidate:
         """Return the placement that uses no device at all."""
