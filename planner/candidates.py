@@ -100,7 +100,7 @@ class Finder:
         if not n_slots or not self.devices:
             return self.on_host(request)
         if request.tensor_split is not None:
-            return self._try(request, self.devices, n_slots, request.tensor_split)
+            return self.attempt(request, self.devices, n_slots, request.tensor_split)
         attempt = None
         for group in self._groups(request):
             attempt = self._pack(request, group, n_slots)
@@ -130,7 +130,7 @@ class Finder:
             if counts in seen or sum(counts) == 0:
                 break
             seen.add(counts)
-            latest = self._try(request, group, sum(counts), counts)
+            latest = self.attempt(request, group, sum(counts), counts)
             if latest.fits and sum(counts) > best.placement.n_gpu_layers:
                 best = latest
         return best
@@ -159,7 +159,7 @@ class Finder:
 
     def on_host(self, request: PlanRequest) -> Candidate:
         """Return the placement that uses no device at all."""
-        return self._try(request, (), 0, ())
+        return self.attempt(request, (), 0, ())
 
     def _pinned_slots(self, request: PlanRequest) -> int:
         pinned = request.n_gpu_layers
@@ -189,11 +189,11 @@ class Finder:
         if (
             request.split_mode == "tensor"
         ):  # equal parts run as fast as the slowest device; unequal ones only if need be
-            equal = self._try(request, group, n_slots, (1,) * len(group))
-            return equal if equal.fits else self._try(request, group, n_slots, _proportional(n_slots, budgets))
+            equal = self.attempt(request, group, n_slots, (1,) * len(group))
+            return equal if equal.fits else self.attempt(request, group, n_slots, _proportional(n_slots, budgets))
         weights = self._weights[-n_slots:]
         counts = packing.balanced(weights, budgets) or _proportional(n_slots, budgets)
-        attempt = self._try(request, group, n_slots, counts)
+        attempt = self.attempt(request, group, n_slots, counts)
         for _ in range(MAX_ROUNDS if len(group) > 1 else 0):
             if attempt.fits or attempt.unknown:
                 break
@@ -202,7 +202,7 @@ class Finder:
             if again is None or again == counts:
                 break
             counts = again
-            attempt = self._try(request, group, n_slots, counts)
+            attempt = self.attempt(request, group, n_slots, counts)
         return attempt
 
     def _most_with_split(self, request: PlanRequest, shares: tuple[float, ...]) -> Candidate:
@@ -211,15 +211,17 @@ class Finder:
         high = self.n_slots
         while high - low > 1:
             middle = (low + high) // 2
-            attempt = self._try(request, self.devices, middle, shares)
+            attempt = self.attempt(request, self.devices, middle, shares)
             if attempt.fits:
                 low, best = middle, attempt
             else:
                 high = middle
         return best
 
-    def _try(self, request: PlanRequest, group: Sequence[Device], n_slots: int, shares: Sequence[float]) -> Candidate:
-        """Account for this split. A device that gets no layer is left out: an idle context costs memory too."""
+    def attempt(
+        self, request: PlanRequest, group: Sequence[Device], n_slots: int, shares: Sequence[float]
+    ) -> Candidate:
+        """Return this split, accounted for. A device without layers is left out: an idle context costs memory too."""
         if request.tensor_split is None:
             kept = [
                 (d, s) for d, s in zip(group, shares, strict=True) if s or (d.name in _named(request) and any(shares))

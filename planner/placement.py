@@ -11,13 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, context, knobs, launch, speculation
+from planner import budget, companions, context, knobs, launch, speculation, speed
+from planner.best import Best
 from planner.build import is_pinned
 from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
 from planner.longest import longest
 from planner.model import ModelFacts
 from planner.nearest import nearest
+from planner.overrides import UNPIPELINED
 from planner.types import (
     HOST,
     UNKNOWN_FIGURE,
@@ -136,6 +138,12 @@ class _Search:
         return self.request.n_ctx != "auto"
 
     def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
+        best = Best(finder, order_is_settled=self.request.devices is not None)
+        found = best.at(request) if best.applies(request) else None
+        return self._packed(finder, request) if found is None else found
+
+    def _packed(self, finder: Finder, request: PlanRequest) -> Candidate:
+        """Return the placement by packing: where the solver does not apply or nothing fits, the nearest attempt."""
         complete = finder.complete(request)
         complete = complete if complete.fits else finder.confirmed(complete)
         if complete.fits or complete.unknown:
@@ -146,6 +154,11 @@ class _Search:
     def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         floor = min(MIN_CONTEXT, trained)
+        best = Best(finder, order_is_settled=self.request.devices is not None)
+        applies = best.applies(knobs.with_context(settled, floor))
+        if applies and (found := best.longest(settled, floor, trained)) and found.placement.devices:
+            self._decide_context(found, trained)
+            return found
         complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
         if complete is not None and complete.unknown and finder.is_settled_by(settled):
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
@@ -193,7 +206,27 @@ class _Search:
             self._decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
         if self.request.tensor_split is None and len(placement.devices) > 1:
             shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
-            self._decide("layers per device", shares, "so the fullest device is as empty as whole layers allow")
+            full = placement.kind is PlacementKind.GPU and not self._leaves_parts(found)
+            why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
+            self._decide("layers per device", shares, why)
+        if self._leaves_parts(found):
+            chosen = found.request.n_cpu_moe or found.request.n_cpu_ffn
+            what = "experts" if self.model.hparams.n_expert else "feed-forward matrices"
+            which = f"those of the first {chosen} layers" if chosen else "those that --override-tensor names"
+            why = "they do not fit, and are read faster there than whole layers would be"
+            self._decide(f"{what} on the CPU", which, why)
+        elif found.request.override_tensor == UNPIPELINED and self.request.override_tensor is None:
+            self._decide("pipelining", "off", "without copies of the inputs everything fits (an override of no tensor)")
+
+    def _leaves_parts(self, found: Candidate) -> bool:
+        """Say whether the search leaves parts of layers to the host that lie on devices."""
+        request, own = found.request, self.request
+        ours = (
+            (request.n_cpu_moe, own.n_cpu_moe),
+            (request.n_cpu_ffn, own.n_cpu_ffn),
+            (request.override_tensor, own.override_tensor),
+        )
+        return any(chosen not in {pinned, None, UNPIPELINED} for chosen, pinned in ours)
 
     def _decide_beside(self, found: Candidate) -> None:
         """Say where that lies which is loaded beside the model."""
@@ -215,6 +248,7 @@ class _Search:
             host=found.ledger.host_detail,
             n_ctx_per_slot=self._per_slot(found),
             launch=launch.spec(self.model.summary.path, request, self.machine, self.build),
+            decode=speed.decode(self.model, found.params, found.placement, self.machine),
             decisions=self.decisions,
             warnings=self.warnings + self._unknown_figures(found) + _plan_warnings(self.model, found, used),
         )

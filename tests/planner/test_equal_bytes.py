@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from live_server import MIB, assert_as_planned, explain
+from published_models import dimensions, write_model
 
 pytestmark = pytest.mark.llama
 
@@ -49,5 +50,31 @@ def test_every_device_gets_the_bytes_that_the_plan_says(
     used = [name for name in ("RPC0", "RPC1", "RPC2") if planned[name]["layers"]]
     assert used == ["RPC0", "RPC1", "RPC2"], "the sizes were chosen so that every device is needed"
 
+    lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
+    assert_as_planned(plan, lies_at, free_environment)
+
+
+@pytest.mark.parametrize(
+    "model_name, sizes, chosen",
+    [
+        ("small-llama", ("28MiB", "20MiB"), "gpu+cpu"),
+        ("small-qwen3moe", ("20MiB", "16MiB"), "experts on the CPU"),
+    ],
+)
+def test_what_the_search_leaves_to_the_host_is_reserved_there(
+    model_name: str,
+    sizes: tuple[str, ...],
+    chosen: str,
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """Two workers too small for the model: whole layers stay behind, or experts, and each figure is as planned."""
+    model = write_model(tmp_path / "model.gguf", dimensions("small")[model_name])
+    workers = rpc_workers(2)
+    devices = [f"RPC{i}@{worker.endpoint}={size}" for i, (worker, size) in enumerate(zip(workers, sizes, strict=True))]
+    words = [word for device in devices for word in ("--device", device)]
+    plan = explain(str(model), *words, "-c", "4096", "-ub", "64", "--no-oracle", environment=free_environment)
+    assert chosen in {plan["placement"], *(decision["step"] for decision in plan["decisions"])}
     lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
     assert_as_planned(plan, lies_at, free_environment)

@@ -1,0 +1,182 @@
+"""A model on a machine as a problem for the solver: slots with their bytes and reads, devices with their room."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from planner import budget, cache, ggml, weights
+from planner.buffers import BufferType, buffer_type
+from planner.context import ContextParams
+from planner.learned import Learned, Mode, Part
+from planner.model import ModelFacts, Tensor
+from planner.overrides import EXPERTS, FFN
+from planner.solver import Bin, Problem
+from planner.speed import cache_reads, pace, tensor_read
+from planner.types import Device, Machine
+
+NO_LIMIT: Final = 1 << 62  # stands for the budget of a device whose free memory nobody knows
+# Of dense layers, whole ones on the host are nearly as good as their larger parts; where there are many layers on many
+# devices, only the last room of each device takes part of one.
+MAX_DENSE_SPILLS: Final = 1
+MANY_SLOTS: Final = 128  # slots times devices
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One model with these parameters over these devices, in the order of preference; what is known of their charges.
+
+    Tensors that overrides leave on the host count there; what else may be left there are ``parts``.
+    """
+
+    model: ModelFacts
+    params: ContextParams
+    machine: Machine
+    devices: tuple[Device, ...]
+    limits: budget.Budgets
+    learned: Learned
+
+    @property
+    def n_slots(self) -> int:
+        """Return the number of blocks and the output."""
+        return self.model.hparams.n_layer_all + 1
+
+    def sizes(self, device: Device) -> tuple[int, ...]:
+        """Return the bytes of each slot on this device: its weights, and its cache where that follows the layer."""
+        return _sizes(self.model, self.params, buffer_type(device))
+
+    @property
+    def parts(self) -> tuple[SpillPart, ...]:
+        """Return the tensors that may be left to the host while their layers are on devices, in layer order."""
+        return _parts(self.model) if not self.params.overrides else ()
+
+    def spill_sizes(self, device: Device) -> tuple[int, ...]:
+        """Return the bytes of each such tensor on this device."""
+        return _part_sizes(self.model, buffer_type(device)) if self.parts else ()
+
+    def part(self, mode: Mode, index: int, *, first: bool, output: bool) -> Part:
+        """Return the part that the device of that index plays."""
+        return Part(mode, self.devices[index].kind, self.devices[index].name, first, output)
+
+    def problem(self, mode: Mode, *, on_host: int | None = 0, spills: bool = False) -> Problem:
+        """Return the problem with all room that budgets leave in this mode, the devices in order."""
+        reads, fixed = _reads(self.model, self.params)
+        host_bytes_per_s = pace(self.machine.host).bytes_per_s
+        problem = Problem(
+            bins=tuple(self.bin(mode, index) for index in range(len(self.devices))),
+            reads=reads,
+            host_bytes_per_s=host_bytes_per_s,
+            on_host=on_host,
+            fixed_s=fixed / host_bytes_per_s,
+            ordered=True,
+        )
+        if not spills:
+            return replace(problem, bins=tuple(replace(each, spill_sizes=()) for each in problem.bins))
+        many = self.n_slots * len(self.devices) > MANY_SLOTS
+        return replace(
+            problem,
+            spill_slots=tuple(part.slot for part in self.parts),
+            spill_reads=tuple(part.read for part in self.parts),
+            max_spilled=MAX_DENSE_SPILLS if many and not self.model.hparams.n_expert else self.n_slots,
+        )
+
+    def bin(self, mode: Mode, index: int, share: float = 1.0) -> Bin:
+        """Return a device with this share of its budget as room."""
+        device = self.devices[index]
+        limit = self.limits.of(device.name)
+        room = share * (NO_LIMIT if limit is None else limit)
+        rooms = [
+            room - self._charge(self.part(mode, index, first=first, output=output), device)
+            for first in (False, True)
+            for output in (False, True)
+        ]
+        speed = pace(device)
+        return Bin(
+            rooms=(rooms[0], rooms[1], rooms[2], rooms[3]),
+            sizes=self.sizes(device),
+            spill_sizes=self.spill_sizes(device),
+            bytes_per_s=speed.bytes_per_s,
+            crossing_s=speed.crossing_s,
+        )
+
+    def _charge(self, part: Part, device: Device) -> float:
+        return budget.overhead_bytes(device) + self.learned.expected(part, self.params.n_ctx_seq)
+
+
+class SpillPart(NamedTuple):
+    """A tensor of a layer that may be left to the host while the layer is on a device."""
+
+    slot: int
+    tensor: Tensor
+    read: float
+
+
+def spill_pattern(model: ModelFacts) -> str:
+    """Return the pattern of these tensors: experts, or in a dense model the feed-forward matrices."""
+    return EXPERTS if model.hparams.n_expert else FFN
+
+
+@lru_cache(maxsize=32)
+def _parts(model: ModelFacts) -> tuple[SpillPart, ...]:
+    found = re.compile(spill_pattern(model)).search
+    return tuple(
+        SpillPart(slot, tensor, tensor_read(model, tensor))
+        for slot, tensors in enumerate(weights.slot_tensors(model, loads_draft_head=False))
+        for tensor in tensors
+        if found(tensor.name)
+    )
+
+
+def _allocation(tensor: Tensor, rule: BufferType) -> int:
+    return rule.allocation(ggml.TYPES[tensor.type_id], tensor.shape[0], tensor.nbytes)
+
+
+@lru_cache(maxsize=64)
+def _part_sizes(model: ModelFacts, rule: BufferType) -> tuple[int, ...]:
+    return tuple(_allocation(part.tensor, rule) for part in _parts(model))
+
+
+def _is_overridden(name: str, patterns: Sequence[re.Pattern[str]]) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+@lru_cache(maxsize=64)
+def _weights(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[int, ...]:
+    """Return each slot's weights on a device of that rule, without what is overridden."""
+    patterns = [re.compile(pattern) for pattern, _ in params.overrides]
+    return tuple(
+        sum(_allocation(tensor, rule) for tensor in tensors if not _is_overridden(tensor.name, patterns))
+        for tensors in weights.slot_tensors(model, loads_draft_head=params.loads_draft_head)
+    )
+
+
+@lru_cache(maxsize=64)
+def _sizes(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[int, ...]:
+    """Return each slot's weights on a device of that rule, with its cache where that follows the layer."""
+    own = _weights(model, params, rule)
+    if not params.kv_offload:
+        return own
+    return tuple(map(sum, zip(own, (*cache.layer_bytes(model, params, rule), 0), strict=True)))
+
+
+@lru_cache(maxsize=64)
+def _reads(model: ModelFacts, params: ContextParams) -> tuple[tuple[float, ...], float]:
+    """Return what a token has read of each slot, and what it has read on the host whatever lies where."""
+    patterns = [re.compile(pattern) for pattern, _ in params.overrides]
+    draft_head = range(model.hparams.n_layer, model.hparams.n_layer_all)
+    caches = (*cache_reads(model, params), 0.0)
+    reads, fixed = [], 0.0
+    for slot, tensors in enumerate(weights.slot_tensors(model, loads_draft_head=params.loads_draft_head)):
+        own, on_host = (caches[slot], 0.0) if params.kv_offload else (0.0, caches[slot])
+        for tensor in tensors if slot not in draft_head else ():
+            read = tensor_read(model, tensor)
+            if _is_overridden(tensor.name, patterns):
+                on_host += read
+            else:
+                own += read
+        reads.append(own)
+        fixed += on_host
+    return tuple(reads), fixed

@@ -1,0 +1,229 @@
+"""No placement that fits is faster than the one that is chosen, and the choice keeps its laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations, pairwise, permutations
+from pathlib import Path
+
+import pytest
+from gguf_files import write_header
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner import budget, knobs, speed
+from planner.best import EQUAL_SPEED
+from planner.build import PINNED_BUILD
+from planner.candidates import Candidate, Finder
+from planner.model import ModelFacts, read_model
+from planner.placement import search
+from planner.types import (
+    HOST,
+    HOST_POOL,
+    Device,
+    DeviceKind,
+    DeviceName,
+    Machine,
+    MemoryPool,
+    Plan,
+    PlanRequest,
+    Policy,
+    PoolId,
+)
+
+MIB = 1024 * 1024
+HOST_BYTES = 8 * 1024 * MIB
+REQUEST = PlanRequest(n_ctx=2048, n_ubatch=64)
+BANDWIDTHS = st.sampled_from([None, 200 * 10**9, 800 * 10**9])
+
+
+@pytest.fixture(scope="module", params=[0, 8], ids=["dense", "experts"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    """Return a model of four layers, about 50 MiB, dense or with eight experts."""
+    return written(tmp_path_factory.mktemp("split") / "model.gguf", request.param)
+
+
+@pytest.fixture(scope="module")
+def expert_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    return written(tmp_path_factory.mktemp("split") / "experts.gguf", 8)
+
+
+def written(path: Path, n_expert: int) -> ModelFacts:
+    """Write a model's header and read it."""
+    n_embd, n_ff = 512, 1536
+    tensors: list[tuple[str, str, tuple[int, ...]]] = [
+        ("token_embd.weight", "q8_0", (n_embd, 4096)),
+        ("output_norm.weight", "f32", (n_embd,)),
+        ("output.weight", "q8_0", (n_embd, 4096)),
+    ]
+    type_ = "q8_0"
+    for layer in range(4):
+        ff = (n_embd, n_ff, n_expert) if n_expert else (n_embd, 4 * n_ff)
+        down = (n_ff, n_embd, n_expert) if n_expert else (4 * n_ff, n_embd)
+        suffix = "_exps" if n_expert else ""
+        rows: list[tuple[str, str, tuple[int, ...]]] = [
+            ("attn_norm", "f32", (n_embd,)),
+            ("attn_q", type_, (n_embd, n_embd)),
+            ("attn_k", type_, (n_embd, 128)),
+            ("attn_v", type_, (n_embd, 128)),
+            ("attn_output", type_, (n_embd, n_embd)),
+            ("ffn_norm", "f32", (n_embd,)),
+            *([("ffn_gate_inp", "f32", (n_embd, n_expert))] if n_expert else []),
+            (f"ffn_gate{suffix}", type_, ff),
+            (f"ffn_up{suffix}", type_, ff),
+            (f"ffn_down{suffix}", type_, down),
+        ]
+        tensors += [(f"blk.{layer}.{name}.weight", kind, shape) for name, kind, shape in rows]
+    metadata = {
+        "block_count": 4,
+        "context_length": 8192,
+        "embedding_length": n_embd,
+        "feed_forward_length": n_ff if n_expert else 4 * n_ff,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": 64,
+    } | ({"expert_count": n_expert, "expert_used_count": 2} if n_expert else {})
+    return read_model(str(write_header(path, "llama", metadata, tensors, tokens=4096)))
+
+
+def machine(sizes: list[int], bandwidths: list[int | None]) -> Machine:
+    devices = tuple(
+        Device(
+            DeviceName(f"CUDA{i}"), DeviceKind.CUDA, size, size, PoolId(f"p{i}"),
+            bandwidth_bytes_per_s=bandwidth, overhead_bytes=0,
+        )
+        for i, (size, bandwidth) in enumerate(zip(sizes, bandwidths, strict=True))
+    )  # fmt: skip
+    host = Device(HOST, DeviceKind.HOST, HOST_BYTES, HOST_BYTES, HOST_POOL)
+    return Machine(devices, host, pools=(MemoryPool(HOST_POOL, HOST_BYTES, HOST_BYTES),), what_if=True)
+
+
+def planned(model: ModelFacts, where: Machine, request: PlanRequest = REQUEST, policy: Policy = Policy()) -> Plan:  # noqa: B008 - frozen
+    outcome = search(model, request, where, policy, PINNED_BUILD)
+    assert isinstance(outcome, Plan)
+    return outcome
+
+
+def tokens_per_s(plan: Plan) -> float:
+    assert plan.decode is not None
+    return plan.decode.tokens_per_second
+
+
+def every_candidate(model: ModelFacts, where: Machine) -> list[Candidate]:
+    """Return every contiguous split of the last layers over every order of devices, accounted for: those that fit.
+
+    Where nothing holds all layers, also those with the experts or feed-forward matrices of first layers on the CPU.
+    """
+    limits = budget.budgets(where, Policy())
+    settled, _ = knobs.settle(model, REQUEST, Policy(), where.devices)
+    settled = knobs.with_context(settled, 2048)
+    finder = Finder(model, where, limits, PINNED_BUILD, None, where.devices, spread=False)
+    knob = "n_cpu_moe" if model.hparams.n_expert else "n_cpu_ffn"
+
+    def those(spilled: int) -> list[Candidate]:
+        request = replace(settled, **{knob: spilled or None})
+        found = [finder.on_host(request)]
+        for n_slots in range(1, finder.n_slots + 1):
+            for count in range(1, min(len(where.devices), n_slots) + 1):
+                for cuts in combinations(range(1, n_slots), count - 1):
+                    shares = [float(end - start) for start, end in pairwise((0, *cuts, n_slots))]
+                    found += [
+                        finder.attempt(request, group, n_slots, shares) for group in permutations(where.devices, count)
+                    ]
+        return [candidate for candidate in found if candidate.fits]
+
+    whole = those(0)
+    everything = [candidate for candidate in whole if candidate.placement.n_gpu_layers == finder.n_slots]
+    return everything or [*whole, *(each for spilled in range(1, finder.n_slots) for each in those(spilled))]
+
+
+@settings(max_examples=12)
+@given(
+    sizes=st.lists(st.integers(2 * MIB, 50 * MIB), min_size=1, max_size=2),
+    bandwidths=st.lists(BANDWIDTHS, min_size=2, max_size=2),
+)
+def test_no_placement_that_fits_is_faster(model: ModelFacts, sizes: list[int], bandwidths: list[int | None]) -> None:
+    """Brute force, with every candidate accounted for; speeds within one per cent count as equal."""
+    where = machine(sizes, bandwidths[: len(sizes)])
+    chosen = planned(model, where)
+    estimates = [speed.decode(model, each.params, each.placement, where) for each in every_candidate(model, where)]
+    fastest = max(each.tokens_per_second for each in estimates if each is not None)
+    assert tokens_per_s(chosen) * EQUAL_SPEED >= fastest * (1 - 1e-9)
+
+
+SIZES = [(20, 60, 30), (24, 24, 24), (70, 40, 12), (9, 14, 200)]
+SPEEDS = [(None, None, None), (200 * 10**9, 800 * 10**9, None)]
+
+
+@pytest.mark.parametrize("bandwidths", SPEEDS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_more_memory_never_makes_it_slower(
+    model: ModelFacts, sizes: tuple[int, ...], bandwidths: tuple[int | None, ...]
+) -> None:
+    less = tokens_per_s(planned(model, machine([size * MIB for size in sizes], list(bandwidths))))
+    for which in range(len(sizes)):
+        larger = [(size + 20 * (i == which)) * MIB for i, size in enumerate(sizes)]
+        assert tokens_per_s(planned(model, machine(larger, list(bandwidths)))) * EQUAL_SPEED >= less
+
+
+@pytest.mark.parametrize("bandwidths", SPEEDS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_device_that_is_not_used_can_be_taken_away(
+    model: ModelFacts, sizes: tuple[int, ...], bandwidths: tuple[int | None, ...]
+) -> None:
+    where = machine([size * MIB for size in sizes], list(bandwidths))
+    chosen = planned(model, where)
+    fewer = replace(where, devices=tuple(each for each in where.devices if each.name in chosen.placement.devices))
+    assert planned(model, fewer).placement == chosen.placement
+
+
+def test_other_names_change_names_only(model: ModelFacts) -> None:
+    where = machine([20 * MIB, 30 * MIB], [800 * 10**9, 200 * 10**9])
+    renamed = replace(
+        where, devices=tuple(replace(each, name=DeviceName(f"CUDA{7 - i}")) for i, each in enumerate(where.devices))
+    )
+    names = {old.name: new.name for old, new in zip(where.devices, renamed.devices, strict=True)}
+    one, other = planned(model, where).placement, planned(model, renamed).placement
+    assert other == replace(one, devices=tuple(names[DeviceName(name)] for name in one.devices))
+
+
+def test_of_two_equal_cards_the_first_is_used(model: ModelFacts) -> None:
+    where = machine([200 * MIB, 200 * MIB], [None, None])
+    assert planned(model, where).placement.devices == ("CUDA0",)
+
+
+def test_the_faster_card_is_used_where_either_would_do(model: ModelFacts) -> None:
+    where = machine([300 * MIB, 200 * MIB], [200 * 10**9, 800 * 10**9])
+    assert planned(model, where).placement.devices == ("CUDA1",)
+
+
+def test_the_context_grows_onto_another_card_where_that_costs_no_speed(model: ModelFacts) -> None:
+    where = machine([200 * MIB, 200 * MIB], [None, None])
+    plan = planned(model, where, PlanRequest())
+    assert plan.n_ctx_per_slot == 8192
+
+
+def test_experts_stay_on_the_cpu_before_whole_layers_do(expert_model: ModelFacts) -> None:
+    """A card that cannot hold the model keeps attention and caches; it is said what is left, and why."""
+    plan = planned(expert_model, machine([24 * MIB], [None]))
+    assert plan.request.n_cpu_moe or plan.request.override_tensor
+    assert any(decision.step == "experts on the CPU" for decision in plan.decisions)
+
+
+def test_the_speed_says_what_it_was_computed_from(model: ModelFacts) -> None:
+    """The parts make up the whole."""
+    plan = planned(model, machine([200 * MIB], [800 * 10**9]))
+    decode = plan.decode
+    assert decode is not None
+    assert 1 / decode.tokens_per_second == pytest.approx(
+        sum(part.seconds for part in decode.parts) + decode.crossings_s
+    )
+    assert [(part.place, part.is_known) for part in decode.parts] == [("CUDA0", True)]
+    assert "800 GB/s" in decode.basis
+
+
+def test_of_experts_only_those_are_read_that_are_used(expert_model: ModelFacts) -> None:
+    decode = planned(expert_model, machine([200 * MIB], [None])).decode
+    assert decode is not None
+    assert decode.parts[0].read_bytes < expert_model.summary.tensor_bytes / 2
