@@ -22,7 +22,8 @@ from planner.estimate import (
 from planner.ggml import pad
 from planner.graph import Graph, Node
 from planner.graphs import build_graph
-from planner.graphs.blocks import PIN_BELOW_TOKENS, Batch, Blocks, Places
+from planner.graphs.blocks import Blocks
+from planner.graphs.parts import PIN_BELOW_TOKENS, Batch, Places
 from planner.model import ModelFacts
 from planner.operations import CUDA_NO_MUL_MAT
 from planner.scheduler import Offloads, Schedule, schedule
