@@ -97,7 +97,8 @@ class Finder:
         in llama-server's order; ``SCHED_SPREAD`` takes all of them at once.
         """
         n_slots = self._pinned_slots(request)
-        if not n_slots or not self.devices:
+        no_main_gpu = request.split_mode == "none" and (request.main_gpu or 0) < 0  # src/llama.cpp
+        if not n_slots or not self.devices or no_main_gpu:
             return self.on_host(request)
         if request.tensor_split is not None:
             return self.attempt(request, self.devices, n_slots, request.tensor_split)
@@ -322,7 +323,10 @@ def _proportional(n_slots: int, budgets: Sequence[int]) -> tuple[int, ...]:
 
 
 def effective(attempt: Candidate) -> PlanRequest:
-    """Return the request with every knob as this candidate has it, ready to be launched."""
+    """Return the request with every knob as this candidate has it, ready to be launched.
+
+    The main GPU is the only device then, and llama-server counts those that it is given.
+    """
     params, placement = attempt.params, attempt.placement
     return replace(
         attempt.request,
@@ -332,4 +336,5 @@ def effective(attempt: Candidate) -> PlanRequest:
         n_gpu_layers=placement.n_gpu_layers,
         tensor_split=placement.tensor_split or None,
         flash_attn=params.flash_attn,
+        main_gpu=None if attempt.request.split_mode == "none" else attempt.request.main_gpu,
     )

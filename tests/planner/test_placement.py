@@ -200,6 +200,17 @@ def test_pinned_flags_are_obeyed(
     assert [slots.count(index) for index in range(len(devices))] == counts
 
 
+@pytest.mark.parametrize("main_gpu, devices", [(None, ("RPC0",)), (1, ("RPC1",)), (-1, ())])
+def test_the_main_gpu_is_the_only_device_that_the_runner_sees(
+    model: ModelFacts, main_gpu: int | None, devices: tuple[str, ...]
+) -> None:
+    request = PlanRequest(n_ctx=4096, split_mode="none", main_gpu=main_gpu)
+    found = plan(model, request, machine(512 * MIB, 512 * MIB))
+    assert isinstance(found, Plan)
+    assert found.placement.devices == devices
+    assert "-mg" not in found.launch.argv
+
+
 def test_a_device_that_an_override_names_is_used_and_charged(model: ModelFacts) -> None:
     """The runner must see it, and what goes there is held against its budget, even where it gets no layer."""
     request = flags.parse(["-c", "2048", "-ot", "blk.0.=RPC0"]).request
