@@ -6,6 +6,8 @@ import pytest
 
 from planner.ggml import BY_NAME
 from planner.graph import F16, F32, I32, Graph, Node
+from planner.graphs import SHAPES, builder
+from planner.graphs.decoder import Decoder
 from planner.scheduler import Schedule, schedule
 
 CPU = 2  # of three backends: two devices and the CPU
@@ -141,3 +143,9 @@ def test_a_card_keeps_what_it_sums_in_one_step_until_the_sum() -> None:
         for reduces in ([True, False, False], None)
     )
     assert len(kept) == len(plain) + 1
+
+
+@pytest.mark.parametrize("architecture", sorted(SHAPES))
+def test_every_architecture_has_a_builder_that_can_be_imported(architecture: str) -> None:
+    """They are named in a table of texts, so that one family's module is imported and not all."""
+    assert issubclass(builder(architecture), Decoder)
