@@ -47,9 +47,9 @@ class Way(NamedTuple):
     least: int = 0
     most: int = MAX_DEVICES
 
-    def solved(self) -> Solver:
-        """Return the problem solved, the devices in order."""
-        return Solver(replace(self.problem, max_bins=self.most))
+    def solved(self, limit_s: float) -> Solver:
+        """Return the problem solved within these seconds, the devices in order."""
+        return Solver(replace(self.problem, max_bins=self.most, limit_s=limit_s))
 
     def of(self, solver: Solver) -> dict[int, float]:
         """Return the seconds of the sets of devices that have a split of this mode."""
@@ -177,7 +177,7 @@ class Best:
         """Say whether some split is expected to fit and to be this fast."""
         question = self._question(request)
         return any(
-            bound_s(way.problem) <= limit_s and min(way.of(way.solved()).values(), default=inf) <= limit_s
+            bound_s(way.problem) <= limit_s and min(way.of(way.solved(limit_s)).values(), default=inf) <= limit_s
             for tier in self._tiers(question, request)
             for way in tier
         )
@@ -186,7 +186,7 @@ class Best:
         """Return the split that the objective puts first, by what is expected of every device."""
         question = self._question(request)
         for tier in self._tiers(question, request):
-            solved = [(way, way.solved()) for way in tier]
+            solved = [(way, way.solved(inf if self.finder.spread else limit_s)) for way in tier]
             fastest_s = min((s for way, solver in solved for s in way.of(solver).values()), default=inf)
             if fastest_s < inf and fastest_s <= limit_s:
                 return self._preferred(question, solved, fastest_s, limit_s)

@@ -45,7 +45,8 @@ class Problem:
     ``reads`` are the bytes that one token has read of each slot. ``on_host`` says how many first slots stay there: None
     for any number. Of a bin's slots, the first parts in ``spill_slots``'s order may be left to the host, of at most
     ``max_spilled`` slots; ``spill_reads`` is what is read of them. ``fixed_s`` is spent anyway. ``ordered`` keeps the
-    bins in order; ``all_bins`` uses all of them, else at most ``max_bins`` are.
+    bins in order; ``all_bins`` uses all of them, else at most ``max_bins`` are. Splits that take more than ``limit_s``
+    are of no interest.
     """
 
     bins: tuple[Bin, ...]
@@ -59,6 +60,7 @@ class Problem:
     ordered: bool = False
     all_bins: bool = False
     max_bins: int = 1 << 30
+    limit_s: float = inf
 
 
 class Segment(NamedTuple):
@@ -93,6 +95,8 @@ class Solver:
         self._problem = problem
         self._n = len(problem.reads)
         self._reads = [0.0, *accumulate(problem.reads)]
+        self._least_sizes = [0, *accumulate(_least_sizes(problem))]
+        self._limit_s = problem.limit_s * (1 + _ROUNDING)
         self._twins = [problem.bins.index(each) for each in problem.bins]
         self._tables: dict[tuple[int, bool], _Table] = {}
         host_s = [read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads]
@@ -119,12 +123,28 @@ class Solver:
             state = self._states.get(used)
             if state is None:
                 continue
-            if state[self._n] < inf:
+            if state[self._n] < inf and state[self._n] <= self._limit_s:
                 self.seconds[used] = state[self._n]
-            if used.bit_count() >= self._problem.max_bins or min(state) == inf:
-                continue
-            for index in self._next_bins(used):
-                self._take(used, state, index)
+            if used.bit_count() < self._problem.max_bins and (ends := self._promising(used, state)):
+                for index in self._next_bins(used):
+                    self._take(used, state, index, ends)
+
+    def _promising(self, used: int, state: list[float]) -> range:
+        """Return the least range of a state's slots from which the bins that are left may hold the rest in time."""
+        bins = self._problem.bins
+        left = [each for i, each in enumerate(bins) if not (used >> i if self._problem.ordered else used >> i & 1)]
+        if not left:
+            return range(0)
+        room = sum(max(*each.rooms, 0.0) for each in left)
+        fastest = max(self._problem.host_bytes_per_s, *(each.bytes_per_s for each in left))
+        reads, sizes, limit_s = self._reads, self._least_sizes, self._limit_s
+        first = bisect_left(sizes, sizes[-1] - room * (1 + _ROUNDING))
+        within = [
+            end
+            for end in range(first, self._n)
+            if state[end] < inf and state[end] + (reads[-1] - reads[end]) / fastest <= limit_s
+        ]
+        return range(within[0], within[-1] + 1) if within else range(0)
 
     def _next_bins(self, used: int) -> Iterator[int]:
         """Yield the bins that may come next. Of bins that are alike, the first that is left stands for all."""
@@ -142,18 +162,20 @@ class Solver:
                 twins.add(self._twins[index])
                 yield index
 
-    def _take(self, used: int, state: list[float], index: int) -> None:
-        """Let a bin take slots after those of a state, as many as there is room for, to any end."""
+    def _take(self, used: int, state: list[float], index: int, starts: range) -> None:
+        """Let a bin take slots from one of these starts of a state, as many as there is room for, to any end."""
         table = self._table(index, first=not used)
         before = list(map(add, state, table.minus_reads_s))  # the seconds less those that the slots take in this bin
         into = used | 1 << index
         best = self._states.setdefault(into, [inf] * (self._n + 1))
-        for end, row in enumerate(table.rows):
-            if row is None:
+        for end in range(starts[0] + 1, self._n + 1):
+            row = table.rows[end]
+            if row is None or row.start > starts[-1]:
                 continue
             ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
             seconds = min(ways) - table.minus_reads_s[end] + table.crossings_s
-            best[end] = min(best[end], seconds)
+            if seconds < best[end]:
+                best[end] = seconds
 
     def _last_segments(self, used: int, end: int) -> Iterator[Segment]:
         """Yield the last segments of the best splits of the first slots over these bins."""
@@ -175,6 +197,16 @@ class Solver:
         if key not in self._tables:
             self._tables[key] = _Table(self._problem, self._problem.bins[index], self._reads, first=first)
         return self._tables[key]
+
+
+def _least_sizes(problem: Problem) -> list[int]:
+    """Return bytes of each slot that every bin needs for it: what may be left to the host is left out."""
+    least = [min(sizes) for sizes in zip(*(each.sizes for each in problem.bins), strict=True)]
+    if least and problem.max_spilled:
+        spills = (max(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+        for slot, size in zip(problem.spill_slots, spills, strict=True):
+            least[slot] -= size
+    return least
 
 
 def bound_s(problem: Problem) -> float:

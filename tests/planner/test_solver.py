@@ -109,6 +109,15 @@ def test_nothing_is_below_the_bound(problem: Problem) -> None:
 
 
 @settings(max_examples=100)
+@given(problem=problems(), limit=st.floats(0.5, 2.0))
+def test_a_limit_takes_away_slower_splits_only(problem: Problem, limit: float) -> None:
+    every = Solver(problem).seconds
+    limit_s = limit * min(every.values(), default=1.0)
+    within = {used: seconds for used, seconds in every.items() if seconds <= limit_s}
+    assert Solver(replace(problem, limit_s=limit_s)).seconds == pytest.approx(within)
+
+
+@settings(max_examples=100)
 @given(problem=problems())
 def test_every_slot_lies_somewhere_once_and_costs_what_is_said(problem: Problem) -> None:
     split = best_of(problem)
