@@ -51,6 +51,11 @@ class Way(NamedTuple):
         """Return the problem solved within these seconds, the devices in order."""
         return Solver(replace(self.problem, max_bins=self.most, limit_s=limit_s))
 
+    def on(self, indices: Sequence[int]) -> Way:
+        """Return the way with these devices and no others, all of them used."""
+        bins = tuple(self.problem.bins[index] for index in indices)
+        return self._replace(problem=replace(self.problem, bins=bins, all_bins=True))
+
     def of(self, solver: Solver) -> dict[int, float]:
         """Return the seconds of the sets of devices that have a split of this mode."""
         return {used: s for used, s in solver.seconds.items() if self.least <= used.bit_count() <= self.most}
@@ -129,7 +134,7 @@ class Best:
             return whole
         low, high = floor // CONTEXT_ALIGNMENT, -(-trained // CONTEXT_ALIGNMENT)
         for _ in range(MAX_CONTEXT_ROUNDS):
-            guess = self._longest_expected(settled, low, high, limit_s)
+            guess = self._longest_expected(settled, low, high, limit_s, best)
             if guess == low:
                 break
             attempt = self.at(knobs.with_context(settled, guess * CONTEXT_ALIGNMENT), limit_s)
@@ -139,12 +144,12 @@ class Best:
                 low, best = guess, attempt
         return best
 
-    def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float) -> int:
-        """Return the largest number of steps between these for which a split is expected to fit."""
+    def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float, near: Candidate) -> int:
+        """Return the largest number of steps between these for which a split is expected to fit, as one near did."""
         while high - low > 1:
             middle = (low + high) // 2
             request = knobs.with_context(settled, middle * CONTEXT_ALIGNMENT)
-            low, high = (middle, high) if self._fits(request, limit_s) else (low, middle)
+            low, high = (middle, high) if self._fits(request, limit_s, near) else (low, middle)
         return low
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -173,13 +178,14 @@ class Best:
         if pinned in {None, "auto"}:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),)
 
-    def _fits(self, request: PlanRequest, limit_s: float) -> bool:
-        """Say whether some split is expected to fit and to be this fast."""
+    def _fits(self, request: PlanRequest, limit_s: float, near: Candidate) -> bool:
+        """Say whether some split is expected to fit and to be this fast; the devices of one near are tried first."""
         question = self._question(request)
+        same = [index for index, device in enumerate(self.devices) if device.name in near.placement.devices]
+        ways = [way for tier in self._tiers(question, request) for way in tier if bound_s(way.problem) <= limit_s]
         return any(
-            bound_s(way.problem) <= limit_s and min(way.of(way.solved(limit_s)).values(), default=inf) <= limit_s
-            for tier in self._tiers(question, request)
-            for way in tier
+            min(way.of(way.solved(limit_s)).values(), default=inf) <= limit_s
+            for way in (*(way.on(same) for way in ways), *ways)
         )
 
     def _choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:

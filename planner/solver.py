@@ -174,8 +174,7 @@ class Solver:
                 continue
             ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
             seconds = min(ways) - table.minus_reads_s[end] + table.crossings_s
-            if seconds < best[end]:
-                best[end] = seconds
+            best[end] = min(best[end], seconds)
 
     def _last_segments(self, used: int, end: int) -> Iterator[Segment]:
         """Yield the last segments of the best splits of the first slots over these bins."""
@@ -258,7 +257,12 @@ class _Table:
         self._spill_s = [0.0, *accumulate(read * slower for read in problem.spill_reads)]
         starts = [True, *(a != b for a, b in zip(problem.spill_slots, problem.spill_slots[1:], strict=False))]
         self._slots_until = [0, *accumulate(starts[: len(problem.spill_slots)])]
-        self.rows: list[_Row | None] = [None, *(self._row(end) for end in range(1, len(reads)))]
+        # The first start that spills nothing, by end.
+        self._wholes = [
+            bisect_left(self._sizes, size - self._bin.room(first=first, output=False)) for size in self._sizes
+        ]
+        self._wholes[-1] = bisect_left(self._sizes, self._sizes[-1] - self._room(len(bin_.sizes)))
+        self.rows: list[_Row | None] = [None, *map(self._row, range(1, len(reads)))]
 
     def spilled(self, start: int, end: int) -> tuple[int, int]:
         """Return the parts that are left to the host where these slots lie here: as few as there must be."""
@@ -272,7 +276,7 @@ class _Table:
         return self._bin.room(first=self._first, output=end == len(self._bin.sizes))
 
     def _row(self, end: int) -> _Row | None:
-        whole = bisect_left(self._sizes, self._sizes[end] - self._room(end))  # the first start that spills nothing
+        whole = self._wholes[end]
         if not self._problem.max_spilled:
             return _Row(whole, None) if whole < end else None
         last_part = self._first_part[end]
