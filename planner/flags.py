@@ -7,6 +7,7 @@ pasted here. As there: no abbreviations, a value is a word of its own, and ``_``
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -14,8 +15,11 @@ from typing import Any, Final
 
 from planner import overrides
 from planner.errors import InvalidRequest
-from planner.llama_flags import PASSED_ON, REFUSED, UNCOUNTED
+from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
 from planner.types import PlanRequest, Role
+
+PROGRAM: Final = "llama-server"
+_ASSIGNMENT: Final = re.compile(r"[A-Z_][A-Z0-9_]*=")
 
 MAX_DEVICES: Final = 16  # llama_max_devices(); -ts and -fitt take one entry less (common/arg.cpp)
 MAX_SEQUENCES: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
@@ -293,7 +297,7 @@ class _Reading:
 def parse(words: Sequence[str]) -> CommandLine:
     """Return what these words ask for. Raises InvalidRequest: what is wrong, and what is allowed."""
     reading = _Reading()
-    rest = iter(words)
+    rest = iter(_without_program(words))
     for word in rest:
         if not word.startswith("-") or word == "-":
             _put_model(reading, word)
@@ -303,9 +307,18 @@ def parse(words: Sequence[str]) -> CommandLine:
             _read_flag(reading, flag, name, rest)
         elif name in PASSED_ON:
             _pass_on(reading, name, rest)
+        elif name in LEFT_OUT:
+            _leave_out(reading, name, rest)
         else:
             raise InvalidRequest(_unknown(name))
     return _finish(reading)
+
+
+def _without_program(words: Sequence[str]) -> Sequence[str]:
+    """Return the words of a pasted command line after its program, and after what it sets in the environment."""
+    first = next((i for i, word in enumerate(words) if not _ASSIGNMENT.match(word)), len(words))
+    is_program = first < len(words) and words[first].rpartition("/")[2] == PROGRAM
+    return words[first + 1 :] if is_program else words
 
 
 def _put_model(reading: _Reading, word: str) -> None:
@@ -327,6 +340,8 @@ def _read_flag(reading: _Reading, flag: Flag, name: str, rest: Iterator[str]) ->
         try:
             reading.put(flag, flag.parse(value))
         except ValueError as error:
+            if value in BY_NAME or value in PASSED_ON or value in LEFT_OUT:
+                raise InvalidRequest(f"{name} needs a value: {name} {flag.metavar}; {value} follows it") from None
             raise InvalidRequest(f"{name} {value}: expected {error}") from None
 
 
@@ -336,6 +351,13 @@ def _pass_on(reading: _Reading, name: str, rest: Iterator[str]) -> None:
         reading.notes.append(f"{name} is handed to llama-server; the memory that it takes is not in these figures")
     else:
         reading.notes.append(f"{name} moves no memory; it is handed to llama-server as it is")
+
+
+def _leave_out(reading: _Reading, name: str, rest: Iterator[str]) -> None:
+    n_values, reason = LEFT_OUT[name]
+    for _ in range(n_values):
+        _next(rest, name, "VALUE")
+    reading.notes.append(f"{name} is left out: {reason}")
 
 
 def _next(rest: Iterator[str], name: str, metavar: str) -> str:
@@ -349,7 +371,9 @@ def _unknown(name: str) -> str:
     if (reason := REFUSED.get(name)) is not None:
         return f"{name} is not accepted: {reason}"
     head, equals, value = name.partition("=")
-    if equals and (head in BY_NAME or head in PASSED_ON):
+    if equals and head in BY_NAME and BY_NAME[head].parse is None:
+        return f"{name}: {head} takes no value"
+    if equals and (head in BY_NAME or head in PASSED_ON or head in LEFT_OUT):
         return f"{name}: as with llama-server, the value is a word of its own: {head} {value}"
     import difflib  # noqa: PLC0415 - only a wrong command line pays for it
 

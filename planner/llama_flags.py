@@ -1,4 +1,4 @@
-"""llama-server's flags that are not ours to plan: which are handed on, which are refused, and why.
+"""llama-server's flags that are not ours to plan: which are handed on, left out or refused, and why.
 
 The flags that the planner does plan are in ``planner.flags``. Together they are all flags of the pinned llama-server
 (common/arg.cpp, ``common_params_parser_init``, LLAMA_EXAMPLE_SERVER); a test compares them with its ``--help``.
@@ -71,19 +71,30 @@ _UNCOUNTED: Final = """
 UNCOUNTED: Final = frozenset(_UNCOUNTED.split())
 """Flags of ``PASSED_ON`` that do move some memory, which no figure of the plan includes. They earn a warning."""
 
-_REASONS: Final = (
-    ("--host --port --reuse-port -a --alias --api-prefix", "the supervisor decides how a runner is reached"),
-    ("--api-key --api-key-file", "every runner gets a random key of its own; clients use PLANNER_API_KEYS"),
-    ("--ssl-key-file --ssl-cert-file", "runners listen on loopback only; put TLS in front of planner serve"),
+_READS_THE_LOG: Final = "the supervisor reads the runner's log and sets its form"
+_SUPERVISED: Final = (
+    ("--host --port -a --alias --api-prefix", 1, "the supervisor decides how a runner is reached"),
+    ("--reuse-port", 0, "the supervisor decides how a runner is reached"),
+    ("--api-key --api-key-file", 1, "every runner gets a random key of its own; clients use PLANNER_API_KEYS"),
+    ("--ssl-key-file --ssl-cert-file", 1, "runners listen on loopback only; put TLS in front of planner serve"),
     (
         "-fit --fit -fitt --fit-target -fitc --fit-ctx",
+        1,
         "the placement is planned here, with PLANNER_GPU_OVERHEAD as margin",
     ),
+    ("-lv --verbosity --log-verbosity", 1, _READS_THE_LOG),
+    ("-v --verbose --log-verbose --log-disable --log-jsonl --no-log-jsonl", 0, _READS_THE_LOG),
     (
-        "-lv --verbosity --log-verbosity -v --verbose --log-verbose --log-disable --log-jsonl --no-log-jsonl",
-        "the supervisor reads the runner's log and sets its form",
+        "--sleep-idle-seconds",
+        1,
+        "idle runners are stopped by PLANNER_KEEP_ALIVE, which gives all of their memory back",
     ),
-    ("--sleep-idle-seconds", "idle runners are stopped by PLANNER_KEEP_ALIVE, which gives all of their memory back"),
+)
+
+LEFT_OUT: Final = MappingProxyType({name: (n, reason) for names, n, reason in _SUPERVISED for name in names.split()})
+"""Flag -> number of values, and why a plan goes without it. A command line that has it can still be pasted."""
+
+_REASONS: Final = (
     (
         "--models-dir --models-preset --models-max --models-autoload --no-models-autoload",
         "planner serve takes the router's place; its folder is PLANNER_MODELS",

@@ -14,7 +14,7 @@ from requests_strategy import plan_requests
 
 from planner import flags
 from planner.errors import InvalidRequest
-from planner.llama_flags import PASSED_ON, REFUSED, UNCOUNTED
+from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
 from planner.types import PlanRequest, Role
 
 NAMES = re.compile(r"(-{1,2}[A-Za-z0-9][\w.-]*)(,\s*)?")
@@ -39,10 +39,11 @@ def test_every_flag_of_llama_server_is_planned_passed_on_or_refused(llama_tools:
     theirs = flags_of_llama_server(llama_tools) - {"-h", "--help", "--version"}
     planned = {name for name, flag in flags.BY_NAME.items() if not flag.ours}
     removed = {"--mmap", "--no-mmap", "--mlock", "--direct-io", "--no-direct-io"}
-    ours = planned | set(PASSED_ON) | set(REFUSED) - removed
+    ours = planned | set(PASSED_ON) | set(LEFT_OUT) | set(REFUSED) - removed
     assert theirs - {"-m", "--model"} == ours
     assert not planned & set(PASSED_ON)
-    assert not (planned | set(PASSED_ON)) & set(REFUSED)
+    assert not (planned | set(PASSED_ON)) & (set(LEFT_OUT) | set(REFUSED))
+    assert not set(LEFT_OUT) & set(REFUSED)
     assert set(PASSED_ON) > UNCOUNTED
 
 
@@ -61,7 +62,9 @@ def test_what_is_written_is_read_back(request: PlanRequest) -> None:
 
 @given(
     st.lists(
-        st.sampled_from([*flags.BY_NAME, *PASSED_ON, *REFUSED, "x", "1", "auto", "RPC0=1GiB", "--", "-", "=", "é"])
+        st.sampled_from(
+            [*flags.BY_NAME, *PASSED_ON, *LEFT_OUT, *REFUSED, "x", "1", "auto", "RPC0=1GiB", "--", "-", "=", "é"]
+        )
     )
 )
 def test_any_words_are_read_or_named_as_wrong(words: list[str]) -> None:
@@ -121,6 +124,17 @@ def test_the_role_follows_the_flags(words: str, role: Role) -> None:
     assert flags.parse(words.split()).request.role is role
 
 
+def test_a_llama_server_command_line_can_be_pasted() -> None:
+    """Its program and what it sets beforehand fall away, and so does what the supervisor decides, with a note."""
+    pasted = "CUDA_VISIBLE_DEVICES=0 /opt/llama/llama-server -m a.gguf -ngl 99 --host 0.0.0.0 --port 80 -v --fit off"
+    line = flags.parse(pasted.split())
+    assert line.options.model == "a.gguf"
+    assert line.request == PlanRequest(n_gpu_layers=99)
+    assert [note.partition(":")[0] for note in line.notes] == [
+        f"{flag} is left out" for flag in ("--host", "--port", "-v", "--fit")
+    ]
+
+
 @pytest.mark.parametrize(
     "words, line",
     [
@@ -134,7 +148,9 @@ def test_the_role_follows_the_flags(words: str, role: Role) -> None:
         ("-ts nan", "-ts nan: expected up to 15 proportions"),
         ("-ot exps", "-ot exps: expected PATTERN=BUFFER"),
         ("--lora a,,b", "--lora a,,b: expected a list with commas and no empty entry"),
-        ("--port 80", "--port is not accepted: the supervisor decides how a runner is reached"),
+        ("--port", "--port needs a value: --port VALUE"),
+        ("--json=1", "--json=1: --json takes no value"),
+        ("-fa --device CUDA0=1GiB", "-fa needs a value: -fa on|off|auto; --device follows it"),
         ("--no-mmap", "--no-mmap is not accepted: llama.cpp has removed it; use --load-mode"),
         ("-hf some/model", "-hf is not accepted: nothing is downloaded here"),
         ("a.gguf b.gguf", "two models: a.gguf and b.gguf"),
