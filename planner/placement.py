@@ -343,11 +343,13 @@ def _shortfall_bytes(attempt: Candidate) -> int:
 def _chosen_devices(request: PlanRequest, machine: Machine) -> tuple[Device, ...]:
     """Return the devices that may be used, in llama-server's order. Raises InvalidRequest for a name that is none."""
     if request.devices is None:
-        return tuple(device for device in machine.devices if device.usable)
-    chosen = [_device("--device", name, machine) for name in request.devices]
-    if (request.main_gpu or 0) >= max(len(chosen), 1):
+        chosen = tuple(device for device in machine.devices if device.usable)
+    else:
+        chosen = tuple(_device("--device", name, machine) for name in request.devices)
+    # No other mode looks at it (src/llama.cpp, llama_prepare_model_devices).
+    if request.split_mode == "none" and chosen and (request.main_gpu or 0) >= len(chosen):
         raise InvalidRequest(f"--main-gpu {request.main_gpu}: there are {len(chosen)} devices, counted from 0")
-    return tuple(chosen)
+    return chosen
 
 
 def _device(flag: str, name: str, machine: Machine) -> Device:

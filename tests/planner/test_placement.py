@@ -200,6 +200,12 @@ def test_pinned_flags_are_obeyed(
     assert [slots.count(index) for index in range(len(devices))] == counts
 
 
+def test_a_main_gpu_that_is_not_there_is_wrong_usage(model: ModelFacts) -> None:
+    request = PlanRequest(split_mode="none", main_gpu=5)
+    with pytest.raises(InvalidRequest, match=r"--main-gpu 5: there are 2 devices, counted from 0"):
+        plan(model, request, machine(200 * MIB, 200 * MIB))
+
+
 @pytest.mark.parametrize("main_gpu, devices", [(None, ("RPC0",)), (1, ("RPC1",)), (-1, ())])
 def test_the_main_gpu_is_the_only_device_that_the_runner_sees(
     model: ModelFacts, main_gpu: int | None, devices: tuple[str, ...]
