@@ -101,15 +101,17 @@ def to_json(outcome: PlanOutcome) -> dict[str, Any]:
     """Return the object that ``planner explain --json`` prints. Unknown is None, never 0."""
     plan = outcome if isinstance(outcome, Plan) else None
     no_fit = outcome if isinstance(outcome, NoFit) else None
+    is_placed = plan is None or not plan.fit_by_llama
+    rows = [] if isinstance(outcome, Refused) else _devices(outcome.usages, outcome.host, is_placed=is_placed)
     return {
         "schema": SCHEMA,
         "fits": plan is not None,
-        "placement": None if plan is None or plan.fit_by_llama else plan.placement.kind.value,
+        "placement": plan.placement.kind.value if plan is not None and is_placed else None,
         "headline": headline(outcome),
         "context_per_slot": None if isinstance(outcome, Refused) else outcome.n_ctx_per_slot,
         "model": _model(outcome),
         "request": flags.as_json(outcome.request),
-        "devices": [] if isinstance(outcome, Refused) else _devices(outcome.usages, outcome.host),
+        "devices": rows,
         "decode_tokens_per_second": plan and plan.decode and _decode(plan.decode),
         "launch": plan and {"argv": list(plan.launch.argv), "env": dict(plan.launch.env)},
         "decisions": [{"step": d.step, "chosen": d.chosen, "because": d.because} for d in outcome.decisions],
@@ -152,19 +154,23 @@ def _decode(decode: DecodeEstimate) -> dict[str, Any]:
     }
 
 
-def _devices(usages: tuple[DeviceUsage, ...], host: HostDetail) -> list[dict[str, Any]]:
-    return [_device(usage) | (_host(host) if usage.kind is DeviceKind.HOST else {}) for usage in usages]
+def _devices(usages: tuple[DeviceUsage, ...], host: HostDetail, *, is_placed: bool) -> list[dict[str, Any]]:
+    return [
+        _device(usage, is_placed=is_placed) | (_host(host) if usage.kind is DeviceKind.HOST else {}) for usage in usages
+    ]
 
 
-def _device(usage: DeviceUsage) -> dict[str, Any]:
+def _device(usage: DeviceUsage, *, is_placed: bool) -> dict[str, Any]:
+    """Return one row. What llama-server itself will place has no layers yet that anybody knows."""
+    open_yet = not is_placed and usage.model.bytes is None
     return {
         "name": usage.name,
         "kind": usage.kind.value,
         "total_bytes": usage.total_bytes,
         "free_bytes": usage.free_bytes,
         "budget_bytes": usage.budget_bytes,
-        "layers": list(usage.layers),
-        "output": usage.output,
+        "layers": None if open_yet else list(usage.layers),
+        "output": None if open_yet else usage.output,
         "model_bytes": usage.model.bytes,
         "context_bytes": usage.context.bytes,
         "compute_bytes": usage.compute.bytes,
