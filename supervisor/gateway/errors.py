@@ -177,7 +177,7 @@ def _http_answer(error: web.HTTPException) -> ErrorAnswer:
     if isinstance(error, web.HTTPMethodNotAllowed):
         message = f"{error.method} is not allowed here; allowed: {', '.join(sorted(error.allowed_methods))}"
     elif isinstance(error, web.HTTPNotFound):
-        message = "no such path; docs/http.md lists what there is"
+        message = "no such path"
     elif isinstance(error, web.HTTPRequestEntityTooLarge):
         message = error.text or message
     return ErrorAnswer(error.status, headers, {"message": message, "type": type_, "param": None, "code": code})
