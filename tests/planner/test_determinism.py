@@ -49,8 +49,7 @@ def sized(kind: DeviceKind, count: int, model_bytes: int) -> Machine:
 
     def device(index: int, like: Device) -> Device:
         size = int(model_bytes * SHARES[index]) + (64 << 20)
-        changes = {"free_bytes": size, "total_bytes": size, "bandwidth_bytes_per_s": BANDWIDTHS[index]}
-        return replace(like, **changes)
+        return replace(like, free_bytes=size, total_bytes=size, bandwidth_bytes_per_s=BANDWIDTHS[index])
 
     return replace(where, devices=tuple(device(*each) for each in enumerate(where.devices)), what_if=True)
 
