@@ -26,7 +26,7 @@ from planner.types import Device, Placement, PlanRequest
 EQUAL_SPEED: Final = 1.01  # speeds this close count as equal: the figures they are computed from are no better
 MAX_ROUNDS: Final = 8  # of solving and accounting; three are usual, since only compute buffers move
 MAX_SPILL_ORDERS: Final = 6  # devices whose orders are all tried where parts of layers may be left to the host
-MAX_CONTEXT_ROUNDS: Final = 4  # of bisecting; what a device takes grows with the context nearly in proportion
+MAX_CONTEXT_ROUNDS: Final = 8  # of bisecting; three are usual: what a device takes grows nearly in proportion
 _PERMILLE: Final = 1000
 
 
@@ -65,13 +65,15 @@ class Way(NamedTuple):
 class Best:
     """One question to the solver, and what accounting has shown so far.
 
-    ``order_is_settled`` keeps the devices in the order given.
+    ``order_is_settled`` keeps the devices in the order given; ``stays_whole`` leaves nothing to the host that is not
+    pinned there.
     """
 
     finder: Finder
     order_is_settled: bool
     learned: Learned = field(default_factory=Learned)
     devices: tuple[Device, ...] = ()
+    stays_whole: bool = False
 
     def __post_init__(self) -> None:
         """Begin with llama-server's own order."""
@@ -119,16 +121,19 @@ class Best:
         return best
 
     def longest(self, settled: PlanRequest, floor: int, trained: int) -> Candidate | None:
-        """Return the best placement with the longest context that is as fast as the fastest at the floor.
+        """Return the best placement with the longest context; None where not even the floor fits.
 
-        The trained length is tried first. Below it, multiples of 256 are bisected by what is expected to fit; what
-        accounting then shows is learned, until no longer context is expected to fit.
+        Where everything lies on devices at the floor, that is the longest with which it still does. Where not, it is
+        the longest with which decoding is as fast: a longer one would push more to the host. The trained length is
+        tried first. Below it, multiples of 256 are bisected by what is expected to fit; what accounting then shows is
+        learned, until no longer context is expected to fit.
         """
         best = self.at(knobs.with_context(settled, floor))
         at_floor = self._choice(knobs.with_context(settled, floor)) if best else None
         if best is None or at_floor is None or floor >= trained:
             return best
-        limit_s = at_floor.fastest_s * EQUAL_SPEED
+        self.stays_whole = at_floor.mode is not Mode.WITH_HOST
+        limit_s = inf if self.stays_whole else at_floor.fastest_s * EQUAL_SPEED
         whole = self.at(knobs.with_context(settled, trained), limit_s)
         if whole is not None:
             return whole
@@ -175,7 +180,7 @@ class Best:
             pipelined = question.problem(Mode.PIPELINED)
             yield (Way(Mode.UNPIPELINED, several, most=1), Way(Mode.PIPELINED, pipelined, least=2))
         yield (Way(Mode.UNPIPELINED, several),)
-        if pinned in {None, "auto"}:
+        if pinned in {None, "auto"} and not self.stays_whole:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),)
 
     def _fits(self, request: PlanRequest, limit_s: float, near: Candidate) -> bool:
@@ -184,8 +189,9 @@ class Best:
         same = [index for index, device in enumerate(self.devices) if device.name in near.placement.devices]
         ways = [way for tier in self._tiers(question, request) for way in tier if bound_s(way.problem) <= limit_s]
         return any(
-            min(way.of(way.solved(limit_s)).values(), default=inf) <= limit_s
+            s <= limit_s
             for way in (*(way.on(same) for way in ways), *ways)
+            for s in way.of(way.solved(limit_s)).values()
         )
 
     def _choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:

@@ -1,8 +1,7 @@
 """The search: a model, a request and a machine in, a plan or the reasons why there is none out.
 
-What is pinned is obeyed; what is not is chosen in this order of wishes: everything on devices, the whole trained
-context, the fewest devices; where that cannot be had, first the context gives way, down to ``MIN_CONTEXT``, then layers
-stay on the host, the first ones first.
+What is pinned is obeyed; what is not is chosen by the objective of docs/decisions/0006: everything on devices, the
+longest context with which it stays there, the fastest decoding, the fewest devices.
 """
 
 from __future__ import annotations
@@ -180,7 +179,12 @@ class _Search:
 
     def _decide_context(self, found: Candidate, trained: int) -> None:
         n_ctx = min(found.params.n_ctx_seq, trained)
-        why = "it is the trained length, and it fits" if n_ctx == trained else f"of the trained {trained:,} no more fit"
+        if n_ctx == trained:
+            why = "it is the trained length, and it fits"
+        elif found.placement.kind is PlacementKind.GPU_AND_CPU or self._leaves_parts(found):
+            why = "a longer one would push more of the model to the host"
+        else:
+            why = f"of the trained {trained:,} no more fit"
         self._decide("context", f"{n_ctx:,} tokens", why)
 
     # -----------------------------------------------------------------------------------------------------------------
