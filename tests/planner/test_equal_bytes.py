@@ -78,3 +78,21 @@ def test_what_the_search_leaves_to_the_host_is_reserved_there(
     assert chosen in {plan["placement"], *(decision["step"] for decision in plan["decisions"])}
     lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
     assert_as_planned(plan, lies_at, free_environment)
+
+
+@pytest.mark.parametrize("family", sorted(dimensions("small")))
+def test_a_family_of_models_gets_the_bytes_that_its_plan_says(
+    family: str,
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """Dense, windowed and mixed-expert models of their makers' proportions, really loaded over two devices."""
+    model = write_model(tmp_path / f"{family}.gguf", dimensions("small")[family])
+    workers = rpc_workers(2)
+    words = [word for i, worker in enumerate(workers) for word in ("--device", f"RPC{i}@{worker.endpoint}={400 * MIB}")]
+    spread = free_environment | {"PLANNER_SCHED_SPREAD": "1"}
+    plan = explain(str(model), *words, "-c", "4096", "--no-oracle", environment=spread)
+    assert [len(device["layers"]) > 0 for device in plan["devices"]] == [True, True, False]
+    lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
+    assert_as_planned(plan, lies_at, free_environment)
