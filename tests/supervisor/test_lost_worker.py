@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -37,8 +37,9 @@ def start(llama_tools: Path) -> Iterator[Callable[..., RpcWorker]]:
         yield run
 
 
-async def first_words(lease: Lease, n_events: int) -> None:
-    """Ask for an endless answer and return after so many events of it; the connection is cut when this is cancelled."""
+@asynccontextmanager
+async def answering(lease: Lease, n_events: int) -> AsyncIterator[None]:
+    """Ask for an endless answer and go on after so many events of it; it is not cut off before the context is left."""
     body = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
     headers = {"Authorization": f"Bearer {lease.endpoint.api_key}"}
     async with (
@@ -49,7 +50,8 @@ async def first_words(lease: Lease, n_events: int) -> None:
             if line.startswith(b"data: ") and json.loads(line[6:])["choices"]:
                 n_events -= 1
             if n_events == 0:
-                return
+                break
+        yield
 
 
 def used(supervisor: Supervisor) -> list[str]:
@@ -78,11 +80,10 @@ async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again
     async with supervising(models(endless_model), settings, keep_alive_s=0.0) as supervisor:
         async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
             assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
-            await first_words(lease, 3)
-            workers[1].process.kill()
-            with anyio.fail_after(30):
-                story = await lease.wait_lost()
-            assert story
+            async with answering(lease, 3):
+                workers[1].process.kill()
+                with anyio.fail_after(30):
+                    assert await lease.wait_lost()
         async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
             machine = supervisor.snapshot().machine
             assert machine is not None
@@ -91,9 +92,11 @@ async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again
             assert "unreachable" in gone.description
             assert "cannot connect" in str(gone.why_not)
             assert gone.name not in used(supervisor)
-            await first_words(lease, 3)
+            async with answering(lease, 3):
+                pass
         await log.wait("runner.stopping")  # unused, since nothing is kept
         start(workers[1].endpoint)
         async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
             assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
-            await first_words(lease, 3)
+            async with answering(lease, 3):
+                pass
