@@ -77,7 +77,7 @@ class _Asker:
         question = {
             "folder": str(self.folder),
             "worker": str(self.worker) if any(stand_ins) else None,
-            "model": model.paths[0],
+            "model": str(Path(model.paths[0]).absolute()),  # the child works in another folder
             "devices": [
                 None if stands_in else device.name for device, stands_in in zip(devices, stand_ins, strict=True)
             ],

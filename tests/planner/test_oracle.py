@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_an_architecture_without_rule_is_planned_by_asking(build: LlamaBuild, em
     assert isinstance(outcome, Plan)
     assert not outcome.fit_by_llama
     assert all(usage.planned_bytes is not None for usage in outcome.usages)
+
+
+def test_a_model_may_be_named_from_the_folder_one_is_in(build: LlamaBuild, chat_model: Path) -> None:
+    with contextlib.chdir(chat_model.parent):
+        model = read_model(chat_model.name)
+        ask = oracle.ask(build)
+        assert ask is not None
+        params = context_params(model, PlanRequest(n_ctx=2048, flash_attn="on"))
+        assert ask(model, params, placement(model, (), 0, ()), machine(0)) is not None
 
 
 def test_a_file_that_llama_cpp_cannot_load_has_no_answer(build: LlamaBuild, chat_model: Path, tmp_path: Path) -> None:
