@@ -69,10 +69,11 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _explain(words: Sequence[str]) -> int:
-    from planner import companions, flags, placement
+    from planner import companions, flags
     from planner.model import read_model
     from planner.oracle import ask
     from planner.policy import from_settings
+    from planner.search import placement
 
     if any(word in {"-h", "--help"} for word in words):
         from planner.usage import explain_usage

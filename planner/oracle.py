@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 from planner import kv_overrides
 from planner.accounting import DeviceBytes, MemoryLedger
 from planner.build import is_pinned
-from planner.candidates import Oracle
 from planner.context import ContextParams
 from planner.model import ModelFacts
+from planner.search.candidates import Oracle
 from planner.types import UNKNOWN_FIGURE, Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from planner import companions
-from planner import placement as search
 from planner.accounting import DeviceBytes, account
 from planner.build import PINNED_COMMIT, is_pinned
-from planner.candidates import Oracle
 from planner.context import context_params
 from planner.explain import headline
 from planner.model import ModelFacts
+from planner.search import placement as search
+from planner.search.candidates import Oracle
 from planner.types import (
     Figure,
     LlamaBuild,

@@ -21,10 +21,11 @@ from typing import Final
 from config import light
 from gpu.detect import Detected, detect
 from gpu.llama import Search
-from planner import companions, explain, launch, oracle, placement
+from planner import companions, explain, launch, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
+from planner.search import placement
 from planner.types import (
     DeviceKind,
     Machine,

@@ -11,12 +11,13 @@ from gguf_files import write_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import budget, knobs, speed
-from planner.best import EQUAL_SPEED
+from planner import budget, speed
 from planner.build import PINNED_BUILD
-from planner.candidates import Candidate, Finder
 from planner.model import ModelFacts, read_model
-from planner.placement import search
+from planner.search import knobs
+from planner.search.best import EQUAL_SPEED
+from planner.search.candidates import Candidate, Finder
+from planner.search.placement import search
 from planner.types import (
     HOST,
     HOST_POOL,

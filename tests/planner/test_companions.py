@@ -17,7 +17,7 @@ from planner.build import PINNED_BUILD
 from planner.companions import projector
 from planner.errors import InvalidRequest, ModelFileError
 from planner.model import read_attachment, read_model
-from planner.placement import search
+from planner.search.placement import search
 from planner.types import (
     HOST,
     HOST_POOL,

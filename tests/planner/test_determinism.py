@@ -16,7 +16,7 @@ from published_models import dimensions, write_model
 from planner.build import PINNED_BUILD
 from planner.explain import to_json
 from planner.model import read_model
-from planner.placement import search
+from planner.search.placement import search
 from planner.types import Device, DeviceKind, Machine, PlanRequest, Policy
 
 ROOT = Path(__file__).parents[2]

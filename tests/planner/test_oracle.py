@@ -17,7 +17,7 @@ from planner.accounting import MemoryLedger, account
 from planner.build import PINNED_BUILD
 from planner.context import context_params
 from planner.model import ModelFacts, read_model
-from planner.placement import search
+from planner.search.placement import search
 from planner.types import (
     HOST,
     HOST_POOL,

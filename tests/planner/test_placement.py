@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import flags, knobs
+from planner import flags
 from planner.build import PINNED_BUILD
 from planner.errors import InvalidRequest
 from planner.explain import headline
-from planner.longest import STEP
 from planner.model import ModelFacts, read_model
-from planner.placement import search
+from planner.search import knobs
+from planner.search.longest import STEP
+from planner.search.placement import search
 from planner.types import (
     HOST,
     HOST_POOL,

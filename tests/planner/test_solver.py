@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.solver import Bin, Problem, Solver, Split, bound_s
+from planner.search.solver import Bin, Problem, Solver, Split, bound_s
 
 MAX_SLOTS = 11  # ten layers and the output
 FAST = st.sampled_from([4.0, 7.0, 10.0])

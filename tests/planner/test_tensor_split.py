@@ -18,7 +18,7 @@ from planner.accounting import account
 from planner.build import PINNED_BUILD
 from planner.context import context_params
 from planner.model import ModelFacts, read_model
-from planner.placement import search
+from planner.search.placement import search
 from planner.types import DeviceKind, Machine, Plan, PlanRequest, Policy, Refused
 
 KINDS = {"model": "model_bytes", "KV": "context_bytes", "compute": "compute_bytes"}

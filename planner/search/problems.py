@@ -11,10 +11,10 @@ from typing import Final, NamedTuple
 from planner import budget, cache, ggml, weights
 from planner.buffers import BufferType, buffer_type
 from planner.context import ContextParams
-from planner.learned import Learned, Mode, Part
 from planner.model import ModelFacts, Tensor
 from planner.overrides import EXPERTS, FFN
-from planner.solver import Bin, Problem
+from planner.search.learned import Learned, Mode, Part
+from planner.search.solver import Bin, Problem
 from planner.speed import cache_reads, pace, tensor_read
 from planner.types import Device, Machine
 

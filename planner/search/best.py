@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Final, NamedTuple
 
-from planner import budget, cache, knobs, weights
-from planner.candidates import Candidate, Finder
+from planner import budget, cache, weights
 from planner.context import CONTEXT_ALIGNMENT, MAX_DEVICES, context_params
-from planner.learned import Learned, Mode
 from planner.overrides import UNPIPELINED
-from planner.problems import Question, SpillPart, spill_pattern
-from planner.solver import Problem, Solver, Split, bound_s
+from planner.search import knobs
+from planner.search.candidates import Candidate, Finder
+from planner.search.learned import Learned, Mode
+from planner.search.problems import Question, SpillPart, spill_pattern
+from planner.search.solver import Problem, Solver, Split, bound_s
 from planner.types import Device, Placement, PlanRequest
 
 EQUAL_SPEED: Final = 1.01  # speeds this close count as equal: the figures they are computed from are no better

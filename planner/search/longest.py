@@ -6,8 +6,8 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Final
 
-from planner.candidates import Candidate
 from planner.context import CONTEXT_ALIGNMENT
+from planner.search.candidates import Candidate
 
 STEP: Final = CONTEXT_ALIGNMENT  # tokens; llama.cpp rounds to these
 

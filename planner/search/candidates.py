@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Final
 
-from planner import budget, companions, layers, packing
+from planner import budget, companions, layers
 from planner.accounting import DeviceBytes, MemoryLedger, account
 from planner.charges import Charge, charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
+from planner.search import packing
 from planner.types import (
     Device,
     DeviceKind,

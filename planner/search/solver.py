@@ -1,8 +1,8 @@
 """The best contiguous split there is, by dynamic programming: slots into bins, each costing seconds and bytes.
 
-Knows nothing of models: ``planner.best`` makes the problem and has its answer accounted for. A state is a set of bins
-and the slots that they hold, the first ones; a bin then takes the slots that follow. So every order of every subset of
-bins and every cut is covered, in time that grows with the subsets and not with the orders.
+Knows nothing of models: ``planner.search.best`` makes the problem and has its answer accounted for. A state is a set of
+bins and the slots that they hold, the first ones; a bin then takes the slots that follow. So every order of every
+subset of bins and every cut is covered, in time that grows with the subsets and not with the orders.
 """
 
 from __future__ import annotations

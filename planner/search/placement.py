@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, context, knobs, launch, speculation, speed
-from planner.best import Best
+from planner import budget, companions, context, launch, speculation, speed
 from planner.build import is_pinned
-from planner.candidates import Candidate, Finder, Oracle, effective
 from planner.errors import InvalidRequest
-from planner.longest import longest
 from planner.model import ModelFacts
-from planner.nearest import nearest
 from planner.overrides import UNPIPELINED
+from planner.search import knobs
+from planner.search.best import Best
+from planner.search.candidates import Candidate, Finder, Oracle, effective
+from planner.search.longest import longest
+from planner.search.nearest import nearest
 from planner.types import (
     HOST,
     UNKNOWN_FIGURE,
