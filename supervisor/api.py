@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from planner.types import Machine, Role, Shortfall
 
@@ -105,6 +105,45 @@ class Endpoint:
     api_key: str = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a request asks of the load itself; None: as the settings have it.
+
+    ``n_ctx`` is tokens for one conversation; a runner that has as many serves it. The others are llama-server's own.
+    """
+
+    n_ctx: int | None = None
+    n_gpu_layers: int | None = None
+    main_gpu: int | None = None
+    n_batch: int | None = None
+    use_mmap: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request asks beside the model and its role.
+
+    ``client`` is who asks (the name of its key, else its address): the queue is fair between clients.
+    ``keep_alive_s`` is how long the runner stays once it is idle: ``math.inf`` for ever, None as it is set already.
+    """
+
+    client: str = ""
+    keep_alive_s: float | None = None
+    load: LoadOptions = LoadOptions()
+
+
+NO_NEED: Final = Need()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Where a model's load stands. ``stage`` is a word for people; ``fraction`` of the weights read, where known."""
+
+    stage: str
+    fraction: float | None
+    waited_s: float
+
+
 class Lease(Protocol):
     """A grant to send one request to a runner. Leaving the context gives it back, exactly once."""
 
@@ -170,8 +209,24 @@ class RunnerView:
 
 
 @dataclass(frozen=True, slots=True)
+class Preset:
+    """What a Modelfile adds to a model: how it is spoken to. ``parameters`` are request defaults by Ollama's names."""
+
+    template: str | None = None
+    system: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    messages: tuple[Mapping[str, str], ...] = ()
+    licenses: tuple[str, ...] = ()
+    parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model of the folder. ``problem`` is the line that says why it cannot be served, where it cannot."""
+    """One model that can be asked for. ``problem`` is the line that says why it cannot be served, where it cannot.
+
+    ``digest`` tells versions of one name apart: the sha256 of a store's manifest, of name, size and time of a file.
+    ``capabilities`` are Ollama's words: completion, tools, insert, vision, audio, embedding, thinking.
+    """
 
     id: str
     path: str
@@ -182,6 +237,13 @@ class ModelView:
     n_ctx_train: int | None
     n_ctx_per_slot: int | None
     problem: str | None = None
+    digest: str = ""
+    quantization: str | None = None
+    n_params: int | None = None
+    n_embd: int | None = None
+    capabilities: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    preset: Preset = Preset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +292,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def acquire(self, model: str, role: Role) -> AbstractAsyncContextManager[Lease]:
+    def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
         """Return a context manager that waits for a lease on a runner of this model, loading it where need be.
 
         Entering raises an ``AcquireError`` where none can be granted. Cancelling while it waits takes the request out

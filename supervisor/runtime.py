@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from planner.types import Role
 from supervisor import views
-from supervisor.api import Endpoint, ModelCounters, Snapshot
+from supervisor.api import NO_NEED, Endpoint, ModelCounters, Need, Snapshot
 from supervisor.children import Children
 from supervisor.core import scheduler
 from supervisor.core.commands import (
@@ -139,8 +139,9 @@ class Supervisor:
         return (await self._inventory.resolve(name)).id
 
     @asynccontextmanager
-    async def acquire(self, model: str, role: Role) -> AsyncIterator[ChildLease]:
+    async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[ChildLease]:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
+        del need  # nothing asks for anything yet
         entry = await self._inventory.find(model, role)
         ticket = TicketId(self._next_ticket)
         self._next_ticket += 1

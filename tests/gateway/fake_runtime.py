@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 from planner.types import Role
-from supervisor.api import Endpoint, Lease, ModelView, Snapshot, UnknownModel, WrongRole
+from supervisor.api import NO_NEED, Endpoint, Lease, ModelView, Need, Snapshot, UnknownModel, WrongRole
 
 LISTENING = re.compile(rb"listening on (http://127\.0\.0\.1:\d+)")
 ROLE_FLAGS = {Role.CHAT: (), Role.EMBEDDING: ("--embeddings",), Role.RERANK: ("--reranking",)}
@@ -153,6 +153,7 @@ class FakeRuntime:
     granted: int = 0
     released: int = 0
     returned: asyncio.Event = field(default_factory=asyncio.Event)
+    needs: list[Need] = field(default_factory=list)
 
     def snapshot(self) -> Snapshot:
         """Return a machine-less snapshot that lists the servers' models."""
@@ -184,8 +185,9 @@ class FakeRuntime:
         return name
 
     @asynccontextmanager
-    async def acquire(self, model: str, role: Role) -> AsyncIterator[Lease]:
+    async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[Lease]:
         """Grant at once, or refuse."""
+        self.needs.append(need)
         if self.refusal is not None:
             raise self.refusal
         self.granted += 1
