@@ -92,7 +92,6 @@ def account(
             contexts = caches(model, params, placement, machine, build)
         buffers = compute_buffers(model, params, placement, machine, build)
         computes = buffers.devices, buffers.host
-        reasons += buffers.not_built
     return MemoryLedger(
         devices=tuple(map(DeviceBytes, models[0], contexts[0], computes[0])),
         host=DeviceBytes(models[1], contexts[1], computes[1]),

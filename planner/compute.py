@@ -9,9 +9,10 @@ from planner.build import is_pinned
 from planner.context import ContextParams
 from planner.estimate import F32_BYTES, estimate_buffers, reserved_tokens
 from planner.graphs import SHAPES
+from planner.loose_bound import loose_buffers
 from planner.model import ModelFacts
 from planner.replay import Backend, replay
-from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
+from planner.types import DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
 
 # Kinds whose allocation rules the replay follows. Others reorder the graph or cut buffers into blocks of their own.
 _REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.ROCM})
@@ -26,14 +27,10 @@ _ROUTER_TENSORS: Final = 8  # logits, probabilities, their order, weights, sums:
 
 @dataclass(frozen=True, slots=True)
 class ComputeBuffers:
-    """The buffers of a placement's devices, in its order, and of the host.
-
-    ``not_built`` names what has no rule, so that figures are unknown; it is empty where none is.
-    """
+    """The buffers of a placement's devices, in its order, and of the host."""
 
     devices: tuple[Figure, ...]
     host: Figure
-    not_built: tuple[str, ...] = ()
 
 
 def compute_buffers(
@@ -42,7 +39,7 @@ def compute_buffers(
     """Return what llama.cpp reserves for its graphs (src/llama-context.cpp, ``sched_reserve``).
 
     Simulated where the architecture's graph is replayed for the build that it mirrors; estimated upwards for another
-    build, or where only a closed form bounds the graph; else unknown.
+    build, or where only a closed form bounds the graph: that of its family, or the loose one of any graph.
     """
     replayed = _replayed(model, params, placement, machine)
     as_replayed = {machine.device(name).kind for name in placement.devices} <= _REPLAYED_KINDS
@@ -59,9 +56,8 @@ def compute_buffers(
         return _buffers(sizes_bytes, Source.ESTIMATED)
     if replayed is not None and (as_replayed or not any(model.hparams.recr_layers)):  # scans may be cut up elsewhere
         return _buffers(tuple(int(size * _OTHER_ORDER) for size in replayed), Source.ESTIMATED)
-    built = model.hparams.architecture in SHAPES
-    reason = f"the compute graph of {'this file of ' * built}{model.hparams.architecture}"
-    return ComputeBuffers((UNKNOWN_FIGURE,) * len(placement.devices), UNKNOWN_FIGURE, (reason,))
+    loose = loose_buffers(model, params, placement, machine)
+    return _buffers((*loose.devices, loose.host), Source.ESTIMATED)
 
 
 def _replayed(

@@ -155,14 +155,14 @@ class _Form:
     def of(cls, model: ModelFacts, params: ContextParams, placement: Placement) -> _Form:
         """Return the terms of a question."""
         output = model.tensor("output.weight") or model.tensor("token_embd.weight")
-        host_weights = _host_weights(model, params, placement)
+        from_host = host_weights(model, params, placement)
         return cls(
             hparams=model.hparams,
             params=params,
             placement=placement,
             widths=tuple(_widths(model)),
-            parts=_parts(model, frozenset(tensor.name for tensor in host_weights)),
-            largest_host_weight=max((tensor.nbytes for tensor in host_weights), default=0),
+            parts=_parts(model, frozenset(tensor.name for tensor in from_host)),
+            largest_host_weight=max((tensor.nbytes for tensor in from_host), default=0),
             n_tokens=reserved_tokens(params),
             copies=pipeline_copies(params, placement, model.hparams.n_layer_all),
             n_vocab_rows=output.shape[1] if output and len(output.shape) > 1 else model.hparams.n_vocab,
@@ -275,7 +275,7 @@ class _Form:
         return self.largest_host_weight * (2 if len(self.placement.devices) > 1 else 1)
 
 
-def _block_tensors(model: ModelFacts) -> Iterator[tuple[int, str, Tensor]]:
+def block_tensors(model: ModelFacts) -> Iterator[tuple[int, str, Tensor]]:
     """Yield each tensor of a block with the block's number and its name there; none of blocks that do not count."""
     for tensor in model.tensors:
         found = _BLOCK.match(tensor.name)
@@ -283,11 +283,11 @@ def _block_tensors(model: ModelFacts) -> Iterator[tuple[int, str, Tensor]]:
             yield int(found[1]), found[2], tensor
 
 
-def _host_weights(model: ModelFacts, params: ContextParams, placement: Placement) -> list[Tensor]:
+def host_weights(model: ModelFacts, params: ContextParams, placement: Placement) -> list[Tensor]:
     """Return the matrices of blocks that lie in host memory: by layer, or by a tensor override."""
     overrides = [(re.compile(pattern), buffer_type) for pattern, buffer_type in params.overrides]
     weights = []
-    for il, _, tensor in _block_tensors(model):
+    for il, _, tensor in block_tensors(model):
         if len(tensor.shape) < 2:  # noqa: PLR2004  # vectors are too small to matter
             continue
         target = next((buffer_type for regex, buffer_type in overrides if regex.search(tensor.name)), None)
@@ -298,7 +298,7 @@ def _host_weights(model: ModelFacts, params: ContextParams, placement: Placement
 
 def _parts(model: ModelFacts, host_names: frozenset[str]) -> tuple[_Parts, ...]:
     sides: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in range(model.hparams.n_layer_all)]
-    for il, name, tensor in _block_tensors(model):
+    for il, name, tensor in block_tensors(model):
         if len(tensor.shape) > 1 and not name.startswith("ffn_gate_inp"):
             sides[il][tensor.name in host_names].add("ffn" if name.startswith("ffn") else "attn")
     return tuple(_Parts(frozenset(on_device), frozenset(on_host)) for on_device, on_host in sides)
@@ -306,7 +306,7 @@ def _parts(model: ModelFacts, host_names: frozenset[str]) -> tuple[_Parts, ...]:
 
 def _widths(model: ModelFacts) -> Iterator[Width]:
     blocks: list[dict[str, Tensor]] = [{} for _ in range(model.hparams.n_layer_all)]
-    for il, name, tensor in _block_tensors(model):
+    for il, name, tensor in block_tensors(model):
         blocks[il][name] = tensor
     for il, block in enumerate(blocks):
         yield _width(model.hparams, il, block)
