@@ -49,6 +49,12 @@ class UnknownModel(AcquireError):
         self.closest = closest
 
 
+class UnknownDevice(AcquireError):
+    """This machine has no device of that name."""
+
+    fault = Fault.CALLER
+
+
 class WrongRole(AcquireError):
     """The model is served for another role than the request needs."""
 
@@ -78,8 +84,14 @@ class QueueFull(AcquireError):
     """As many requests wait already as MAX_QUEUE allows."""
 
 
+class ClientLimit(AcquireError):
+    """This client has as many requests waiting as CLIENT_QUEUE allows; others are still welcome."""
+
+    fault = Fault.CALLER
+
+
 class LoadTimeout(AcquireError):
-    """The runner was not ready within LOAD_TIMEOUT."""
+    """The runner was not ready within LOAD_TIMEOUT, or no slot came free within QUEUE_TIMEOUT."""
 
     fault = Fault.RUNNER
 
@@ -143,6 +155,20 @@ class LoadProgress:
     stage: str
     fraction: float | None
     waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class YieldResult:
+    """What came of freeing memory for another program.
+
+    ``freed_bytes`` is what our runners gave back for it, ``free_bytes`` what the driver calls free now (None: it does
+    not say), ``until`` the moment, in seconds since the epoch, up to which nothing of ours is placed there.
+    """
+
+    device: str
+    freed_bytes: int
+    free_bytes: int | None
+    until: float
 
 
 class Lease(Protocol):
@@ -298,6 +324,46 @@ class Runtime(Protocol):
 
         Entering raises an ``AcquireError`` where none can be granted. Cancelling while it waits takes the request out
         of the queue; a load that it caused goes on.
+        """
+        ...
+
+    async def unload(self, model: str) -> bool:
+        """Let the model's runner finish what it serves, stop it, and return once its child is gone.
+
+        False where nothing was loaded. What waits for the model, or asks for it later, loads it again.
+        """
+        ...
+
+    def reset(self, model: str) -> bool:
+        """Let a runner that failed or backs off be tried again at once; False where there was nothing to forgive."""
+        ...
+
+    def progress(self, model: str) -> LoadProgress | None:
+        """Return where the model's load stands, None where none is under way."""
+        ...
+
+    async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
+        """Stop idle runners until so much is free on a device, and place nothing there for so long.
+
+        Raises UnknownDevice.
+        """
+        ...
+
+    async def rescan(self) -> None:
+        """Read the models again, now."""
+        ...
+
+    async def details(self, model: str) -> Mapping[str, Any]:
+        """Return ``{"metadata": {...}, "tensors": [{"name", "type", "shape"}]}`` of the model's header.
+
+        Arrays too long to be kept (vocabularies) are None. Raises UnknownModel, BadModel, PlannerFailed.
+        """
+        ...
+
+    def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+        """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
+
+        Raises UnknownModel where no runner of it has said anything.
         """
         ...
 

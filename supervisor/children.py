@@ -82,6 +82,11 @@ class Children:
         """Return what a client has to show to this child."""
         return self._running[model, generation].api_key
 
+    def log(self, model: ModelId, generation: int) -> ChildLog | None:
+        """Return what this child says, None once it is gone."""
+        running = self._running.get((model, generation))
+        return None if running is None else running.log
+
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
         about = {"model": command.model, "runner": command.runner, "generation": command.generation}

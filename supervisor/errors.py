@@ -9,6 +9,7 @@ from supervisor.api import (
     AcquireError,
     BadModel,
     CannotFit,
+    ClientLimit,
     LoadFailed,
     LoadTimeout,
     PlannerFailed,
@@ -20,6 +21,7 @@ from supervisor.core.types import Refusal, RefusalKind
 _PLAIN: Final[Mapping[RefusalKind, type[AcquireError]]] = {
     RefusalKind.BAD_MODEL: BadModel,
     RefusalKind.QUEUE_FULL: QueueFull,
+    RefusalKind.CLIENT_LIMIT: ClientLimit,
     RefusalKind.LOAD_TIMEOUT: LoadTimeout,
     RefusalKind.LOAD_FAILED: LoadFailed,
     RefusalKind.PLANNER_FAILED: PlannerFailed,

@@ -11,13 +11,23 @@ import anyio
 import structlog
 
 from planner.types import LlamaBuild, Machine, Role
-from supervisor.api import BadModel, UnknownModel, WrongRole
+from supervisor.api import BadModel, PlannerFailed, UnknownModel, WrongRole
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import PlanProblem
 from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import Failed, LookAround, MakePlan, PlanAnswer, ScanModels, Situation, Surroundings
+from supervisor.planning_messages import (
+    Details,
+    Failed,
+    LookAround,
+    MakePlan,
+    PlanAnswer,
+    ReadDetails,
+    ScanModels,
+    Situation,
+    Surroundings,
+)
 
 LOOK_AGAIN_S: Final = 2.0  # for what is missing; short beside the minutes that building or mounting it takes
 RESCAN_EVERY_S: Final = 30.0  # a model that was downloaded is listed soon; reading a folder costs milliseconds
@@ -89,10 +99,10 @@ class Inventory:
             elif self._problems or anyio.current_time() > self._scanned_at + self._rescan_every_s:
                 await self.scan()
 
-    async def scan(self) -> None:
-        """Read the models folder, unless that was done just now."""
+    async def scan(self, *, forced: bool = False) -> None:
+        """Read the models folder, unless that was done just now and it is not ``forced``."""
         async with self._scanning:
-            if anyio.current_time() < self._scanned_at + RESCAN_AFTER_S:
+            if not forced and anyio.current_time() < self._scanned_at + RESCAN_AFTER_S:
                 return
             try:
                 answer = await self._planning.ask(ScanModels(self._models))
@@ -136,6 +146,18 @@ class Inventory:
         if entry.role is not role:
             raise WrongRole(f"{entry.id} is served for {entry.role} requests, not for {role}: ask another model")
         return entry
+
+    async def details(self, name: str) -> Details:
+        """Return what the model's header says. Raises UnknownModel, BadModel, PlannerFailed."""
+        entry = await self.resolve(name)
+        try:
+            answer = await self._planning.ask(ReadDetails(entry.path))
+        except PlanningFailed as error:
+            raise PlannerFailed(str(error)) from error
+        if not isinstance(answer, Details):
+            reason = answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}"
+            raise BadModel(f"{entry.id}: {reason}")
+        return answer
 
     async def plan(self, command: PlanModel) -> Planned:
         """Return the plan that was asked for, or why there is none."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
+import anyio
 import structlog
 
 from supervisor.core import loglines
@@ -31,6 +32,9 @@ class ChildLog:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
         self._measured: Counter[str] = Counter()
+        self._n_lines = 0
+        self._said = anyio.Event()
+        self._closed = False
 
     def feed(self, data: bytes) -> list[Fact]:
         """Take what was read from the pipe; return the facts in the lines that it completed."""
@@ -44,6 +48,8 @@ class ChildLog:
         if self._rest:
             self._take(self._rest)
         self._rest = b""
+        self._closed = True
+        self._said.set()
 
     @property
     def measured_bytes(self) -> dict[str, int]:
@@ -60,6 +66,18 @@ class ChildLog:
         """Return in words whose memory ran out, None where the child did not die of that."""
         return loglines.shortage(self._errors, self._buffer_devices)
 
+    async def lines(self, *, follow: bool) -> AsyncIterator[str]:
+        """Yield the kept lines; with ``follow`` also those that come, until the child has ended."""
+        seen = 0
+        while True:
+            fresh, seen = list(self._lines)[-(self._n_lines - seen) :], self._n_lines
+            for line in fresh:
+                yield line
+            if seen == self._n_lines:
+                if not follow or self._closed:
+                    return
+                await self._said.wait()
+
     @property
     def tail(self) -> tuple[str, ...]:
         """Return the last lines."""
@@ -70,6 +88,9 @@ class ChildLog:
         if not line.strip():
             return None
         self._lines.append(line)
+        self._n_lines += 1
+        self._said.set()
+        self._said = anyio.Event()
         self._log.debug("child.says", line=line)
         fact = loglines.read(line)
         match fact:

@@ -55,6 +55,21 @@ class ScanModels:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadDetails:
+    """Ask for everything that a model's header says; answered by ``Details``, or by ``Failed``."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Metadata, arrays too long to be kept as None, and the tensors as name, type and shape."""
+
+    metadata: Mapping[str, Any]
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MakePlan:
     """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``."""
 
@@ -80,8 +95,8 @@ class Failed:
     reason: str
 
 
-Question = LookAround | ScanModels | MakePlan
-Answer = Surroundings | tuple[ModelEntry, ...] | PlanAnswer | Failed
+Question = LookAround | ScanModels | ReadDetails | MakePlan
+Answer = Surroundings | tuple[ModelEntry, ...] | Details | PlanAnswer | Failed
 
 
 def read_message(stream: BinaryIO) -> bytes | None:

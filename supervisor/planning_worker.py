@@ -21,7 +21,7 @@ from typing import Final
 from config import light
 from gpu.detect import Detected, detect
 from gpu.llama import Search
-from planner import companions, explain, launch, oracle
+from planner import companions, explain, gguf, launch, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
@@ -41,11 +41,13 @@ from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.planned_machine import emptied, without_workers
 from supervisor.planning_messages import (
     Answer,
+    Details,
     Failed,
     LookAround,
     MakePlan,
     PlanAnswer,
     Question,
+    ReadDetails,
     ScanModels,
     Situation,
     Surroundings,
@@ -76,6 +78,8 @@ class Worker:
                 return _surroundings(self._look(situation, self._leased(situation)))
             case ScanModels(folder):
                 return self._scan(folder)
+            case ReadDetails(path):
+                return _details(path)
             case MakePlan():
                 return self._plan(question)
 
@@ -178,6 +182,21 @@ def _reading(machine: Machine, situation: Situation) -> Reading:
     }
     held = {name: held_bytes - situation.promised.get(name, 0) for name, held_bytes in situation.held.items()}
     return Reading(free_bytes, held)
+
+
+def _details(path: str) -> Answer:
+    """Read a header again, whole: what a plan needs of it is kept, the rest is asked for seldom."""
+    try:
+        with Path(path).open("rb") as file:
+            header = gguf.read_header(file, path)
+    except PlannerError as error:
+        return Failed(str(error))
+    except OSError as error:
+        return Failed(f"{path} cannot be read ({error.strerror}): scan the folder again")
+    return Details(
+        {**dict.fromkeys(header.array_lengths), **header.metadata},
+        tuple((tensor.name, tensor.type.name, tensor.shape) for tensor in header.tensors),
+    )
 
 
 def _surroundings(detected: Detected) -> Surroundings:

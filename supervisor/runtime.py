@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import assert_never
+from typing import Any, assert_never
 
 import anyio
 import structlog
@@ -22,7 +22,16 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from planner.types import Role
 from supervisor import views
-from supervisor.api import NO_NEED, Endpoint, ModelCounters, Need, Snapshot
+from supervisor.api import (
+    NO_NEED,
+    Endpoint,
+    LoadProgress,
+    ModelCounters,
+    Need,
+    Snapshot,
+    UnknownModel,
+    YieldResult,
+)
 from supervisor.children import Children
 from supervisor.core import scheduler
 from supervisor.core.commands import (
@@ -41,10 +50,13 @@ from supervisor.core.events import (
     RequestAbandoned,
     RequestArrived,
     RequestFinished,
+    ResetRequested,
     ShutdownRequested,
+    StopRequested,
     TimePassed,
 )
 from supervisor.core.pool import Pool
+from supervisor.core.runner import HAS_CHILD, Runner
 from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
 from supervisor.inventory import Inventory
@@ -86,6 +98,7 @@ class Supervisor:
         self._alarm = Alarm()
         self._tasks: TaskGroup | None = None
         self._stopped = anyio.Event()
+        self._changed = anyio.Event()  # set, and replaced, whenever the pool may have changed
         self._next_ticket = 1
         self._waiters: dict[TicketId, Waiter] = {}
         self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
@@ -160,6 +173,61 @@ class Supervisor:
             elif waiter.refusal is None:
                 self._post(RequestAbandoned(ticket))
 
+    async def unload(self, model: str) -> bool:
+        """Let the model's runner finish what it serves, stop it, and return once its child is gone."""
+        entry = await self._inventory.resolve(model)
+        runner = self._pool.runner(entry.id)
+        if runner.state not in HAS_CHILD:
+            return False
+        drain_until = anyio.current_time() + self._pool.limits.drain_timeout_s
+        self._post(StopRequested(runner.model, runner.generation, drain_until))
+        await self._until(lambda pool: _is_gone(pool.runner(runner.model), runner.generation))
+        return True
+
+    def reset(self, model: str) -> bool:
+        """Let a runner that failed or backs off be tried again at once; False where there was nothing to forgive."""
+        runner = self._pool.runner(ModelId(model))
+        self._post(ResetRequested(runner.model, runner.generation))
+        return self._pool.runner(runner.model) != runner
+
+    def progress(self, model: str) -> LoadProgress | None:
+        """Return where the model's load stands, None where none is under way."""
+        return views.progress(self._pool, ModelId(model), anyio.current_time())
+
+    async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
+        """Stop idle runners until so much is free on a device, and place nothing there for so long."""
+        raise NotImplementedError
+
+    async def rescan(self) -> None:
+        """Read the models again, now."""
+        await self._inventory.scan(forced=True)
+
+    async def details(self, model: str) -> Mapping[str, Any]:
+        """Return what the model's header says. Raises UnknownModel, BadModel, PlannerFailed."""
+        found = await self._inventory.details(model)
+        tensors = [{"name": name, "type": type_, "shape": list(shape)} for name, type_, shape in found.tensors]
+        return {"metadata": found.metadata, "tensors": tensors}
+
+    async def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+        """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
+
+        Raises UnknownModel where no runner of it has said anything.
+        """
+        runner = self._pool.runner((await self._inventory.resolve(model)).id)
+        if (log := self._children.log(runner.model, runner.generation)) is not None:
+            async for line in log.lines(follow=follow):
+                yield line
+        elif runner.last_failure is not None:
+            for line in runner.last_failure.log_tail:
+                yield line
+        else:
+            raise UnknownModel(f"no runner of {runner.model} has said anything yet")
+
+    async def _until(self, holds: Callable[[Pool], bool]) -> None:
+        """Return once this holds for the pool."""
+        while not holds(self._pool):
+            await self._changed.wait()
+
     def _give_back(self, model: ModelId, lease: ChildLease) -> None:
         holders = self._leases.get((model, lease.generation), set())
         holders.discard(lease)
@@ -181,6 +249,8 @@ class Supervisor:
         finally:
             self._handling = False
         self._alarm.set(scheduler.next_deadline(self._pool))
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
         if self._pool.draining and not self._pool.has_children:
             self._stopped.set()
 
@@ -230,3 +300,8 @@ class Supervisor:
         while True:
             await self._alarm.wait()
             self._post(TimePassed())
+
+
+def _is_gone(runner: Runner, generation: int) -> bool:
+    """Say whether the child of this generation is gone, whatever came after it."""
+    return runner.generation != generation or runner.state not in HAS_CHILD

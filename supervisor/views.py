@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final, assert_never
 
 from planner.types import HOST
-from supervisor.api import DeviceUse, FailureView, ModelCounters, ModelView, RunnerView
+from supervisor.api import DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
 from supervisor.catalogue import ModelEntry
 from supervisor.core.commands import (
     Command,
@@ -23,8 +23,8 @@ from supervisor.core.commands import (
     StopProcess,
 )
 from supervisor.core.pool import Pool
-from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
-from supervisor.core.types import LoadPlan
+from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner, RunnerState
+from supervisor.core.types import LoadPlan, ModelId
 
 # The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
 CLOCK_STEP_S: Final = 0.1
@@ -103,6 +103,16 @@ def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> Run
         uses=_uses(one, plan),
         last_failure=_failure(one, clock),
     )
+
+
+def progress(pool: Pool, model: ModelId, now: float) -> LoadProgress | None:
+    """Return where the load of this model stands, None where none is under way."""
+    runner, load = pool.runner(model), pool.load
+    if runner.state in IS_LOADING:
+        return LoadProgress(str(runner.state), None, now - runner.load_started_at)
+    if load is not None and load.model == model:
+        return LoadProgress(str(load.phase).replace("_", " "), None, now - load.started_at)
+    return None
 
 
 def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int | None) -> tuple[ModelView, ...]:

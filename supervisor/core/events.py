@@ -123,6 +123,11 @@ class StopRequested(RunnerEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class ResetRequested(RunnerEvent):
+    """Forget the failures of this runner: it may be tried again at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed(RunnerEvent):
     """The runner's own deadline, whatever it means in its state, has passed."""
 

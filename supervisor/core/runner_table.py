@@ -42,6 +42,7 @@ from supervisor.core.events import (
     ProcessSpawned,
     RequestFinished,
     RequestGranted,
+    ResetRequested,
     RunnerEvent,
     SpawnFailed,
     StartRequested,
@@ -256,7 +257,7 @@ def _retry_allowed(runner: Runner, _event: DeadlinePassed, now: float, _limits: 
     return _enter(runner, S.STOPPED, now), ()
 
 
-def _forgive(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
+def _forgive(runner: Runner, _event: DeadlinePassed | ResetRequested, now: float, _limits: Limits) -> Outcome:
     return _enter(runner, S.STOPPED, now, crashes=()), ()
 
 
@@ -292,7 +293,9 @@ TRANSITIONS: Final[Mapping[tuple[RunnerState, type[RunnerEvent]], Handler]] = {
     (S.STOPPING, ProcessExited): _stopped,
     (S.BACKOFF, StopRequested): _forget_retry,
     (S.BACKOFF, DeadlinePassed): _retry_allowed,
+    (S.BACKOFF, ResetRequested): _forgive,
     (S.FAILED, DeadlinePassed): _forgive,
+    (S.FAILED, ResetRequested): _forgive,
 }
 
 IGNORED: Final = frozenset(
@@ -307,6 +310,13 @@ IGNORED: Final = frozenset(
         (S.STOPPING, StopRequested),
         (S.STOPPED, StopRequested),
         (S.FAILED, StopRequested),
+        # nothing to forgive
+        (S.STOPPED, ResetRequested),
+        (S.STARTING, ResetRequested),
+        (S.LOADING, ResetRequested),
+        (S.READY, ResetRequested),
+        (S.DRAINING, ResetRequested),
+        (S.STOPPING, ResetRequested),
         # the readers of a dead child's pipe may speak after its exit was noticed
         (S.STOPPED, LoadProgressed),
         (S.BACKOFF, LoadProgressed),

@@ -109,6 +109,7 @@ class RefusalKind(StrEnum):
     BAD_MODEL = "bad_model"
     CANNOT_FIT = "cannot_fit"
     QUEUE_FULL = "queue_full"
+    CLIENT_LIMIT = "client_limit"
     LOAD_TIMEOUT = "load_timeout"
     LOAD_FAILED = "load_failed"
     PLANNER_FAILED = "planner_failed"

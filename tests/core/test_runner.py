@@ -18,6 +18,7 @@ from supervisor.core.events import (
     ProcessSpawned,
     RequestFinished,
     RequestGranted,
+    ResetRequested,
     RunnerEvent,
     SpawnFailed,
     StartRequested,
@@ -44,6 +45,7 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
     RequestGranted: RequestGranted(MODEL, 1),
     RequestFinished: RequestFinished(MODEL, 1),
     StopRequested: StopRequested(MODEL, 1),
+    ResetRequested: ResetRequested(MODEL, 1),
     DeadlinePassed: DeadlinePassed(MODEL, 1),
 }
 
@@ -165,6 +167,12 @@ def test_pauses_after_crashes_grow_are_capped_and_end_in_failed() -> None:
     assert (forgiven.state, forgiven.crashes) == (RunnerState.STOPPED, ())
     later, _ = step(runner, EXAMPLES[ProcessExited], 1000.0, limits)
     assert later.state is RunnerState.BACKOFF
+
+
+@pytest.mark.parametrize("state", [RunnerState.BACKOFF, RunnerState.FAILED])
+def test_a_runner_that_is_forgiven_may_be_tried_at_once_with_a_clean_record(state: RunnerState) -> None:
+    runner, _ = step(runner_in(state, crashes=(1.0, 2.0), deadline=90.0), ResetRequested(MODEL, 1), 3.0, LIMITS)
+    assert (runner.state, runner.crashes, runner.deadline) == (RunnerState.STOPPED, (), None)
 
 
 def test_only_a_start_after_a_failure_is_a_restart() -> None:

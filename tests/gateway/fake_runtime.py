@@ -10,17 +10,28 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import aiohttp
 import pytest
 
 from planner.types import Role
-from supervisor.api import NO_NEED, Endpoint, Lease, ModelView, Need, Snapshot, UnknownModel, WrongRole
+from supervisor.api import (
+    NO_NEED,
+    Endpoint,
+    Lease,
+    LoadProgress,
+    ModelView,
+    Need,
+    Snapshot,
+    UnknownModel,
+    WrongRole,
+    YieldResult,
+)
 
 LISTENING = re.compile(rb"listening on (http://127\.0\.0\.1:\d+)")
 ROLE_FLAGS = {Role.CHAT: (), Role.EMBEDDING: ("--embeddings",), Role.RERANK: ("--reranking",)}
@@ -154,6 +165,11 @@ class FakeRuntime:
     released: int = 0
     returned: asyncio.Event = field(default_factory=asyncio.Event)
     needs: list[Need] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    loading: dict[str, LoadProgress] = field(default_factory=dict)
+    headers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    logs: dict[str, list[str]] = field(default_factory=dict)
+    scans: int = 0
 
     def snapshot(self) -> Snapshot:
         """Return a machine-less snapshot that lists the servers' models."""
@@ -196,6 +212,38 @@ class FakeRuntime:
         finally:
             self.released += 1
             self.returned.set()
+
+    async def unload(self, model: str) -> bool:
+        """Remember who was to go; say whether it was there."""
+        self.unloaded.append(model)
+        return model in self.servers or model in self.endpoints
+
+    def reset(self, model: str) -> bool:
+        """Have nothing to forgive."""
+        del model
+        return False
+
+    def progress(self, model: str) -> LoadProgress | None:
+        """Tell what was put there for it to tell."""
+        return self.loading.get(model)
+
+    async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
+        """Free nothing, since nothing is held."""
+        return YieldResult(device, 0, wanted_bytes, time.time() + for_s)
+
+    async def rescan(self) -> None:
+        """Count how often it was asked."""
+        self.scans += 1
+
+    async def details(self, model: str) -> Mapping[str, Any]:
+        """Return what was put there for this model."""
+        return self.headers[await self.resolve(model)]
+
+    async def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+        """Yield what was put there for this model; there is nothing to follow."""
+        del follow
+        for line in self.logs[await self.resolve(model)]:
+            yield line
 
     async def _wait_loss(self) -> str:
         return await asyncio.shield(self.loss)
