@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-Table = Mapping[str, Any]
+from config.sections import Table
+
 NOTHING: Final[Table] = MappingProxyType({})
 
 
@@ -58,13 +59,13 @@ class ExternalRunner:
     """A program that is started and stopped like a runner and holds its place in the ledger.
 
     ``cmd`` is the program and its arguments; ``{port}`` in them, in ``health`` and in ``url`` is a free port.
-    ``bytes_by_device`` is what it takes; it is believed.
+    ``memory`` is the bytes that it takes on each device; it is believed.
     """
 
     cmd: tuple[str, ...]
     url: str
     health: str
-    bytes_by_device: Mapping[str, int]
+    memory: Mapping[str, int]
     env: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     folder: Path | None = None
     slots: int = 1

@@ -41,7 +41,7 @@ def test_the_example_is_a_models_file() -> None:
     file = read(ROOT / "deploy" / "models.toml")
     assert file.of("qwen3-8b").keep_alive == 600.0
     assert file.of("qwen3-8b").devices == ("CUDA0",)
-    assert dict(file.external["comfy"].bytes_by_device) == {"CUDA1": 9 * GIB, "Host": 4 * GIB}
+    assert dict(file.external["comfy"].memory) == {"CUDA1": 9 * GIB, "Host": 4 * GIB}
 
 
 def test_durations_may_be_numbers_and_a_negative_one_is_for_ever() -> None:
