@@ -306,6 +306,19 @@ def address() -> Kind[Address]:
     return Kind("an address such as 127.0.0.1:11434, 0.0.0.0 or [::1]:8080 (plain HTTP)", parse, str)
 
 
+def registry() -> Kind[str]:
+    """Accept ``host``, ``host:port``, or either behind ``https://`` or ``http://``."""
+
+    def parse(text: str) -> str:
+        scheme, host = text[: text.find("://") + 3] if "://" in text else "", text.rpartition("://")[2].rstrip("/")
+        name, colon, port = host.partition(":")
+        if scheme not in {"", "https://", "http://"} or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", name):
+            raise ValueError(text)
+        return scheme + name + (f":{_port(port)}" if colon else "")
+
+    return Kind("a registry's host such as registry.example.org or http://127.0.0.1:5000", parse, str)
+
+
 def rpc_servers() -> Kind[tuple[RpcServer, ...]]:
     """Accept a comma list of ``host:port`` or ``host:port=SIZE``; hosts are names or IPv4, as llama.cpp's are."""
 

@@ -78,8 +78,6 @@ def resolve(environ: Environ, *, light: bool = False) -> Resolved:
             continue
         value = _one(setting, environ, problems, warnings)
         values.append(value)
-        if setting.ollama_note.startswith("not taken") and environ.get(setting.ollama_variable):
-            warnings.append(f"{setting.ollama_variable} is {setting.ollama_note}; set {setting.variable}")
     if not light:
         problems += _contradictions(values)
     return Resolved(tuple(values), tuple(problems), tuple(warnings))

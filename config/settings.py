@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     models: Path
+    store: Path
+    registry: str | None
     host: Address
     api_keys: tuple[str, ...]
     allow_remote: bool

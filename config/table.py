@@ -25,6 +25,7 @@ from config.parse import (
     log_level,
     optional,
     path,
+    registry,
     rpc_servers,
     size,
     size_in_mib,
@@ -51,7 +52,7 @@ KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl",
 class Setting:
     """One row. ``default`` is a value, or a function of the environment whose ``default_text`` describes it.
 
-    ``ollama`` says that ``OLLAMA_<name>`` is taken, read as ``ollama_kind`` where Ollama reads it differently;
+    ``ollama`` says that ``OLLAMA_<name>`` is taken (``ollama_name`` where it has another name there), read as ``ollama_kind`` where Ollama reads it differently;
     ``ollama_note`` says what differs. ``secret`` values are never printed. ``light`` ones serve ``planner explain``.
     """
 
@@ -62,6 +63,7 @@ class Setting:
     unit: str = ""
     default_text: str = ""
     ollama: bool = False
+    ollama_name: str = ""
     ollama_kind: Kind[Any] | None = None
     ollama_note: str = ""
     secret: bool = False
@@ -75,7 +77,7 @@ class Setting:
     @property
     def ollama_variable(self) -> str:
         """Return the name of Ollama's environment variable, taken or not."""
-        return f"OLLAMA_{self.name}"
+        return f"OLLAMA_{self.ollama_name or self.name}"
 
     @property
     def field(self) -> str:
@@ -103,6 +105,12 @@ def _xdg(variable: str, below_home: str, rest: str) -> Callable[[Environ], Path]
     return folder
 
 
+def _store(environ: Environ) -> Path:
+    """Return Ollama's own store where this user has one, else a folder of ours."""
+    theirs = Path(environ.get("HOME") or os.path.expanduser("~")) / ".ollama" / "models"  # noqa: PTH111 - as above
+    return theirs if theirs.is_dir() else _xdg("XDG_DATA_HOME", ".local/share", "loadmaster/store")(environ)
+
+
 def _state_dir(environ: Environ) -> Path:
     """Return systemd's state folder where it made one for us (``StateDirectory=``), else the user's."""
     given = environ.get("STATE_DIRECTORY", "").split(":")[0]
@@ -116,7 +124,21 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         _xdg("XDG_DATA_HOME", ".local/share", "loadmaster/models"),
         "Folder of .gguf files that are served, links in it followed; a model's id is its path below it.",
         default_text="$XDG_DATA_HOME/loadmaster/models",
-        ollama_note="not taken: Ollama's is a store of blobs, not a folder of .gguf files",
+    ),
+    Setting(
+        "STORE",
+        path(),
+        _store,
+        "Ollama's store of models or one like it: read in place, written by pull, create, copy and delete alone.",
+        default_text="~/.ollama/models where that is, else $XDG_DATA_HOME/loadmaster/store",
+        ollama=True,
+        ollama_name="MODELS",
+    ),
+    Setting(
+        "REGISTRY",
+        optional(registry(), none="auto", meaning="the one that the store's models came from"),
+        None,
+        "Host that pull asks for a model whose name carries none; plain HTTP only where http:// says so.",
     ),
     Setting(
         "HOST",

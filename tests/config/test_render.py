@@ -46,9 +46,9 @@ def test_the_documentation_has_a_row_for_every_setting() -> None:
     assert widths == {5}
 
 
-def test_the_map_to_ollama_says_what_is_not_taken() -> None:
-    models = next(line for line in ollama_markdown_table().splitlines() if "PLANNER_MODELS" in line)
-    assert "not taken" in models
+def test_the_map_to_ollama_names_the_variable_that_is_taken() -> None:
+    store = next(line for line in ollama_markdown_table().splitlines() if "PLANNER_STORE" in line)
+    assert "`OLLAMA_MODELS`" in store
 
 
 def test_the_page_of_settings_is_the_tables() -> None:

@@ -85,10 +85,30 @@ def test_an_unknown_name_of_ours_is_warned_about_with_the_nearest_one() -> None:
     assert loaded.warnings == ("PLANNER_KEEP_ALIFE is not a setting; did you mean PLANNER_KEEP_ALIVE?",)
 
 
-def test_ollamas_model_store_is_not_taken_for_a_folder_of_gguf_files() -> None:
+def test_ollamas_folder_of_models_is_taken_for_the_store_not_for_the_folder_of_gguf_files() -> None:
     loaded = load({"OLLAMA_MODELS": "/usr/share/ollama/.ollama/models", "HOME": "/h"})
     assert loaded.settings.models == Path("/h/.local/share/loadmaster/models")
-    assert "PLANNER_MODELS" in loaded.warnings[0]
+    assert loaded.settings.store == Path("/usr/share/ollama/.ollama/models")
+    assert loaded.warnings == ()
+
+
+def test_the_store_is_ollamas_own_where_this_user_has_one_else_a_folder_of_ours(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path)}
+    assert load(environ).settings.store == tmp_path / ".local/share/loadmaster/store"
+    (tmp_path / ".ollama/models").mkdir(parents=True)
+    assert load(environ).settings.store == tmp_path / ".ollama/models"
+    assert load(environ | {"PLANNER_STORE": "/s"}).settings.store == Path("/s")
+
+
+@pytest.mark.parametrize("text", ["registry.example.org", "127.0.0.1:5000", "http://127.0.0.1:5000", "https://r/"])
+def test_a_registry_is_a_host_with_or_without_a_scheme(text: str) -> None:
+    assert load({"PLANNER_REGISTRY": text}).settings.registry == text.rstrip("/")
+
+
+@pytest.mark.parametrize("text", ["ftp://r", "r/path", "r:0x1", "r:70000", "../r", "http://", "user@r"])
+def test_a_registry_is_nothing_else(text: str) -> None:
+    with pytest.raises(ConfigError, match="PLANNER_REGISTRY"):
+        load({"PLANNER_REGISTRY": text})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", ":11434", "[::]:80", "192.168.1.4:11434", "my-box"])  # noqa: S104
