@@ -196,6 +196,10 @@ class Graph:
             return self.new("glu", gate.type, gate.ne, gate, up)
         return self.new("glu", gate.type, (gate.ne[0] // 2, *gate.ne[1:]), gate)
 
+    def cast(self, a: Node, type_: GgmlType) -> Node:
+        """Return a copy in a type, which copies even where the type is the same."""
+        return self.new("cpy", type_, a.ne, a)
+
     def concat(self, a: Node, b: Node, axis: int = 0) -> Node:
         """Return two tensors joined along a dimension."""
         ne = [*a.ne]
@@ -267,9 +271,9 @@ class Graph:
         """Return ``b`` after ``a`` was written to it: a view of it (``ggml_cpy``)."""
         return Node("cpy", b.type, b.ne, b.nb, [a, b], b.view_of or b)
 
-    def scale_inplace(self, a: Node) -> Node:
-        """Return ``a`` after it was scaled where it lies."""
-        return Node("scale", a.type, a.ne, a.nb, [a], a.view_of or a)
+    def inplace(self, op: str, a: Node, *others: Node) -> Node:
+        """Return ``a`` after an element-wise operation on it where it lies (``ggml_scale_inplace`` and its like)."""
+        return Node(op, a.type, a.ne, a.nb, [a, *others], a.view_of or a)
 
     def top_k(self, a: Node, k: int) -> Node:
         """Return the indices of each row's k largest: a window into all of them sorted (``ggml_argsort_top_k``).

@@ -37,6 +37,9 @@ _TOKENS_RATIO: Final = 4
 # Their last prompt graph is of one sequence: it grows with the square of a sequence's tokens (``sched_reserve``).
 _ONE_SEQUENCE_LAST: Final = frozenset({"kimi-linear", "minimax-01"})
 
+# Their generation graph is no smaller prompt graph: it gathers what the prompt's masks.
+_GATHERS_TO_GENERATE: Final = frozenset({"minimax-m3"})
+
 _F16_BYTES: Final = 2
 _CUDA_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
 
@@ -99,7 +102,7 @@ def _passes(model: ModelFacts, params: ContextParams) -> list[_Pass]:
     n_outputs = min(n_tokens, params.n_outputs_max)
     passes = [_Pass(prompt, n_outputs, n_seqs)]
     fixed = any(hparams.recr_layers) or not params.kv_offload  # states, copied caches: they do not grow with tokens
-    if fixed or prompt < _TOKENS_RATIO * n_seqs:
+    if fixed or prompt < _TOKENS_RATIO * n_seqs or hparams.architecture in _GATHERS_TO_GENERATE:
         passes.append(_Pass(n_seqs, n_seqs, n_seqs))
     if hparams.architecture in _ONE_SEQUENCE_LAST and n_seqs > 1:
         passes.append(_Pass(n_tokens, n_outputs, 1))

@@ -84,27 +84,27 @@ class Blocks(Parts):
         """Return a layer's attention before its output projection (``build_attn``), K and V stored on the way."""
         graph = self.graph
         if cache.k_rotation:
-            q, k = self._rotated(q, cache.k_rotation), self._rotated(k, cache.k_rotation)
+            q, k = self.rotated(q, cache.k_rotation), self.rotated(k, cache.k_rotation)
         if cache.v_rotation:
-            v = self._rotated(v, cache.v_rotation)
+            v = self.rotated(v, cache.v_rotation)
         for node in (q, k, v) if any(self.hparams.swa_layers) else (q, v, k):
             graph.expand(node)
         stored_k = self.store_k(cache, k, il)
-        stored_v = self._store_v(cache, v, il)
+        stored_v = self.store_v(cache, v, il)
         out = self._heads(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
-        return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
+        return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def borrowed_attention(self, cache: CacheInputs, q: Node, il: int, owner: int) -> Node:
         """Return the attention of a layer that reads the cache of an earlier one (``build_attn`` without K and V)."""
         hparams, n_head = self.hparams, self.hparams.n_head_kv[owner]
         if cache.k_rotation:
-            q = self._rotated(q, cache.k_rotation)
+            q = self.rotated(q, cache.k_rotation)
         self.graph.expand(q)
         stored_k = self._cache(self.params.cache_type_k, self.k_width(owner), cache.n_cells, owner)
         k = self._cells(stored_k, hparams.head_k_of(owner), n_head, cache.n_cells)
         v = self._stored_v(cache, hparams.head_v_of(owner), n_head, owner)[1]
         out = self._heads(cache.mask, q, k, v, il)
-        return self._rotated(out, cache.v_rotation) if cache.v_rotation else out
+        return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def latent_attention(
         self,
@@ -139,7 +139,8 @@ class Blocks(Parts):
             self.graph.expand(node)
         return self._heads(mask, q, k, v, il)
 
-    def _rotated(self, x: Node, rotation: Node) -> Node:
+    def rotated(self, x: Node, rotation: Node) -> Node:
+        """Return a tensor turned by a matrix, a piece of each head at a time (``llama_mul_mat_hadamard``)."""
         size = rotation.ne[0]
         rows = x.ne[0] * x.ne[1] * x.ne[2] * x.ne[3] // size
         flat = self.graph.reshape(x, size, rows) if x.is_contiguous else self.graph.cont(x, size, rows)
@@ -160,7 +161,8 @@ class Blocks(Parts):
         graph.expand(graph.set_rows(self._merged(stored), rows, cache.k_ids))
         return self._cells(stored, head, n_head, cache.n_cells)
 
-    def _store_v(self, cache: CacheInputs, v: Node, il: int) -> Node:
+    def store_v(self, cache: CacheInputs, v: Node, il: int) -> Node:
+        """Write values into a layer's cache, and return its cells as heads (``cpy_v``, ``get_v``)."""
         graph = self.graph
         head, n_head, n_tokens, _ = v.ne
         width = head * n_head

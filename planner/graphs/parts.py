@@ -132,11 +132,11 @@ class Parts:
             x = self.graph.same("mul", x, weight)
         return self.graph.same("add", x, bias) if bias else x
 
-    def project(self, x: Node, name: str) -> Node:
-        """Return a product with a weight, scaled where the file has a scale (``build_lora_mm``)."""
+    def project(self, x: Node, name: str, *, scaled: bool = True) -> Node:
+        """Return a product with a weight, scaled where the file has a scale and it is read (``build_lora_mm``)."""
         graph = self.graph
         product = graph.mul_mat(self.needed(f"{name}.weight"), x)
-        scale = self.weight(f"{name}.scale")
+        scale = self.weight(f"{name}.scale") if scaled else None
         product = graph.same("mul", product, scale) if scale else product
         for a, b in self._adapted(f"{name}.weight"):
             product = graph.same("add", product, graph.same("scale", graph.mul_mat(b, graph.mul_mat(a, x))))
@@ -206,13 +206,13 @@ class Parts:
         home = self.places.layers[il]
         return self.weight("rope_freqs.weight", home) or self.weight("rope_factors_long.weight", home)
 
-    def gated_ffn(self, x: Node, il: int, suffix: str = "", *, limited: bool = False) -> Node:
+    def gated_ffn(self, x: Node, il: int, suffix: str = "", *, limited: bool = False, scaled: bool = True) -> Node:
         """Return a feed-forward part with gate and up in parallel (``build_ffn``, LLM_FFN_PAR)."""
         prefix = f"blk.{il}.ffn_"
-        up = self.biased(self.project(x, f"{prefix}up{suffix}"), f"{prefix}up{suffix}")
-        gate = self.biased(self.project(x, f"{prefix}gate{suffix}"), f"{prefix}gate{suffix}")
+        up = self.biased(self.project(x, f"{prefix}up{suffix}", scaled=scaled), f"{prefix}up{suffix}")
+        gate = self.biased(self.project(x, f"{prefix}gate{suffix}", scaled=scaled), f"{prefix}gate{suffix}")
         hidden = self.activated(gate, up, limited=limited)
-        return self.biased(self.project(hidden, f"{prefix}down{suffix}"), f"{prefix}down{suffix}")
+        return self.biased(self.project(hidden, f"{prefix}down{suffix}", scaled=scaled), f"{prefix}down{suffix}")
 
     def activated(self, gate: Node | None, up: Node, *, limited: bool = False) -> Node:
         """Return a gated activation, with both sides clamped where limited, or a plain one where there is no gate."""

@@ -38,7 +38,7 @@ class RecurrentDecoder(Decoder):
         """Return the sequences' states out of their cache, or what ``read`` makes of all states and their indices."""
         graph = self.graph
         states = graph.reshape(cache, *cache.ne[:2])
-        graph.expand(graph.scale_inplace(graph.view(states, (cache.ne[0],), ())))
+        graph.expand(graph.inplace("scale", graph.view(states, (cache.ne[0],), ())))
         result = (read or graph.get_rows)(states, self._read)
         graph.expand(result)
         unread = graph.get_rows(states, self._unread)
