@@ -27,6 +27,7 @@ class PlacementSettings:
     cache_ram: int  # MiB
     gpu_overhead: DeviceBytes
     max_vram: DeviceBytes
+    device_overhead: DeviceBytes
     sched_spread: bool
     rpc_servers: tuple[RpcServer, ...]
     llama_server: Path | None

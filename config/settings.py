@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     cache_ram: int
     gpu_overhead: DeviceBytes
     max_vram: DeviceBytes
+    device_overhead: DeviceBytes
     sched_spread: bool
     rpc_servers: tuple[RpcServer, ...]
     llama_server: Path | None

@@ -52,8 +52,9 @@ KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl",
 class Setting:
     """One row. ``default`` is a value, or a function of the environment whose ``default_text`` describes it.
 
-    ``ollama`` says that ``OLLAMA_<name>`` is taken (``ollama_name`` where it has another name there), read as ``ollama_kind`` where Ollama reads it differently;
-    ``ollama_note`` says what differs. ``secret`` values are never printed. ``light`` ones serve ``planner explain``.
+    ``ollama`` says that ``OLLAMA_<name>`` is taken (``ollama_name`` where it has another name there), read as
+    ``ollama_kind`` where Ollama reads it differently; ``ollama_note`` says what differs. ``secret`` values are never
+    printed. ``light`` ones serve ``planner explain``.
     """
 
     name: str
@@ -231,6 +232,15 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         ollama=True,
         ollama_kind=device_bytes(default=None, zero_is_default=True),
         ollama_note="gone from Ollama since 2025; there 0 was no limit, and the figure was the sum of all GPUs",
+        light=True,
+    ),
+    Setting(
+        "DEVICE_OVERHEAD",
+        device_bytes(default=None),
+        DeviceBytes(),
+        "What each runner takes on a device beside llama.cpp's buffers, where the planner's own figure is wrong.",
+        unit="bytes",
+        default_text="learned, else built in",
         light=True,
     ),
     Setting(

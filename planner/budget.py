@@ -44,6 +44,23 @@ def overhead_bytes(device: Device) -> int:
     return OVERHEAD_BYTES.get(device.kind, 0) if device.overhead_bytes is None else device.overhead_bytes
 
 
+def with_overheads(machine: Machine, policy: Policy) -> Machine:
+    """Return the machine with the overhead that holds for each device, and why, ready to be planned for.
+
+    The operator's figure comes first, then what was learned, then the device's own or its kind's.
+    """
+    return replace(machine, devices=tuple(_with_overhead(device, policy) for device in machine.devices))
+
+
+def _with_overhead(device: Device, policy: Policy) -> Device:
+    if (told := policy.device_overhead.of(device.name)) is not None:
+        return replace(device, overhead_bytes=told, overhead_because="it is the setting PLANNER_DEVICE_OVERHEAD")
+    if (learned := policy.learned_overhead.get(device.name)) is not None:
+        because = f"learned from an out-of-memory of {learned.model} on {learned.day}"
+        return replace(device, overhead_bytes=learned.size_bytes, overhead_because=because)
+    return device
+
+
 def budgets(machine: Machine, policy: Policy) -> Budgets:
     """Return min(free - promised - GPU_OVERHEAD, MAX_VRAM - held) per device; of the host, free - promised."""
     by_name: dict[str, int | None] = {device.name: _gpu_budget(device, policy) for device in machine.devices}
@@ -91,6 +108,7 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
                 context=figures.context,
                 compute=figures.compute,
                 overhead_bytes=overhead_bytes(device),
+                overhead_because=device.overhead_because,
             )
         rows.append(row)
     return tuple(rows)

@@ -69,7 +69,7 @@ def _dispatch(words: Sequence[str]) -> int:
 
 
 def _explain(words: Sequence[str]) -> int:
-    from planner import companions, flags
+    from planner import budget, companions, flags
     from planner.model import read_model
     from planner.oracle import ask
     from planner.policy import from_settings
@@ -89,7 +89,8 @@ def _explain(words: Sequence[str]) -> int:
     request = line.request_of(model.role)
     oracle = None if line.options.no_oracle else ask(build)
     model = companions.attach(model, request)
-    outcome = placement.search(model, request, machine, from_settings(settings), build, oracle)
+    policy = from_settings(settings)
+    outcome = placement.search(model, request, budget.with_overheads(machine, policy), policy, build, oracle)
     outcome = replace(outcome, warnings=(*odd, *line.notes, *outcome.warnings))
     _show(outcome, as_json=line.options.json)
     from planner.types import Plan

@@ -24,6 +24,7 @@ from planner.types import (
 from planner.units import format_size
 
 SCHEMA: Final = 1
+BUILT_IN_OVERHEAD: Final = "the driver and its libraries are known to take about that much beside the buffers"
 
 
 def headline(outcome: PlanOutcome) -> str:
@@ -91,6 +92,11 @@ def _capacity(request: PlanRequest, n_ctx_per_slot: int | None) -> str:
         return f"texts of up to {tokens}"
     n_parallel = request.n_parallel or 1
     return f"one conversation of {tokens}" if n_parallel == 1 else f"{n_parallel} conversations of {tokens} each"
+
+
+def overhead_because(usage: DeviceUsage) -> str | None:
+    """Return where the overhead of this device comes from, None where none is charged and nobody said so."""
+    return usage.overhead_because or (BUILT_IN_OVERHEAD if usage.overhead_bytes else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +181,7 @@ def _device(usage: DeviceUsage, *, is_placed: bool) -> dict[str, Any]:
         "context_bytes": usage.context.bytes,
         "compute_bytes": usage.compute.bytes,
         "overhead_bytes": usage.overhead_bytes,
+        "overhead_because": overhead_because(usage),
         "planned_bytes": usage.planned_bytes,
         "source": {
             "model": usage.model.source.value,

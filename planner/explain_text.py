@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from planner.explain import headline
+from planner.explain import headline, overhead_because
 from planner.types import DecodeEstimate, DeviceUsage, HostDetail, NoFit, Plan, PlanOutcome, Refused
 from planner.units import GIB, KIB, MIB, TIB
 
@@ -254,11 +254,14 @@ def _command(chunks: Iterable[str], width: int) -> list[str]:
 
 
 def _reasons(outcome: PlanOutcome, width: int, style: Style) -> list[str]:
-    if not outcome.decisions:
-        return []
     choices: dict[str, list[str]] = {}
     for decision in outcome.decisions:
         choices.setdefault(decision.because, []).append(f"{decision.step}: {decision.chosen}")
+    for usage in () if isinstance(outcome, Refused) else outcome.usages:
+        if because := overhead_because(usage):
+            choices.setdefault(because, []).append(f"overhead of {usage.name}: {size(usage.overhead_bytes)}")
+    if not choices:
+        return []
     lines = [style.paint(_DIM, "Why:")]
     for because, chosen in choices.items():
         lines += _wrap("  ", f"{', '.join(chosen)} ({because})", width)

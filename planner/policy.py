@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol, cast
 
-from planner.types import FlashAttention, PerDevice, Policy
+from planner.types import FlashAttention, LearnedOverhead, PerDevice, Policy
 
 _NONE: Mapping[str, int] = MappingProxyType({})
+_NOTHING_LEARNED: Mapping[str, LearnedOverhead] = MappingProxyType({})
 
 
 # ruff: noqa: D102 - the settings' meanings are in config.table
@@ -41,16 +42,27 @@ class Settings(Protocol):
     @property
     def max_vram(self) -> _Bytes: ...
     @property
+    def device_overhead(self) -> _Bytes: ...
+    @property
     def sched_spread(self) -> bool: ...
 
 
 def from_settings(
-    settings: Settings, *, held: Mapping[str, int] = _NONE, promised: Mapping[str, int] = _NONE
+    settings: Settings,
+    *,
+    held: Mapping[str, int] = _NONE,
+    promised: Mapping[str, int] = _NONE,
+    learned: Mapping[str, LearnedOverhead] = _NOTHING_LEARNED,
 ) -> Policy:
-    """Return the policy of these settings, with what our own runners hold and what was promised to loads."""
+    """Return the policy of these settings, with what runners hold, what was promised to loads, what was learned.
+
+    All three are by device name.
+    """
     return Policy(
         gpu_overhead=PerDevice(settings.gpu_overhead.default, settings.gpu_overhead.by_name),
         max_vram=PerDevice(settings.max_vram.default, settings.max_vram.by_name),
+        device_overhead=PerDevice(settings.device_overhead.default, settings.device_overhead.by_name),
+        learned_overhead=learned,
         spread=settings.sched_spread,
         n_parallel=settings.num_parallel,
         n_ctx_per_slot=settings.context_length,

@@ -103,6 +103,7 @@ class Device:
     endpoint: str | None = None
     alignment_bytes: int | None = None
     overhead_bytes: int | None = None  # what llama.cpp does not report; None: the kind's default
+    overhead_because: str = ""  # where that figure comes from; empty: it is the built-in one
     usable: bool = True
     why_not: str | None = None
     processes: tuple[ProcessUse, ...] = ()
@@ -164,16 +165,31 @@ class PerDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedOverhead:
+    """What a runner turned out to take on a device beside llama.cpp's buffers, by running out of memory there.
+
+    ``model`` is the public id of what ran out, ``day`` when, as an ISO date.
+    """
+
+    size_bytes: int
+    model: str
+    day: str
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """What the operator allows beside the flags: margins, caps, what is promised already, what holds unless pinned.
 
-    ``held`` is what our own runners hold on each device (it counts against MAX_VRAM); ``promised`` what was granted to
-    loads that the driver does not show yet (it is taken off what is free). ``n_ctx_per_slot`` None: the planner's
-    choice.
+    ``device_overhead`` is the operator's figure of what a runner takes beside llama.cpp's buffers, ``learned_overhead``
+    the service's own by device name: ``planner.budget.with_overheads`` has the order. ``held`` is what our own runners
+    hold on each device (it counts against MAX_VRAM); ``promised`` what was granted to loads that the driver does not
+    show yet (it is taken off what is free). ``n_ctx_per_slot`` None: the planner's choice.
     """
 
     gpu_overhead: PerDevice = PerDevice(default=0)
     max_vram: PerDevice = PerDevice()
+    device_overhead: PerDevice = PerDevice()
+    learned_overhead: Mapping[str, LearnedOverhead] = field(default_factory=lambda: MappingProxyType({}))
     spread: bool = False
     n_parallel: int = 1
     n_ctx_per_slot: int | None = None
@@ -322,6 +338,7 @@ class DeviceUsage:
     context: Figure = NOTHING
     compute: Figure = NOTHING
     overhead_bytes: int = 0
+    overhead_because: str = ""
 
     @property
     def planned_bytes(self) -> int | None:

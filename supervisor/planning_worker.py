@@ -21,7 +21,7 @@ from typing import Final
 from config import light
 from gpu.detect import Detected, detect
 from gpu.llama import Search
-from planner import companions, explain, gguf, launch, oracle
+from planner import budget, companions, explain, gguf, launch, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
@@ -161,6 +161,7 @@ class Worker:
         try:
             facts = companions.attach(self._read(question.path), request)
             build = detected.llama.build
+            machine = budget.with_overheads(machine, policy)
             outcome = placement.search(facts, request, machine, policy, build, oracle.ask(build))
         except PlannerError as error:
             return PlanProblem(str(error))

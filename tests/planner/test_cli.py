@@ -128,11 +128,14 @@ def test_settings_are_obeyed_and_flags_win(planner: Any, chat_model: Path) -> No
         "PLANNER_CONTEXT_LENGTH": "1024",
         "PLANNER_NUM_PARALLEL": "2",
         "PLANNER_GPU_OVERHEAD": "CUDA0=512MiB",
+        "PLANNER_DEVICE_OVERHEAD": "CUDA0=600MiB,CUDA1=0",
     }
     plan = document(planner(*words, **environment))
     assert (plan["context_per_slot"], plan["request"]["n_parallel"]) == (1024, 2)
     device = plan["devices"][0]
     assert device["budget_bytes"] == device["free_bytes"] - 512 * 1024**2
+    assert device["overhead_bytes"] == 600 * 1024**2
+    assert device["overhead_because"] == "it is the setting PLANNER_DEVICE_OVERHEAD"
     assert document(planner(*words, "-c", "512", "-np", "1", **environment))["context_per_slot"] == 512
 
 
