@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from supervisor.gateway.errors import BadRequest
 
@@ -26,7 +26,18 @@ class Peek:
 
 
 def peek(body: bytes) -> Peek:
-    """Return the top-level ``model`` and ``stream`` of a JSON object. Raises ``BadRequest``.
+    """Return the top-level ``model`` and ``stream`` of a JSON object. Raises ``BadRequest``."""
+    fields = object_of(body)
+    model = fields.get("model")
+    if model is None:
+        raise BadRequest('"model" is missing; GET /v1/models lists the names', param="model")
+    if not isinstance(model, str) or not model or len(model) > MAX_MODEL_NAME_CHARS:
+        raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
+    return Peek(model, fields.get("stream") is True)
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a request body is. Raises ``BadRequest``.
 
     A key that stands twice counts as llama-server's parser counts it: the last one holds.
     """
@@ -42,9 +53,4 @@ def peek(body: bytes) -> Peek:
         raise BadRequest("the request body is not usable: a number too long or nesting too deep") from error
     if not isinstance(fields, dict):
         raise BadRequest("the request body is not a JSON object")
-    model = fields.get("model")
-    if model is None:
-        raise BadRequest('"model" is missing; GET /v1/models lists the names', param="model")
-    if not isinstance(model, str) or not model or len(model) > MAX_MODEL_NAME_CHARS:
-        raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
-    return Peek(model, fields.get("stream") is True)
+    return fields
