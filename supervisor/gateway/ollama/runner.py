@@ -1,0 +1,103 @@
+"""Talks to one runner in llama-server's words: one question with one answer, or a stream of events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import hdrs
+
+from supervisor.api import Lease
+from supervisor.gateway.errors import RunnerLost
+from supervisor.gateway.events import EVENT_END, WholeEvents
+from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused
+from supervisor.gateway.proxy import RunnerLine
+
+DATA: Final = b"data: "
+DONE: Final = b"[DONE]"
+# tools/server/server-common.cpp, ``format_error_response``
+EXCEEDED: Final = "exceed_context_size_error"
+
+
+class Runner:
+    """The runner of one lease. ``talking`` makes one."""
+
+    def __init__(self, session: aiohttp.ClientSession, lease: Lease, line: RunnerLine) -> None:
+        self._session = session
+        self._lease = lease
+        self._line = line
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Return llama-server's JSON answer. Raises ``RunnerRefused``, ``RunnerLost``."""
+        async with self._asked(path, body) as upstream:
+            return json.loads(await self._line.result(upstream.read()))
+
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the events of llama-server's answer, as they come. Raises ``RunnerRefused``, ``RunnerLost``.
+
+        Closing the iterator closes the connection, at which llama-server stops generating.
+        """
+        events = WholeEvents()
+        async with self._asked(path, {**body, "stream": True}) as upstream:
+            while chunk := await self._line.result(upstream.content.readany()):
+                for event in events.feed(chunk).split(EVENT_END):
+                    if event.startswith(DATA) and event != DATA + DONE:
+                        yield _checked(json.loads(event[len(DATA) :]))
+
+    def lost(self, why: str) -> RunnerLost:
+        """Return the error for an answer that ended by itself, and too early."""
+        return RunnerLost(f"the runner of {self._lease.model} {why}")
+
+    @asynccontextmanager
+    async def _asked(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        endpoint = self._lease.endpoint
+        headers = {
+            hdrs.AUTHORIZATION: f"Bearer {endpoint.api_key}",
+            hdrs.CONTENT_TYPE: "application/json",
+        }
+        pending = self._session.post(
+            endpoint.base_url.rstrip("/") + path,
+            data=json.dumps(body).encode(),
+            headers=headers,
+            allow_redirects=False,
+        )
+        upstream = await self._line.result(pending)
+        try:
+            if upstream.status == HTTPStatus.UNAUTHORIZED:
+                raise self.lost("refused its own key: another program answers on its port")
+            if upstream.status != HTTPStatus.OK:
+                raise _refusal(upstream.status, await self._line.result(upstream.read()))
+            yield upstream
+        finally:
+            upstream.close()
+
+
+@asynccontextmanager
+async def talking(session: aiohttp.ClientSession, lease: Lease) -> AsyncIterator[Runner]:
+    """Return the lease's runner to talk to; its loss is heard for as long as the context is open."""
+    async with RunnerLine(lease) as line:
+        yield Runner(session, lease, line)
+
+
+def _checked(event: dict[str, Any]) -> dict[str, Any]:
+    if "error" in event:
+        raise _error(HTTPStatus.INTERNAL_SERVER_ERROR, event["error"])
+    return event
+
+
+def _refusal(status: int, body: bytes) -> RunnerRefused:
+    try:
+        return _error(status, json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return RunnerRefused(status, body.decode("utf-8", "replace").strip() or f"llama-server answered {status}")
+
+
+def _error(status: int, error: Mapping[str, Any]) -> RunnerRefused:
+    message = str(error.get("message", "llama-server failed without a word"))
+    if error.get("type") == EXCEEDED:
+        return ContextExceeded(message, int(error.get("n_ctx", 0)))
+    return RunnerRefused(int(error.get("code", status)), message)
