@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from planner.flags import FLAGS, Flag
+from planner.flag_table import FLAGS, Flag
 
 USAGE: Final = """\
 planner plans which layer of a GGUF model goes on which GPU, starts llama-server that way and keeps it alive.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from planner import flags
+from planner import flag_table
 from planner.types import PlanRequest, Role
 
 COUNT = st.integers(1, 2**20)
@@ -14,7 +14,7 @@ WORD = st.from_regex(r"[A-Za-z0-9_./\\|()-]{1,12}", fullmatch=True).filter(lambd
 WORDS = st.lists(WORD, min_size=1, max_size=3).map(tuple)
 PAIRS = st.lists(st.tuples(WORD, st.sampled_from(["CPU", "CUDA0"])), min_size=1, max_size=3).map(tuple)
 LAYERS = st.one_of(st.just("all"), st.integers(0, 200))
-TYPES = st.sampled_from(flags.CACHE_TYPES)
+TYPES = st.sampled_from(flag_table.CACHE_TYPES)
 SHARES = st.lists(st.integers(0, 100).map(float), min_size=1, max_size=15).map(tuple).filter(any)
 
 VALUES = {
@@ -23,12 +23,12 @@ VALUES = {
     "tensor_split": SHARES,
     "devices": st.lists(WORD, max_size=3).map(tuple),
     "devices_draft": st.lists(WORD, max_size=3).map(tuple),
-    "split_mode": st.sampled_from(flags.SPLIT_MODES),
+    "split_mode": st.sampled_from(flag_table.SPLIT_MODES),
     "main_gpu": st.integers(-1, 15),
     "flash_attn": st.sampled_from(["on", "off", "auto"]),
-    "load_mode": st.sampled_from(flags.LOAD_MODES),
-    "lazy_mode": st.sampled_from(flags.LAZY_MODES),
-    "pooling": st.sampled_from(flags.POOLING_TYPES),
+    "load_mode": st.sampled_from(flag_table.LOAD_MODES),
+    "lazy_mode": st.sampled_from(flag_table.LAZY_MODES),
+    "pooling": st.sampled_from(flag_table.POOLING_TYPES),
     "override_tensor": PAIRS,
     "override_tensor_draft": PAIRS,
     "use_host_buffer": st.just(False),
@@ -66,7 +66,7 @@ def plan_requests() -> st.SearchStrategy[PlanRequest]:
     """Return requests with any knobs pinned."""
     knobs = {
         flag.dest: VALUES.get(flag.dest, st.booleans() if flag.dest in SWITCHES else COUNT)
-        for flag in flags.FLAGS
+        for flag in flag_table.FLAGS
         if not flag.ours and flag.dest not in NOT_WRITTEN
     }
     passed_on = st.sampled_from([(), ("--top-k", "40"), ("--jinja", "--seed", "1")])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from requests_strategy import plan_requests
 
-from planner import flags
+from planner import flag_table, flags
 from planner.errors import InvalidRequest
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
 from planner.types import PlanRequest, Role
@@ -37,7 +37,7 @@ def flags_of_llama_server(tools: Path) -> set[str]:
 def test_every_flag_of_llama_server_is_planned_passed_on_or_refused(llama_tools: Path) -> None:
     """No flag of the pinned build is unknown here, and none is in two tables."""
     theirs = flags_of_llama_server(llama_tools) - {"-h", "--help", "--version"}
-    planned = {name for name, flag in flags.BY_NAME.items() if not flag.ours}
+    planned = {name for name, flag in flag_table.BY_NAME.items() if not flag.ours}
     removed = {"--mmap", "--no-mmap", "--mlock", "--direct-io", "--no-direct-io"}
     ours = planned | set(PASSED_ON) | set(LEFT_OUT) | set(REFUSED) - removed
     assert theirs - {"-m", "--model"} == ours
@@ -50,8 +50,9 @@ def test_every_flag_of_llama_server_is_planned_passed_on_or_refused(llama_tools:
 def test_every_knob_of_a_request_has_a_flag() -> None:
     """The table and the request name the same knobs; role and passed-on flags are no flags of their own."""
     knobs = {f.name for f in fields(PlanRequest)} - {"role", "passthrough"}
-    assert {flag.dest for flag in flags.FLAGS if not flag.ours} == knobs
-    assert {flag.dest for flag in flags.FLAGS if flag.ours} == {f.name for f in fields(flags.Options)} - {"what_if"}
+    assert {flag.dest for flag in flag_table.FLAGS if not flag.ours} == knobs
+    ours = {flag.dest for flag in flag_table.FLAGS if flag.ours}
+    assert ours == {f.name for f in fields(flags.Options)} - {"what_if"}
 
 
 @given(plan_requests())
@@ -63,7 +64,7 @@ def test_what_is_written_is_read_back(request: PlanRequest) -> None:
 @given(
     st.lists(
         st.sampled_from(
-            [*flags.BY_NAME, *PASSED_ON, *LEFT_OUT, *REFUSED, "x", "1", "auto", "RPC0=1GiB", "--", "-", "=", "é"]
+            [*flag_table.BY_NAME, *PASSED_ON, *LEFT_OUT, *REFUSED, "x", "1", "auto", "RPC0=1GiB", "--", "-", "=", "é"]
         )
     )
 )
