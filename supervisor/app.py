@@ -17,7 +17,7 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
 
 from config import render
-from config.resolve import ConfigError
+from config.resolve import DEFAULT_ORIGIN, ConfigError
 from config.settings import Loaded, Settings, load
 from supervisor import children, listener, lock, log_setup
 from supervisor.core.types import Limits
@@ -27,6 +27,7 @@ from supervisor.inventory import Inventory
 from supervisor.notify import Notifier
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
+from supervisor.store.folder import StoreFolder
 
 EXIT_OK: Final = 0
 EXIT_CANNOT_RUN: Final = 1
@@ -71,7 +72,13 @@ async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socke
     for warning in loaded.warnings:
         _log.warning("config.odd", warning=warning)
     async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
-        inventory = Inventory(settings.models, planning)
+        models_origin = next(value.origin for value in loaded.values if value.setting.field == "models")
+        inventory = Inventory(
+            settings.models,
+            planning,
+            store=StoreFolder(settings.store, settings.registry),
+            folder_optional=models_origin == DEFAULT_ORIGIN,
+        )
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from planner.errors import PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
+from supervisor.api import Preset
+from supervisor.capabilities import capabilities
 from supervisor.core.types import ModelId
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
-# Ollama's clients write a model's name with this tag; every id here has exactly one version.
+# Ollama's clients write a model's name with this tag, or leave it out.
 DEFAULT_TAG: Final = ":latest"
 PROJECTOR_ARCHITECTURE: Final = "clip"  # gguf-py/gguf/constants.py, MODEL_ARCH.MMPROJ
 CLOSEST: Final = 3
@@ -37,16 +40,27 @@ _PROJECTOR = re.compile(r"(^|[-._])mmproj([-._]|$)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One model. ``problem`` is the line that says why it cannot be served; what could not be read is then None."""
+    """One model. ``problem`` is the line that says why it cannot be served; what could not be read is then None.
+
+    ``path`` is the file that llama-server loads, ``file_bytes`` everything that belongs to the model. The other fields
+    are as in ``supervisor.api.ModelView``.
+    """
 
     id: ModelId
     path: str
     file_bytes: int
     modified_at: float
+    digest: str = ""
     role: Role = Role.CHAT
     architecture: str | None = None
     n_ctx_train: int | None = None
+    quantization: str | None = None
+    n_params: int | None = None
+    n_embd: int | None = None
+    capabilities: tuple[str, ...] = ()
     mmproj: str | None = None
+    adapters: tuple[str, ...] = ()
+    preset: Preset = field(default_factory=Preset)
     problem: str | None = None
 
 
@@ -58,13 +72,24 @@ def scan(folder: Path, read: Callable[[str], ModelFacts]) -> tuple[ModelEntry, .
     root = Path(os.path.realpath(folder, strict=True))
     next(root.iterdir(), None)  # the walk passes over a folder that may not be read
     found = {path: _read(path, read) for path in sorted(_files(root)) if _is_first(path)}
-    projectors = [path for path, facts in found.items() if _is_projector(path, facts)]
+    projectors = {path: facts for path, facts in found.items() if _is_projector(path, facts)}
     models = {path: facts for path, facts in found.items() if path not in projectors}
-    entries = [
-        _entry(path, _id(path, root), facts, _projector_of(path, projectors, list(models)))
-        for path, facts in models.items()
-    ]
+    entries = []
+    for path, facts in models.items():
+        projector = _projector_of(path, list(projectors), list(models))
+        with_facts = None if projector is None else (str(projector), projectors[projector])
+        entries.append(_entry(path, _id(path, root), facts, with_facts))
     return tuple(sorted(entries, key=lambda entry: entry.id))
+
+
+def stamp(folder: Path) -> int:
+    """Return a number that changes when a model comes, goes, or is written to; what cannot be read counts as empty."""
+    seen = []
+    for path in _files(Path(os.path.realpath(folder))):
+        with suppress(OSError):
+            status = path.stat()
+            seen.append((str(path), status.st_size, status.st_mtime_ns))
+    return hash(tuple(seen))
 
 
 class Catalogue:
@@ -72,10 +97,12 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._entries: Mapping[ModelId, ModelEntry] = {}
+        self._folded: Mapping[str, ModelEntry] = {}
 
     def replace(self, entries: tuple[ModelEntry, ...]) -> None:
         """Take the result of a scan."""
         self._entries = {entry.id: entry for entry in entries}
+        self._folded = {_folded(entry.id): entry for entry in reversed(entries)}
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -83,14 +110,20 @@ class Catalogue:
         return tuple(self._entries.values())
 
     def find(self, name: str) -> ModelEntry | None:
-        """Return the model of exactly this id, or of this id followed by Ollama's default tag."""
-        return self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
+        """Return the model of exactly this id; else of this id with or without Ollama's default tag, in any case."""
+        exact = self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
+        return exact or self._folded.get(_folded(name))
 
     def closest(self, name: str) -> tuple[str, ...]:
         """Return the ids that resemble the name most, best first, whatever the case of their letters."""
         by_lower = {str(one).lower(): str(one) for one in self._entries}
         found = difflib.get_close_matches(name.lower(), by_lower, n=CLOSEST, cutoff=CLOSEST_CUTOFF)
         return tuple(by_lower[one] for one in found)
+
+
+def _folded(name: str) -> str:
+    """Return what the spellings of one name have in common, as Ollama compares them."""
+    return name.lower().removesuffix(DEFAULT_TAG)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -155,31 +188,43 @@ def _id(path: Path, root: Path) -> ModelId:
     return ModelId(_SPLIT.sub("", path.relative_to(root).with_suffix("").as_posix()))
 
 
-def _projector_of(path: Path, projectors: list[Path], models: list[Path]) -> str | None:
+def _projector_of(path: Path, projectors: list[Path], models: list[Path]) -> Path | None:
     """Return the projector that belongs to this model: named after it, or alone with it in a folder."""
     beside = [one for one in projectors if one.parent == path.parent]
     stem = _SPLIT.sub("", path.stem).lower()
     named = [one for one in beside if (rest := _PROJECTOR.sub("", one.stem).strip("-._").lower()) and rest in stem]
     alone = len(beside) == 1 and sum(one.parent == path.parent for one in models) == 1
-    chosen = max(named, key=lambda one: len(one.stem), default=beside[0] if alone else None)
-    return None if chosen is None else str(chosen)
+    return max(named, key=lambda one: len(one.stem), default=beside[0] if alone else None)
 
 
-def _entry(path: Path, model_id: ModelId, facts: ModelFacts | str, mmproj: str | None) -> ModelEntry:
+def _entry(
+    path: Path, model_id: ModelId, facts: ModelFacts | str, projector: tuple[str, ModelFacts | str] | None
+) -> ModelEntry:
     size_bytes, modified_at = 0, 0.0
     with suppress(OSError):  # then the facts say why
         status = path.stat()
         size_bytes, modified_at = status.st_size, status.st_mtime
-    if isinstance(facts, str):
-        return ModelEntry(model_id, str(path), size_bytes, modified_at, problem=facts)
-    return ModelEntry(
-        model_id,
-        str(path),
-        modified_at=modified_at,
-        file_bytes=facts.summary.file_bytes,
+    if not isinstance(facts, str):
+        size_bytes = facts.summary.file_bytes
+    version = f"{model_id}\0{size_bytes}\0{modified_at}".encode(errors="replace")
+    entry = ModelEntry(model_id, str(path), size_bytes, modified_at, hashlib.sha256(version).hexdigest())
+    return replace(entry, problem=facts) if isinstance(facts, str) else described(entry, facts, projector)
+
+
+def described(entry: ModelEntry, facts: ModelFacts, projector: tuple[str, ModelFacts | str] | None) -> ModelEntry:
+    """Return the entry with what its header says. The projector is a path, and its facts or why there are none."""
+    mmproj, seen = projector if projector is not None and facts.role is Role.CHAT else (None, None)
+    return replace(
+        entry,
         role=facts.role,
         architecture=facts.summary.architecture,
         n_ctx_train=facts.summary.n_ctx_train,
-        mmproj=mmproj if facts.role is Role.CHAT else None,
-        problem=None if facts.summary.n_layers else f"{path} has no layers: a vocabulary or an adapter, not a model",
+        quantization=facts.summary.quantization,
+        n_params=facts.summary.n_params,
+        n_embd=facts.hparams.n_embd,
+        capabilities=capabilities(facts, None if isinstance(seen, str) else seen),
+        mmproj=mmproj,
+        problem=None
+        if facts.summary.n_layers
+        else f"{entry.path} has no layers: a vocabulary or an adapter, not a model",
     )

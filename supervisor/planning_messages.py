@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final
 from planner.types import LlamaBuild, Machine, Role
 from supervisor.catalogue import ModelEntry
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.store.folder import StoreFolder
 
 LENGTH_BYTES: Final = 8
 
@@ -49,9 +50,14 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class ScanModels:
-    """Ask for the models below a folder; answered by a tuple of ``ModelEntry``, or by ``Failed``."""
+    """Ask for the models below a folder and in a store; answered by a tuple of ``ModelEntry``, or by ``Failed``.
+
+    The folder need not be there where there is a store and ``folder_optional`` says so.
+    """
 
     folder: Path
+    store: StoreFolder | None = None
+    folder_optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class MakePlan:
     path: str
     role: Role
     mmproj: str | None
+    adapters: tuple[str, ...]
     situation: Situation
     assume_empty: bool
 

@@ -54,6 +54,7 @@ from supervisor.planning_messages import (
     pack,
     read_message,
 )
+from supervisor.store import listing
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
 SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond
@@ -76,18 +77,25 @@ class Worker:
         match question:
             case LookAround(situation):
                 return _surroundings(self._look(situation, self._leased(situation)))
-            case ScanModels(folder):
-                return self._scan(folder)
+            case ScanModels():
+                return self._scan(question)
             case ReadDetails(path):
                 return _details(path)
             case MakePlan():
                 return self._plan(question)
 
-    def _scan(self, folder: Path) -> Answer:
+    def _scan(self, places: ScanModels) -> Answer:
+        store = () if places.store is None else listing.scan(places.store, self._read)
         try:
-            return scan(folder, self._read)
+            found = scan(places.folder, self._read)
+        except FileNotFoundError as error:
+            if places.store is None or not places.folder_optional or not places.store.root.is_dir():
+                return _unreadable(places.folder, error)
+            found = ()
         except OSError as error:
-            return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
+            return _unreadable(places.folder, error)
+        taken = {entry.id for entry in found}
+        return (*found, *(entry for entry in store if entry.id not in taken))
 
     def _read(self, path: str) -> ModelFacts:
         try:
@@ -157,7 +165,7 @@ class Worker:
         else:
             machine = without_workers(detected.machine, leased)
             policy = from_settings(self._settings, held=situation.held, promised=situation.promised)
-        request = PlanRequest(role=question.role, mmproj=question.mmproj)
+        request = PlanRequest(role=question.role, mmproj=question.mmproj, lora=question.adapters or None)
         try:
             facts = companions.attach(self._read(question.path), request)
             build = detected.llama.build
@@ -172,6 +180,10 @@ class Worker:
                 return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
                 return PlanProblem(explain.headline(outcome))
+
+
+def _unreadable(folder: Path, error: OSError) -> Failed:
+    return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
 
 
 def _reading(machine: Machine, situation: Situation) -> Reading:

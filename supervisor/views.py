@@ -128,6 +128,12 @@ def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int
             n_ctx_train=entry.n_ctx_train,
             n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.plan.n_ctx_per_slot,
             problem=entry.problem,
+            digest=entry.digest,
+            quantization=entry.quantization,
+            n_params=entry.n_params,
+            n_embd=entry.n_embd,
+            capabilities=entry.capabilities,
+            preset=entry.preset,
         )
         for entry in entries
         for plan in [pool.runner(entry.id).plan]

@@ -93,6 +93,7 @@ def environ(free_environment: dict[str, str], model_folder: Path, tmp_path: Path
     return {
         **free_environment,
         "PLANNER_MODELS": str(model_folder),
+        "PLANNER_STORE": str(tmp_path / "store"),
         "PLANNER_STATE_DIR": str(tmp_path / "state"),
         "PLANNER_HOST": "127.0.0.1:0",
         "PLANNER_CONTEXT_LENGTH": "4096",

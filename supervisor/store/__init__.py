@@ -1,0 +1,1 @@
+"""Models on disk as Ollama lays them out: read in place, pulled from registries, created, copied, deleted."""

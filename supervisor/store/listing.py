@@ -1,0 +1,135 @@
+"""The models of a store, for the catalogue: each name's manifest read, its blobs looked for, its texts taken along.
+
+Nothing is written. A model that cannot be served is listed with the reason; none hides another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from planner.errors import PlannerError
+from planner.model import ModelFacts
+from supervisor.api import Preset, StoreError
+from supervisor.catalogue import ModelEntry, described
+from supervisor.core.types import ModelId
+from supervisor.store import manifests
+from supervisor.store.folder import StoreFolder
+from supervisor.store.manifests import Layer, Manifest
+from supervisor.store.names import ModelName
+
+MAX_TEXT_BYTES: Final = 1 << 20  # a template, a licence; the longest known are 100 KiB
+SHOWN_DIGEST: Final = len("sha256:") + 12
+
+Read = Callable[[str], ModelFacts]
+
+
+class _Unfit(Exception):
+    """The model cannot be served; the text says why."""
+
+
+def scan(folder: StoreFolder, read: Read) -> tuple[ModelEntry, ...]:
+    """Return the models of the store, by id: the short name, or the full one where two have the same short one."""
+    default_host = folder.default_host
+    entries: dict[str, ModelEntry] = {}
+    for name in folder.names():
+        short = name.short(default_host)
+        model_id = ModelId(short if short not in entries else str(name))
+        entries[model_id] = _entry(folder, name, model_id, read)
+    return tuple(sorted(entries.values(), key=lambda entry: entry.id))
+
+
+def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) -> ModelEntry:
+    path = folder.manifest(name)
+    modified_at = 0.0
+    with suppress(OSError):
+        modified_at = path.stat().st_mtime
+    try:
+        manifest = folder.read(name)
+    except StoreError as error:
+        return ModelEntry(model_id, str(path), 0, modified_at, problem=str(error))
+    known: dict[str, Any] = {"modified_at": modified_at, "digest": manifest.digest}
+    size_bytes = manifest.size_bytes
+    try:
+        model, projector, adapters = _files(folder, manifest, model_id)
+        facts = read(str(model))
+        projected = read(str(projector)) if projector is not None else None
+        preset = read_preset(folder, manifest)
+    except (_Unfit, PlannerError) as error:
+        return ModelEntry(model_id, str(path), size_bytes, problem=str(error), **known)
+    return described(
+        ModelEntry(model_id, str(model), size_bytes, adapters=tuple(map(str, adapters)), preset=preset, **known),
+        facts,
+        None if projected is None else (str(projector), projected),
+    )
+
+
+def _files(folder: StoreFolder, manifest: Manifest, model_id: str) -> tuple[Path, Path | None, tuple[Path, ...]]:
+    """Return where the model, its projector and its adapters lie. Raises _Unfit."""
+    models = manifest.of_kind(manifests.MODEL)
+    projectors = manifest.of_kind(manifests.PROJECTOR)
+    if len(models) != 1 or len(projectors) > 1:
+        raise _Unfit(
+            f"its manifest names {len(models)} GGUF models and {len(projectors)} projectors; "
+            "llama-server serves one model with at most one projector"
+        )
+    for blob in manifest.blobs:
+        problem = _missing(folder.blob(blob.digest), blob)
+        if problem is not None:
+            raise _Unfit(f"{problem}: pull or create {model_id} again")
+    paths = [folder.blob(layer.digest) for layer in (*models, *projectors)]
+    adapters = tuple(folder.blob(layer.digest) for layer in manifest.of_kind(manifests.ADAPTER))
+    return paths[0], paths[1] if projectors else None, adapters
+
+
+def _missing(path: Path, blob: Layer) -> str | None:
+    """Return the line that says what is wrong with a blob's file, or None."""
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        return f"its blob {path} cannot be read ({error.strerror})"
+    if size_bytes != blob.size_bytes:
+        return f"its blob {path} has {size_bytes:,} bytes, {blob.size_bytes:,} are due"
+    return None
+
+
+def read_preset(folder: StoreFolder, manifest: Manifest) -> Preset:
+    """Return what the manifest's small layers say; one that cannot be understood counts as not there."""
+
+    def text(*kinds: str) -> str | None:
+        found = [_text(folder, layer) for layer in manifest.of_kind(*kinds)]
+        return found[-1] if found else None
+
+    parameters = _json(text(manifests.PARAMS), dict)
+    messages = _json(text(manifests.MESSAGES), list)
+    model = manifest.of_kind(manifests.MODEL)
+    return Preset(
+        template=text(manifests.TEMPLATE, manifests.PROMPT),
+        system=text(manifests.SYSTEM),
+        parameters=MappingProxyType(parameters or {}),
+        messages=tuple(_message(one) for one in messages or () if isinstance(one, dict)),
+        licenses=tuple(filter(None, (_text(folder, layer) for layer in manifest.of_kind(manifests.LICENSE)))),
+        parent=model[0].parent if model else None,
+    )
+
+
+def _message(entry: Mapping[str, Any]) -> Mapping[str, str]:
+    return MappingProxyType({key: value for key, value in entry.items() if isinstance(value, str)})
+
+
+def _text(folder: StoreFolder, layer: Layer) -> str | None:
+    with suppress(OSError), folder.blob(layer.digest).open("rb") as file:
+        return file.read(MAX_TEXT_BYTES).decode(errors="replace")
+    return None
+
+
+def _json(text: str | None, kind: type) -> Any:
+    """Return the document in this text where it is of this kind, else None."""
+    with suppress(ValueError, RecursionError):
+        document = json.loads(text or "")
+        return document if isinstance(document, kind) else None
+    return None
