@@ -2,7 +2,8 @@
 
 One table maps the errors of ``supervisor.api`` and the gateway's own to a status, an OpenAI error type and a code. The
 types are those that llama-server itself sends (tools/server/server-common.cpp, ``format_error_response``), so that a
-client sees one vocabulary whether the gateway or the runner answers.
+client sees one vocabulary whether the gateway or the runner answers. Other APIs tell the same errors in an envelope of
+their own: each has an ``ErrorTeller``.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Final
 
 from aiohttp import web
@@ -30,6 +32,7 @@ from supervisor.api import (
     UnknownModel,
     WrongRole,
 )
+from supervisor.gateway.events import sse_event
 
 
 class RequestError(Exception):
@@ -107,24 +110,34 @@ UNEXPECTED: Final = ("server_error", "internal_error")
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """What the client is told: a status, headers, and the ``error`` object of OpenAI's envelope."""
+    """What the client is told: a status, headers, and ``error``: the object of OpenAI's envelope, or Ollama's line.
+
+    ``beside`` stands in the envelope beside it. ``event_name`` is the type of the event that tells it in a stream,
+    where the API names its events. ``expected`` is False for a defect of ours, whose traceback belongs in the log.
+    """
 
     status: int
     headers: Mapping[str, str]
-    error: Mapping[str, Any]
+    error: Mapping[str, Any] | str
+    beside: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    event_name: str | None = None
+    expected: bool = True
 
     def response(self) -> web.Response:
         """Return the whole answer, for a request to which nothing was sent yet."""
         return web.Response(
-            status=self.status,
-            headers=self.headers,
-            body=json.dumps({"error": self.error}).encode(),
-            content_type="application/json",
+            status=self.status, headers=self.headers, body=self._envelope(), content_type="application/json"
         )
 
     def event(self) -> bytes:
         """Return the server-sent event that ends a stream which cannot be finished."""
-        return b"data: " + json.dumps({"error": self.error}).encode() + b"\n\n"
+        return sse_event(self._envelope(), self.event_name)
+
+    def _envelope(self) -> bytes:
+        return json.dumps({**self.beside, "error": self.error}).encode()
+
+
+ErrorTeller = Callable[[Exception, str], ErrorAnswer]
 
 
 def answer_to(error: Exception, request_id: str) -> ErrorAnswer:
@@ -136,7 +149,7 @@ def answer_to(error: Exception, request_id: str) -> ErrorAnswer:
         return _http_answer(error)
     type_, code = UNEXPECTED
     message = f"internal error; the service's log tells more under request id {request_id}"
-    return ErrorAnswer(500, {}, {"message": message, "type": type_, "param": None, "code": code})
+    return ErrorAnswer(500, {}, {"message": message, "type": type_, "param": None, "code": code}, expected=False)
 
 
 def _envelope(rule: ErrorRule, error: Exception) -> dict[str, Any]:

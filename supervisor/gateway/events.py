@@ -14,6 +14,16 @@ EVENT_END: Final = b"\n\n"
 MAX_HELD_BYTES: Final = 1 << 20
 
 
+def sse_event(data: bytes, name: str | None = None) -> bytes:
+    """Return one server-sent event with this one line of data, under this name where the API names its events."""
+    return (b"" if name is None else b"event: " + name.encode() + b"\n") + b"data: " + data + EVENT_END
+
+
+def sse_comment(text: bytes) -> bytes:
+    """Return a comment in an event stream, which every client skips that does not look for it."""
+    return b": " + text + EVENT_END
+
+
 class WholeEvents:
     """Lets bytes through up to the last event's end and holds the rest back, ``max_held_bytes`` at most.
 

@@ -9,20 +9,28 @@ from typing import Final
 
 from aiohttp import web
 
+from supervisor.gateway.errors import ErrorTeller, answer_to
+
 # The status that the log and the metrics show for a client that left; it is never sent.
 CLIENT_CLOSED_REQUEST: Final = 499
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its answer so far. ``model`` is set only to ids of the folder, so that it can be a label."""
+    """One request and its answer so far. ``model`` is set only to ids of the folder, so that it can be a label.
+
+    ``tell`` words errors as the client's API does. ``begun`` is an event stream that was opened before there was an
+    answer: what goes wrong is told in it.
+    """
 
     endpoint: str
+    tell: ErrorTeller = answer_to
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
     began_s: float = field(default_factory=time.monotonic)
     model: str | None = None
     stream: bool | None = None
     origin: str | None = None
+    begun: web.StreamResponse | None = None
     first_byte_s: float | None = None
     broken: str | None = None
 

@@ -1,4 +1,4 @@
-"""What happens around every request: an id, the guards, one log line, the metrics, and errors told in one envelope."""
+"""What happens around every request: an id, the guards, one log line, the metrics, and each API's errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from supervisor.gateway.errors import answer_to
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, EXCHANGE, Exchange
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.security import OPEN_PATHS, check_host, check_key, check_origin
+from supervisor.gateway.tellers import teller_for
 from supervisor.status.metrics import NO_MODEL, HttpMetrics
 
 _log = structlog.get_logger("loadmaster.gateway")
@@ -29,7 +29,7 @@ def observe(metrics: HttpMetrics) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        exchange = request[EXCHANGE] = Exchange(endpoint=_endpoint(request))
+        exchange = request[EXCHANGE] = Exchange(endpoint=_endpoint(request), tell=teller_for(request.path))
         status = CLIENT_CLOSED_REQUEST
         with (
             structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
@@ -84,12 +84,16 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:
         raise  # the client left while it was written to: nobody is there to be told
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happens, the client gets one envelope
-        answer = answer_to(error, exchange.request_id)
-        if answer.status == HTTPStatus.INTERNAL_SERVER_ERROR:
-            _log.exception("request.failed", path=request.path)
-        else:
+        answer = exchange.tell(error, exchange.request_id)
+        if answer.expected:
             exchange.broken = str(error)
-        return answer.response()
+        else:
+            _log.exception("request.failed", path=request.path)
+        if exchange.begun is None:
+            return answer.response()
+        await exchange.begun.write(answer.event())
+        await exchange.begun.write_eof()
+        return exchange.begun
 
 
 def _record(metrics: HttpMetrics, exchange: Exchange, status: int) -> None:
@@ -133,7 +137,7 @@ def _preflight(request: web.Request) -> web.Response:
     return web.Response(
         status=HTTPStatus.NO_CONTENT,
         headers={
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, OPTIONS",
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, HEAD, POST, DELETE, OPTIONS",
             hdrs.ACCESS_CONTROL_ALLOW_HEADERS: request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "*"),
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_AGE_S),
         },

@@ -28,8 +28,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from supervisor.api import Lease
-from supervisor.gateway.errors import RunnerLost, answer_to
-from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents
+from supervisor.gateway.errors import RunnerLost
+from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE
 
 T = TypeVar("T")
@@ -83,13 +83,15 @@ def open_session() -> aiohttp.ClientSession:
 class RunnerLine:
     """The conversation with the runner of one lease, which may die at any moment.
 
-    A dead process's sockets break by themselves; ``wait_lost`` covers what does not break, and tells why.
+    A dead process's sockets break by themselves; ``wait_lost`` covers what does not break, and tells why. Use within
+    ``async with``, which gives the connection up: llama-server then stops what it still does for this request.
     """
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._deadline: float | None = None
         self._scope: asyncio.Timeout | None = None
+        self._answer: aiohttp.ClientResponse | None = None
 
     async def __aenter__(self) -> Self:
         self._story = asyncio.create_task(self._lease.wait_lost())
@@ -98,6 +100,25 @@ class RunnerLine:
 
     async def __aexit__(self, *_: object) -> None:
         self._story.cancel()
+        self._give_up()
+
+    async def post(
+        self, session: aiohttp.ClientSession, path: str, body: bytes, headers: CIMultiDict[str]
+    ) -> aiohttp.ClientResponse:
+        """Send this body to a path of the runner, and return its answer's head; ``read`` has the rest.
+
+        The runner's own key is added. Raises ``RunnerLost`` as soon as it is known that nothing will come.
+        """
+        endpoint = self._lease.endpoint
+        url = URL(endpoint.base_url.rstrip("/") + path, encoded=True)
+        headers[hdrs.AUTHORIZATION] = f"Bearer {endpoint.api_key}"
+        answer = await self.result(session.post(url, data=body, headers=headers, allow_redirects=False))
+        self._answer = answer
+        if answer.status == HTTPStatus.UNAUTHORIZED:
+            raise RunnerLost(
+                f"the runner of {self._lease.model} refused its own key: another program answers on its port"
+            )
+        return answer
 
     async def result(self, pending: Awaitable[T]) -> T:
         """Return what the runner sends. Raises ``RunnerLost`` as soon as it is known that nothing will come."""
@@ -109,21 +130,41 @@ class RunnerLine:
                 finally:
                     self._scope = None  # from here on there is nothing left to cut short
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError, once the loss was heard, is an OSError
-            raise RunnerLost(f"the runner of {self._lease.model} was lost: {await self._why(error)}") from error
+            raise await self._lost(error) from error
+
+    async def read(self) -> bytes:
+        """Return what came of the answer's body, as soon as there is anything; empty at its end.
+
+        Raises ``RunnerLost``. There is no timeout to be set up for each piece: a loss closes the connection.
+        """
+        assert self._answer is not None  # noqa: S101 - there is a head
+        try:
+            return await self._answer.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise await self._lost(error) from error
 
     def _hear(self, story: asyncio.Task[str]) -> None:
+        """Give the last bytes their time, then cut the wait for more short."""
         if not story.cancelled():
-            self._deadline = asyncio.get_running_loop().time() + LAST_BYTES_S
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.time() + LAST_BYTES_S
             if self._scope is not None:
                 self._scope.reschedule(self._deadline)
+            loop.call_at(self._deadline, self._give_up)
 
-    async def _why(self, error: Exception) -> str:
+    def _give_up(self) -> None:
+        """Close the connection. Whoever reads from it learns that it was closed."""
+        if self._answer is not None:
+            self._answer.close()
+
+    async def _lost(self, error: Exception) -> RunnerLost:
         await asyncio.wait({self._story}, timeout=STORY_TIMEOUT_S)
-        return (
+        why = (
             self._story.result()
             if self._story.done()
             else f"its connection broke ({str(error) or type(error).__name__})"
         )
+        return RunnerLost(f"the runner of {self._lease.model} was lost: {why}")
 
 
 async def forward(
@@ -133,48 +174,51 @@ async def forward(
 
     Raises ``RunnerLost`` where the runner fails before the first byte; afterwards the answer is ended as well as it can
     be. Nothing is ever sent twice. A cancelled call (the client has left) closes the runner's connection, at which
-    llama-server stops generating.
+    llama-server stops generating. Where the client's stream was begun already, the answer goes on in it.
     """
     query = f"?{request.rel_url.raw_query_string}" if request.query_string else ""
-    url = URL(lease.endpoint.base_url.rstrip("/") + path + query, encoded=True)
-    headers = forwarded(request.headers, without=NOT_TO_RUNNER)
-    headers[hdrs.AUTHORIZATION] = f"Bearer {lease.endpoint.api_key}"
     async with RunnerLine(lease) as line:
-        upstream = await line.result(session.post(url, data=body, headers=headers, allow_redirects=False))
-        try:
-            return await _relay(line, upstream, lease, request)
-        finally:
-            upstream.close()
+        answer = await line.post(session, path + query, body, forwarded(request.headers, without=NOT_TO_RUNNER))
+        begun = request[EXCHANGE].begun
+        if begun is not None and answer.content_type != SSE_CONTENT_TYPE:
+            return await _tell_in_stream(line, begun)
+        return await _relay(line, answer, lease, request)
 
 
 async def _relay(
-    line: RunnerLine, upstream: aiohttp.ClientResponse, lease: Lease, request: web.Request
+    line: RunnerLine, answer: aiohttp.ClientResponse, lease: Lease, request: web.Request
 ) -> web.StreamResponse:
-    if upstream.status == HTTPStatus.UNAUTHORIZED:
-        raise RunnerLost(f"the runner of {lease.model} refused its own key: another program answers on its port")
-    chunk = await line.result(upstream.content.readany())
-    response = web.StreamResponse(
-        status=upstream.status, reason=upstream.reason, headers=forwarded(upstream.headers, without=HOP_BY_HOP)
-    )
-    response.headers[MODEL_HEADER] = quote(lease.model, safe="/:@+ ")
-    await response.prepare(request)
+    chunk = await line.read()
+    exchange = request[EXCHANGE]
+    response = exchange.begun
+    if response is None:
+        response = web.StreamResponse(
+            status=answer.status, reason=answer.reason, headers=forwarded(answer.headers, without=HOP_BY_HOP)
+        )
+        name_model(response, lease.model)
+        await response.prepare(request)
     events = WholeEvents(MAX_HELD_BYTES if response.content_type == SSE_CONTENT_TYPE else 0)
     try:
         while chunk:
-            await _send(response, request, events.feed(chunk))
-            chunk = await line.result(upstream.content.readany())
+            if piece := events.feed(chunk):
+                exchange.mark_first_byte()
+                await response.write(piece)
+            chunk = await line.read()
     except RunnerLost as error:
         await _end_broken(response, request, error, clean=events.clean)
     else:
-        await _send(response, request, events.rest())
-        await response.write_eof()
+        await response.write_eof(events.rest())
     return response
 
 
-async def _send(response: web.StreamResponse, request: web.Request, piece: bytes) -> None:
-    if piece:
-        request[EXCHANGE].mark_first_byte()
-        await response.write(piece)
+async def _tell_in_stream(line: RunnerLine, begun: web.StreamResponse) -> web.StreamResponse:
+    """Put an answer that is no stream, which only a refusal is, into the stream that the client was given already."""
+    whole = b""
+    while chunk := await line.read():
+        whole += chunk
+    await begun.write(sse_event(whole.replace(b"\n", b" ")))
+    await begun.write_eof()
+    return begun
 
 
 async def _end_broken(response: web.StreamResponse, request: web.Request, error: RunnerLost, *, clean: bool) -> None:
@@ -182,11 +226,16 @@ async def _end_broken(response: web.StreamResponse, request: web.Request, error:
     exchange = request[EXCHANGE]
     exchange.broken = str(error)
     if response.content_type == SSE_CONTENT_TYPE:
-        event = answer_to(error, exchange.request_id).event()
+        event = exchange.tell(error, exchange.request_id).event()
         await response.write(event if clean else EVENT_END + event)
         await response.write_eof()
     elif request.transport is not None:
         request.transport.abort()  # the promised length cannot be kept: a cut connection is the only honest sign
+
+
+def name_model(response: web.StreamResponse, model: str) -> None:
+    """Say in the answer's head which model answers."""
+    response.headers[MODEL_HEADER] = quote(model, safe="/:@+ ")
 
 
 def forwarded(headers: CIMultiDictProxy[str], *, without: frozenset[str]) -> CIMultiDict[str]:
