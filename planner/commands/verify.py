@@ -1,17 +1,17 @@
-"""``planner verify``, from its words to what is printed; the machine and a folder's models are given to it."""
+"""``planner verify``: the formulas beside what the installed llama.cpp itself says."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from planner import flags, verify
+from planner.commands import terminal
+from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest, ModelFileError
 from planner.model import ModelFacts, read_model
 from planner.oracle import ask
-from planner.types import LlamaBuild, Machine, Policy
 from planner.verify import Verification
 
 AGREES: Final = 0
@@ -21,20 +21,14 @@ NOT_COMPARED: Final = 3  # the model does not fit or would be refused, as planne
 _WHICH: Final = "which model? planner verify MODEL [flags], or planner verify --all FOLDER [flags]"
 
 
-class Surroundings(NamedTuple):
-    """Where a command line plans: the machine, the llama.cpp that would be launched, what the operator allows."""
+def main(name: str, words: Sequence[str]) -> int:
+    """Print both sides, for a model or for a folder of them. Raises PlannerError."""
+    del name
+    if {"-h", "--help"} & set(words):
+        from planner.usage import VERIFY_USAGE
 
-    machine: Machine
-    build: LlamaBuild
-    policy: Policy
-
-
-# The models below a folder: called with it and with what reads a header, yields entries with path and problem.
-Scan = Callable[[Path, Callable[[str], ModelFacts]], Sequence[Any]]
-
-
-def run(words: Sequence[str], surroundings: Callable[[flags.CommandLine], Surroundings], scan: Scan) -> tuple[str, int]:
-    """Return the text to print and the exit status. Raises InvalidRequest, and ModelFileError for a single model."""
+        terminal.write(VERIFY_USAGE)
+        return AGREES
     folder, words = _without_folder(words)
     line = flags.parse(words)
     if (folder is None) == (line.options.model is None):
@@ -45,14 +39,14 @@ def run(words: Sequence[str], surroundings: Callable[[flags.CommandLine], Surrou
     if folder is None:
         results: tuple[Verification, ...] = (_verified(read_model(line.options.model or ""), line, where),)
     else:
-        results = _folder(folder, line, where, scan)
+        results = _folder(folder, line, where)
     if line.options.json:
-        text = json.dumps(verify.to_json(where.build, results), indent=2) + "\n"
+        terminal.write_json(verify.to_json(where.build, results))
     elif folder is None:
-        text = verify.to_text(where.build, results[0])
+        terminal.write(verify.to_text(where.build, results[0]))
     else:
-        text = verify.to_lines(where.build, results)
-    return text, _status(results, alone=folder is None)
+        terminal.write(verify.to_lines(where.build, results))
+    return _status(results, alone=folder is None)
 
 
 def _status(results: Sequence[Verification], *, alone: bool) -> int:
@@ -79,8 +73,10 @@ def _verified(model: ModelFacts, line: flags.CommandLine, where: Surroundings) -
     return verify.verify(model, line.request_of(model.role), where.machine, where.policy, where.build, oracle)
 
 
-def _folder(folder: str, line: flags.CommandLine, where: Surroundings, scan: Scan) -> tuple[Verification, ...]:
+def _folder(folder: str, line: flags.CommandLine, where: Surroundings) -> tuple[Verification, ...]:
     """Return a result for every model below the folder, those that cannot be read among them."""
+    from supervisor.catalogue import scan
+
     facts: dict[str, ModelFacts] = {}
 
     def read(path: str) -> ModelFacts:
