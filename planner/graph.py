@@ -20,6 +20,13 @@ Shape = tuple[int, int, int, int]
 
 UNASSIGNED: Final = -1
 
+# Operations that llama.cpp tries out, and builds from plainer ones where they run away from their layer
+# (src/llama-context.cpp, resolve_fused_ops): attention, and three parts of hyper-connections.
+FLASH_ATTN: Final = "flash_attn"
+HC_PRE: Final = "dsv4_hc_pre"
+HC_COMB: Final = "dsv4_hc_comb"
+HC_POST: Final = "dsv4_hc_post"
+
 # Operations that only look at another tensor's memory; the scheduler passes over them (ggml-backend.cpp, is_view_op).
 VIEW_OPS: Final = frozenset({"view", "reshape", "permute", "transpose"})
 
@@ -136,7 +143,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.leafs: list[Node] = []
-        self.fused_attention: list[tuple[Node, int]] = []  # with its layer
+        self.fused: list[tuple[Node, int]] = []  # operations that are tried out, each with its layer
         self.reductions: list[tuple[Node, Node]] = []  # a product by weights, and the last sum over its parts
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -226,7 +233,7 @@ class Graph:
         """Return fused attention over permuted q, k, v."""
         src = [q, k, v, mask] if sinks is None else [q, k, v, mask, sinks]
         ne = (v.ne[0], q.ne[2], q.ne[1], q.ne[3])
-        return Node("flash_attn", F32, ne, strides(F32, ne), src, None)
+        return Node(FLASH_ATTN, F32, ne, strides(F32, ne), src, None)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Views

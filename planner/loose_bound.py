@@ -65,7 +65,7 @@ def _block_bytes(model: ModelFacts, params: ContextParams, row: int, n_tokens: i
         if len(tensor.shape) >= _MATRIX_DIMENSIONS:
             blocks[il] += _SPREAD * per_element * _products(tensor, name, hparams.n_expert_used)
         if name == "indexer.proj.weight":
-            blocks[il] += 2 * seen * tensor.shape[1]
+            blocks[il] += 2 * seen * prod(tensor.shape[1:])
     return [block + (state if recurrent else 0) for block, recurrent in zip(blocks, hparams.recr_layers, strict=True)]
 
 

@@ -20,7 +20,7 @@ from planner.estimate import (
     reserved_tokens,
 )
 from planner.ggml import pad
-from planner.graph import Graph, Node
+from planner.graph import FLASH_ATTN, HC_COMB, HC_POST, HC_PRE, Graph, Node
 from planner.graphs import build_graph
 from planner.graphs.blocks import Blocks
 from planner.graphs.parts import PIN_BELOW_TOKENS, Batch, Places
@@ -79,10 +79,10 @@ def _replay(
     homes: tuple[int, ...],
 ) -> tuple[int, ...]:
     replay = _Replay(model, params, placement, backends, homes)
-    fused = replay.fuses_attention()
+    unfused = replay.unfused()
     sizes = [0] * (len(backends) + 1)
     for each in _passes(model, params):
-        reserved = replay.reserve(each, fused=fused)
+        reserved = replay.reserve(each, unfused)
         sizes = [max(pair) for pair in zip(sizes, reserved, strict=True)]
     return tuple(sizes)
 
@@ -130,7 +130,7 @@ class _Replay:
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
 
-    def fuses_attention(self) -> bool:
+    def _fuses_attention(self) -> bool:
         """Say whether flash attention is used: "auto" tries a graph and gives up where a layer's runs elsewhere.
 
         (src/llama-context.cpp, ``resolve_fused_ops``.) It can only where the cache or a weight is away from its layer.
@@ -141,21 +141,38 @@ class _Replay:
             return False
         if params.flash_attn == "on":
             return True
-        graph = self._graph(_Pass(params.n_seq_max, params.n_seq_max, params.n_seq_max), fused=True)
-        self._schedule(graph)
-        return all(node.backend == self._places.layers[il] for node, il in graph.fused_attention)
+        return FLASH_ATTN not in self._astray(frozenset())
 
-    def reserve(self, each: _Pass, *, fused: bool) -> tuple[int, ...]:
+    def unfused(self) -> frozenset[str]:
+        """Return the operations that are built from plainer ones: attention, then each of hyper-connections in turn."""
+        unfused = frozenset[str]() if self._fuses_attention() else frozenset({FLASH_ATTN})
+        if self._model.tensor("blk.0.hc_attn_fn.weight") is None:
+            return unfused
+        astray = self._astray(unfused)
+        for op in (HC_PRE, HC_COMB, HC_POST):
+            if op in astray:
+                unfused |= {op}
+                astray = self._astray(unfused)
+        return unfused
+
+    def _astray(self, unfused: frozenset[str]) -> set[str]:
+        """Return the fused operations of which one would run elsewhere than on its layer's device."""
+        n_seqs = self._params.n_seq_max
+        graph = self._graph(_Pass(n_seqs, n_seqs, n_seqs), unfused)
+        self._schedule(graph)
+        return {node.op for node, il in graph.fused if node.backend != self._places.layers[il]}
+
+    def reserve(self, each: _Pass, unfused: frozenset[str]) -> tuple[int, ...]:
         """Return the bytes of each backend's buffer for one graph."""
-        plan = self._schedule(self._graph(each, fused=fused))
+        plan = self._schedule(self._graph(each, unfused))
         alignments = [*(backend.alignment_bytes for backend in self._backends), HOST_BUFFER.alignment_bytes]
         sizes: list[AllocSize] = [_cuda_alloc_size if backend.like_cuda else Node.nbytes for backend in self._backends]
         return GraphAllocator(alignments, [*sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
 
-    def _graph(self, each: _Pass, *, fused: bool) -> Graph:
+    def _graph(self, each: _Pass, unfused: frozenset[str]) -> Graph:
         everything = offloads_everything(self._placement, self._model.hparams.n_layer_all)
         pins = everything or each.n_tokens < PIN_BELOW_TOKENS
-        batch = Batch(each.n_tokens, each.n_outputs, each.n_seqs, pins_norms=pins, fuses_attention=fused)
+        batch = Batch(each.n_tokens, each.n_outputs, each.n_seqs, pins_norms=pins, unfused=unfused)
         blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch, self._adapters)
         return build_graph(blocks, self._model.metadata)
 

@@ -128,6 +128,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "glm-dsa": Shape(moe=_HEADER_MOE, carries_more=True),
     "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
     "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
+    "glm5-next": Shape(moe=_HEADER_MOE, rows=Rows.ALL, carries_more=True),
     "gpt-oss": Shape(
         sinks=True,
         ffn_norm="post_attention_norm",
@@ -251,6 +252,7 @@ _BUILDERS: Final[Mapping[str, str]] = {
     "gemma3n": "gemma.Gemma3nDecoder",
     "gemma4": "gemma.Gemma4Decoder",
     "glm-dsa": "sparse.SparseDecoder",
+    "glm5-next": "pool_sparse.PoolSparseDecoder",
     "granitehybrid": "state_space.Mamba2Decoder",
     "grok": "variants.GrokDecoder",
     "grovemoe": "mixtures.GroveMoeDecoder",

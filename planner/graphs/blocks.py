@@ -226,7 +226,7 @@ class Blocks(Parts):
             v = graph.transpose(v) if v_trans else v
             k, v = (graph.new("cpy", F16, node.ne, node) if node.type is F32 else node for node in (k, v))
             out = graph.flash_attn(q, k, v, mask, sinks)
-            graph.fused_attention.append((out, il))
+            graph.fused.append((out, il))
             if v_up:
                 out = graph.mul_mat(v_up, graph.permute_heads(out))
                 out = graph.cont(graph.permute_heads(out))

@@ -119,7 +119,24 @@ class SafeDeltaAttentionDecoder(DeltaAttentionDecoder):
         return blocks.project(graph.cont(gated, width, n_tokens), f"blk.{il}.attn_output")
 
 
-class ResidualAttentionDecoder(DeltaAttentionDecoder):
+class BoundedDeltaAttentionDecoder(DeltaAttentionDecoder):
+    """Decays within bounds, where the header has one (src/models/kimi-k3.cpp, glm5-next.cpp)."""
+
+    def decay(self, x: Node, il: int) -> Node:
+        """Return how much of a state is kept, per channel, within bounds."""
+        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
+        if self.settings.number("kda.gate_lower_bound") == float("-inf"):
+            return super().decay(x, il)
+        low_rank = graph.mul_mat(blocks.needed(f"{prefix}f_a.weight"), x)
+        gate = graph.mul_mat(blocks.needed(f"{prefix}f_b.weight"), low_rank)
+        gate = self.per_head(graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
+        gate = graph.same("mul", gate, self.rates(il))
+        for op in ("scale", "unary", "scale"):
+            gate = graph.same(op, gate)
+        return gate
+
+
+class ResidualAttentionDecoder(BoundedDeltaAttentionDecoder):
     """Kimi K3 (src/models/kimi-k3.cpp): attention over banked layer inputs, and experts in a latent space."""
 
     def __init__(self, blocks: Blocks, settings: Settings, shape: Shape) -> None:
@@ -147,19 +164,6 @@ class ResidualAttentionDecoder(DeltaAttentionDecoder):
         x = self.blocks.norm(x, "output_norm", -1)
         x.is_output = True
         return x
-
-    def decay(self, x: Node, il: int) -> Node:
-        """Return how much of a state is kept, per channel, within bounds."""
-        graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
-        if self.settings.number("kda.gate_lower_bound") == float("-inf"):
-            return super().decay(x, il)
-        low_rank = graph.mul_mat(blocks.needed(f"{prefix}f_a.weight"), x)
-        gate = graph.mul_mat(blocks.needed(f"{prefix}f_b.weight"), low_rank)
-        gate = self.per_head(graph.same("add", gate, blocks.needed(f"{prefix}dt.bias")))
-        gate = graph.same("mul", gate, self.rates(il))
-        for op in ("scale", "unary", "scale"):
-            gate = graph.same(op, gate)
-        return gate
 
     def output_gate(self, x: Node, il: int) -> Node:
         """Return what the result is weighed with."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from planner.context import ContextParams
 from planner.ggml import TYPES
-from planner.graph import F32, I32, Graph, Node
+from planner.graph import F32, FLASH_ATTN, I32, Graph, Node
 from planner.model import HParams, Tensor
 
 # Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
@@ -39,7 +39,7 @@ class Batch:
     n_outputs: int
     n_seqs: int
     pins_norms: bool
-    fuses_attention: bool
+    unfused: frozenset[str]  # operations of one step that are built from plainer ones instead
 
 
 class Parts:
@@ -59,7 +59,7 @@ class Parts:
         self.params = params
         self.places = places
         self.batch = batch
-        self.flash_attn = batch.fuses_attention
+        self.flash_attn = FLASH_ATTN not in batch.unfused
         self._tensors = tensors
         self._adapters = adapters
         self._weights: dict[str, Node] = {}
