@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _CELL_MULTIPLE: Final = 256  # llama-kv-cache-iswa.cpp, llama-kv-cache-dsv4.cpp
 _F32: Final = ggml.BY_NAME["f32"]
-_DENSE_COMPRESSION: Final = 4  # DSV4_CSA_RATIO (llama-kv-cache-dsv4.cpp)
-_COARSE_COMPRESSION: Final = 128  # DSV4_HCA_RATIO
+DENSE_COMPRESSION: Final = 4  # DSV4_CSA_RATIO (llama-kv-cache-dsv4.cpp)
+COARSE_COMPRESSION: Final = 128  # DSV4_HCA_RATIO
 _LONG_CONTEXT_TOKENS: Final = 1 << 20  # src/models/glm-dsa.cpp: from here on only some layers have an indexer
 
 
@@ -61,6 +61,17 @@ def window_cells(hparams: HParams, params: ContextParams) -> int:
     sequences = params.n_seq_max if params.kv_unified else 1
     wanted = hparams.n_swa * sequences + params.n_ubatch
     return ggml.pad(min(params.n_ctx_seq, wanted), _CELL_MULTIPLE)
+
+
+def raw_cells(hparams: HParams, params: ContextParams) -> int:
+    """Return the cells of one sequence's latest keys beside compressed ones (llama-kv-cache-dsv4.cpp)."""
+    window = hparams.n_swa + params.n_ubatch
+    return params.n_ctx_seq if params.swa_full else ggml.pad(min(params.n_ctx_seq, window), _CELL_MULTIPLE)
+
+
+def compressed_cells(ratio: int, params: ContextParams) -> int:
+    """Return the cells of one sequence's keys that are compressed by this ratio (llama-kv-cache-dsv4.cpp)."""
+    return ggml.pad(max(1, -(-params.n_ctx_seq // ratio)), _CELL_MULTIPLE)
 
 
 def cache_tensors(model: ModelFacts, params: ContextParams) -> tuple[CacheTensor, ...]:
@@ -227,17 +238,16 @@ def _compressed(context: _Context) -> Iterator[CacheTensor]:
     Streams are always one per sequence, unified or not.
     """
     hparams, params = context.hparams, context.params
-    window = hparams.n_swa + params.n_ubatch
-    raw_cells = params.n_ctx_seq if params.swa_full else ggml.pad(min(params.n_ctx_seq, window), _CELL_MULTIPLE)
     for layer in range(hparams.n_layer_all):
-        yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), raw_cells * params.n_seq_max)
+        rows = raw_cells(hparams, params) * params.n_seq_max
+        yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), rows)
     ratios = context.model.metadata.get(f"{hparams.architecture}.attention.compress_ratios", ())
     indexer = context.integer("attention.indexer.key_length")
     for layer, ratio in enumerate(ratios[: hparams.n_layer_all] if isinstance(ratios, tuple) else ()):
-        if ratio not in {_DENSE_COMPRESSION, _COARSE_COMPRESSION}:
+        if ratio not in {DENSE_COMPRESSION, COARSE_COMPRESSION}:
             continue
-        dense = ratio == _DENSE_COMPRESSION
-        cells = ggml.pad(max(1, -(-params.n_ctx_seq // int(ratio))), _CELL_MULTIPLE) * params.n_seq_max
+        dense = ratio == DENSE_COMPRESSION
+        cells = compressed_cells(int(ratio), params) * params.n_seq_max
         yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), cells)
         if dense:
             yield CacheTensor(layer, context.type_k, indexer, cells)

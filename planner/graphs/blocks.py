@@ -43,14 +43,14 @@ class Blocks(Parts):
             mask=graph.input(F16 if self.flash_attn else F32, n_cells, batch.n_tokens // streams, 1, streams),
             k_rotation=None
             if latent
-            else self._rotation(params.cache_type_k, hparams.head_k_of, windowed=windowed, grows=True),
+            else self.cache_rotation(params.cache_type_k, hparams.head_k_of, windowed=windowed, grows=True),
             v_rotation=None
             if latent
-            else self._rotation(params.cache_type_v, hparams.head_v_of, windowed=windowed, grows=False),
+            else self.cache_rotation(params.cache_type_v, hparams.head_v_of, windowed=windowed, grows=False),
             n_cells=n_cells,
         )
 
-    def _rotation(
+    def cache_rotation(
         self, type_name: str, head_of: Callable[[int], int], *, windowed: bool | None, grows: bool
     ) -> Node | None:
         """Return the matrix that turns a quantized cache whose heads are all of one size (src/llama-kv-cache.cpp)."""
@@ -91,7 +91,7 @@ class Blocks(Parts):
             graph.expand(node)
         stored_k = self.store_k(cache, k, il)
         stored_v = self.store_v(cache, v, il)
-        out = self._heads(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
+        out = self.heads_attention(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
         return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def borrowed_attention(self, cache: CacheInputs, q: Node, il: int, owner: int) -> Node:
@@ -103,7 +103,7 @@ class Blocks(Parts):
         stored_k = self._cache(self.params.cache_type_k, self.k_width(owner), cache.n_cells, owner)
         k = self._cells(stored_k, hparams.head_k_of(owner), n_head, cache.n_cells)
         v = self._stored_v(cache, hparams.head_v_of(owner), n_head, owner)[1]
-        out = self._heads(cache.mask, q, k, v, il)
+        out = self.heads_attention(cache.mask, q, k, v, il)
         return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def latent_attention(
@@ -126,7 +126,18 @@ class Blocks(Parts):
         stored = self.store_k(cache, k, il)
         seen = self.graph.view(stored, (v.ne[0], *stored.ne[1:]), stored.nb[1:])
         v_up = self.needed(f"blk.{il}.attn_v_b.weight")
-        return self._heads(mask or cache.mask, q, stored, seen, il, sinks=sinks, v_up=v_up)
+        return self.heads_attention(mask or cache.mask, q, stored, seen, il, sinks=sinks, v_up=v_up)
+
+    def shown_only(self, mask: Node, chosen: Node, zero: GgmlType) -> Node:
+        """Return a mask that hides all but the chosen cells, and of those what the other mask hides."""
+        graph, (n_cells, n_rows, _, streams) = self.graph, mask.ne
+        hidden = graph.same("fill", mask)
+        cells = graph.view(hidden, (1, n_cells, n_rows, streams), hidden.nb[:3])
+        ids = graph.view(chosen, (*chosen.ne[:2], chosen.ne[3], 1), (*chosen.nb[1:3], chosen.ne[3] * chosen.nb[3]))
+        zeros = graph.same("fill", graph.leaf(zero, (1, *ids.ne[:3])))
+        shown = graph.set_rows(cells, zeros, ids)
+        shown = graph.view(shown, (n_cells, n_rows, 1, streams), (shown.nb[2], shown.nb[3], shown.nb[3]))
+        return graph.same("add", shown, mask)
 
     def batch_mask(self) -> Node:
         """Return the mask over the batch's own tokens (``build_attn_inp_no_cache``)."""
@@ -137,7 +148,7 @@ class Blocks(Parts):
         """Return attention over the batch's own tokens (``build_attn`` over ``llm_graph_input_attn_no_cache``)."""
         for node in (q, k, v):
             self.graph.expand(node)
-        return self._heads(mask, q, k, v, il)
+        return self.heads_attention(mask, q, k, v, il)
 
     def rotated(self, x: Node, rotation: Node) -> Node:
         """Return a tensor turned by a matrix, a piece of each head at a time (``llama_mul_mat_hadamard``)."""
@@ -204,7 +215,7 @@ class Blocks(Parts):
         width = _row_bytes(stored.type, stored.ne[0])
         return self.graph.view(stored, (head, n_head, n_cells, self.params.n_stream), (row, width, width * n_cells))
 
-    def _heads(
+    def heads_attention(
         self,
         mask: Node,
         q: Node,

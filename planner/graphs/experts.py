@@ -70,15 +70,20 @@ def router_scores(blocks: Blocks, x: Node, il: int) -> Node:
     return blocks.biased(blocks.project(x, f"blk.{il}.ffn_gate_inp"), f"blk.{il}.ffn_gate_inp")
 
 
-def route(blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None) -> tuple[Node, Node]:
-    """Return the chosen experts and their weights; ``scores`` are the router's where it has run before."""
+def route(
+    blocks: Blocks, x: Node, il: int, how: Moe, settings: Settings, scores: Node | None, chosen: Node | None = None
+) -> tuple[Node, Node]:
+    """Return the chosen experts and their weights.
+
+    ``scores`` are the router's where it has run before, ``chosen`` the experts where something else chooses them.
+    """
     graph, used, n_tokens = blocks.graph, blocks.hparams.n_expert_used, x.ne[1]
     scores = router_scores(blocks, x, il) if scores is None else scores
     probabilities = scores if how.softmax_after else graph.same("soft_max", scores)
     bias = blocks.weight(f"blk.{il}.exp_probs_b.bias") or blocks.weight(f"blk.{il}.exp_probs_b")
     selection = graph.same("add", probabilities, bias) if bias else probabilities
     selection = _grouped(graph, scores if how.weighs_input else selection, settings)
-    chosen = graph.top_k(selection, used)
+    chosen = chosen or graph.top_k(selection, used)
     weights = graph.get_rows(graph.reshape(probabilities, 1, probabilities.ne[0], n_tokens), chosen)
     if how.softmax_after:
         weights = graph.same("soft_max", graph.reshape(weights, used, n_tokens))

@@ -64,6 +64,7 @@ class Parts:
         self._adapters = adapters
         self._weights: dict[str, Node] = {}
         self._shared: dict[str, str] = {}
+        self.tokens: Node | None = None  # the batch's, once they are embedded
 
     # -----------------------------------------------------------------------------------------------------------------
     # Leafs
@@ -110,7 +111,7 @@ class Parts:
     def embedded_tokens(self) -> Node:
         """Return the rows of the input batch (``build_inp_embd``): looked up, or given as vectors instead."""
         graph, n_tokens = self.graph, self.batch.n_tokens
-        tokens = graph.input(I32, n_tokens)
+        tokens = self.tokens = graph.input(I32, n_tokens)
         vectors = graph.input(F32, self.hparams.n_embd, n_tokens)
         rows = graph.get_rows(self.needed("token_embd.weight"), tokens)
         for a, b in self._adapted("token_embd.weight"):

@@ -52,7 +52,10 @@ class SparseDecoder(LatentDecoder):
         if self._chosen is None:
             raise KeyError(f"blk.{il}.indexer.attn_k.weight")
         cache = self.cache(il)
-        mask, sinks = self._unhidden(cache.mask, self._chosen), self.blocks.weight(f"blk.{il}.attn_sinks.weight")
+        mask, sinks = (
+            self.blocks.shown_only(cache.mask, self._chosen, F32),
+            self.blocks.weight(f"blk.{il}.attn_sinks.weight"),
+        )
         return self.blocks.latent_attention(cache, query, key, value, il, mask=mask, sinks=sinks)
 
     def _has_indexer(self, il: int) -> bool:
@@ -85,17 +88,6 @@ class SparseDecoder(LatentDecoder):
     def turned_and_mixed(self, x: Node, rotation: Node) -> Node:
         """Return the indexer's query or key with positions turned in, its channels mixed."""
         return self.graph.mul_mat(rotation, self.blocks.rope(x, self.needed_positions()))
-
-    def _unhidden(self, mask: Node, chosen: Node) -> Node:
-        """Return a mask that hides all but the chosen cells, and of those what the other mask hides."""
-        graph, (n_cells, n_rows, _, streams) = self.graph, mask.ne
-        hidden = graph.same("fill", mask)
-        cells = graph.view(hidden, (1, n_cells, n_rows, streams), hidden.nb[:3])
-        ids = graph.view(chosen, (*chosen.ne[:2], chosen.ne[3], 1), (*chosen.nb[1:3], chosen.ne[3] * chosen.nb[3]))
-        zeros = graph.same("fill", graph.leaf(F32, (1, *ids.ne[:3])))
-        shown = graph.set_rows(cells, zeros, ids)
-        shown = graph.view(shown, (n_cells, n_rows, 1, streams), (shown.nb[2], shown.nb[3], shown.nb[3]))
-        return graph.same("add", shown, mask)
 
 
 class WindowedSparseDecoder(SparseDecoder):
