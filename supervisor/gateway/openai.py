@@ -1,35 +1,51 @@
-"""OpenAI's endpoints: passed through to a runner of the model that the body names, and the list of models."""
+"""What llama-server itself serves, by ``model``: OpenAI's API, Anthropic's, and a few of its own; and the models."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from planner.types import Role
 from supervisor.api import ModelView, Runtime, Snapshot
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
-from supervisor.gateway.peek import peek
+from supervisor.gateway.loading import progress_told
+from supervisor.gateway.needs import need_of
+from supervisor.gateway.peek import Peek, peek, peek_form
 from supervisor.gateway.proxy import forward
 from supervisor.status.view import model_state
 
-# What a model must be served for to answer here. The paths are llama-server's own (tools/server/server.cpp).
-PASSED_THROUGH: Final[Mapping[str, Role]] = {
+# What a model must be served for to answer here; None: whatever it is served for. The paths are llama-server's own
+# (tools/server/server.cpp). Not passed through is what belongs to one process rather than to a model: slots, props,
+# adapters, the control of a stream by its id, streams that are taken up again.
+PASSED_THROUGH: Final[Mapping[str, Role | None]] = {
     "/v1/chat/completions": Role.CHAT,
+    "/v1/chat/completions/input_tokens": Role.CHAT,
     "/v1/completions": Role.CHAT,
+    "/v1/responses": Role.CHAT,
+    "/v1/responses/input_tokens": Role.CHAT,
+    "/v1/messages": Role.CHAT,
+    "/v1/messages/count_tokens": Role.CHAT,
+    "/v1/audio/transcriptions": Role.CHAT,
+    "/infill": Role.CHAT,
+    "/apply-template": Role.CHAT,
+    "/tokenize": None,
+    "/detokenize": None,
     "/v1/embeddings": Role.EMBEDDING,
     "/v1/rerank": Role.RERANK,
     "/v1/reranking": Role.RERANK,
     "/rerank": Role.RERANK,
     "/reranking": Role.RERANK,
 }
+FORM: Final = "multipart/form-data"
 
 
 class OpenAI:
-    """The handlers of ``/v1``."""
+    """The handlers of ``/v1``, and of what llama-server has beside it."""
 
     def __init__(self, runtime: Runtime, session: web.AppKey[aiohttp.ClientSession]) -> None:
         self._runtime = runtime
@@ -48,12 +64,19 @@ class OpenAI:
             body = await request.read()
         except web.RequestPayloadError as error:
             raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
-        wanted = peek(body)
+        wanted = _peeked(request, body)
+        need = need_of(request.headers, wanted)
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream
         exchange.model = model = await self._runtime.resolve(wanted.model)
-        async with self._runtime.acquire(model, PASSED_THROUGH[request.path]) as lease:
+        role = PASSED_THROUGH[request.path] or self._role_of(model)
+        async with AsyncExitStack() as stack:
+            async with progress_told(request, self._runtime, model):
+                lease = await stack.enter_async_context(self._runtime.acquire(model, role, need))
             return await forward(request.app[self._session], lease, request, request.path, body)
+
+    def _role_of(self, model: str) -> Role:
+        return next(view.role for view in self._runtime.snapshot().models if view.id == model)
 
     async def _models(self, _request: web.Request) -> web.Response:
         snapshot = self._runtime.snapshot()
@@ -63,6 +86,11 @@ class OpenAI:
         name = await self._runtime.resolve(request.match_info["id"])
         snapshot = self._runtime.snapshot()
         return web.json_response(next(_entry(model, snapshot) for model in snapshot.models if model.id == name))
+
+
+def _peeked(request: web.Request, body: bytes) -> Peek:
+    content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+    return peek_form(body, content_type) if content_type.lower().startswith(FORM) else peek(body)
 
 
 def _entry(model: ModelView, snapshot: Snapshot) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads the two fields of a request body that the gateway needs, and leaves the body alone.
+"""Reads the few fields of a request body that the gateway needs, and leaves the body alone.
 
 The whole body is parsed once, by ``json.loads``: a hand-written scan for the two keys is no faster in Python (48 MB
 with one long string: 75 ms; the usual chat of 10 kB: 50 us) and would have to get escapes, nesting and duplicates
@@ -8,6 +8,8 @@ right by itself. What is forwarded is always the client's own bytes.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,25 +17,50 @@ from supervisor.gateway.errors import BadRequest
 
 # A name goes into log lines and error texts; no path below the models folder is longer (PATH_MAX).
 MAX_MODEL_NAME_CHARS: Final = 4096
+# A form's part has a name and perhaps a file name; its head is short. llama-server's forms hold a handful of fields.
+_PART_NAME: Final = re.compile(rb'^content-disposition:[^\r\n]*[; ]name="?([^";\r\n]*)"?', re.IGNORECASE | re.MULTILINE)
+_BOUNDARY: Final = re.compile(r'boundary="?([^";,]+)"?', re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """What the gateway knows of a request: the model's name as the client wrote it, and whether it wants a stream."""
+    """What the gateway knows of a request: the model's name as the client wrote it, and whether it wants a stream.
+
+    ``keep_alive`` and ``num_ctx`` are what the client sent under these names, not checked yet; llama-server knows
+    neither, and skips what it does not know.
+    """
 
     model: str
     stream: bool
+    keep_alive: Any = None
+    num_ctx: Any = None
 
 
 def peek(body: bytes) -> Peek:
     """Return the top-level ``model`` and ``stream`` of a JSON object. Raises ``BadRequest``."""
     fields = object_of(body)
+    return Peek(_model(fields), fields.get("stream") is True, fields.get("keep_alive"), fields.get("num_ctx"))
+
+
+def peek_form(body: bytes, content_type: str) -> Peek:
+    """Return ``model`` and ``stream`` of a form with files (multipart/form-data). Raises ``BadRequest``."""
+    if (boundary := _BOUNDARY.search(content_type)) is None:
+        raise BadRequest("the form in the request body has no boundary in its Content-Type")
+    fields: dict[str, str] = {}
+    for part in body.split(b"--" + boundary[1].encode()):
+        head, _, value = part.partition(b"\r\n\r\n")
+        if (name := _PART_NAME.search(head)) is not None and name[1] in {b"model", b"stream"}:
+            fields[name[1].decode()] = value.removesuffix(b"\r\n").decode("utf-8", "replace")
+    return Peek(_model(fields), fields.get("stream") == "true")
+
+
+def _model(fields: Mapping[str, Any]) -> str:
     model = fields.get("model")
     if model is None:
         raise BadRequest('"model" is missing; GET /v1/models lists the names', param="model")
     if not isinstance(model, str) or not model or len(model) > MAX_MODEL_NAME_CHARS:
         raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
-    return Peek(model, fields.get("stream") is True)
+    return model
 
 
 def object_of(body: bytes) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""What a request asks of the runner beside its answer: how long it stays loaded, and how long a context it has.
+
+Both may stand in a header, which any client can be told to send with every request, or in the body, as Ollama's clients
+write them; the body counts where both are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from config.parse import parse_duration
+from supervisor.api import LoadOptions, Need
+from supervisor.gateway.errors import BadRequest
+from supervisor.gateway.ollama.keep_alive import parse_keep_alive
+from supervisor.gateway.peek import Peek
+
+KEEP_ALIVE_HEADER: Final = "X-Keep-Alive"
+NUM_CTX_HEADER: Final = "X-Num-Ctx"
+# The longest context that a model's header may claim (planner: 2 to the 27th tokens, as PLANNER_CONTEXT_LENGTH).
+MAX_CTX: Final = 1 << 27
+
+
+def need_of(headers: Mapping[str, str], wanted: Peek) -> Need:
+    """Return what this request asks of the runner. Raises ``BadRequest``."""
+    keep_alive_s = parse_keep_alive(wanted.keep_alive)
+    if keep_alive_s is None and (text := headers.get(KEEP_ALIVE_HEADER)):
+        keep_alive_s = _duration_s(text)
+    n_ctx = wanted.num_ctx if wanted.num_ctx is not None else headers.get(NUM_CTX_HEADER)
+    return Need(keep_alive_s=keep_alive_s, load=LoadOptions(n_ctx=_tokens(n_ctx)))
+
+
+def _duration_s(text: str) -> float:
+    try:
+        return parse_duration(text.strip())
+    except ValueError as error:
+        wanted = "a duration such as 5m, 300 (seconds), 0 or -1 (for ever)"
+        raise BadRequest(f"{KEEP_ALIVE_HEADER} {text[:50]!r} is not {wanted}", param=KEEP_ALIVE_HEADER) from error
+
+
+def _tokens(value: Any) -> int | None:
+    """Return a number of tokens; None where none is given, or 0, which asks for nothing."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.strip().isdecimal() else value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_CTX:
+        raise BadRequest(f"num_ctx {str(value)[:50]!r} is not a number of tokens", param="num_ctx")
+    return value or None
