@@ -8,10 +8,11 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 
-from supervisor.api import Runtime
+from supervisor.api import Runtime, Store
 from supervisor.gateway.malformed import connection_log
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
+from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.proxy import open_session
@@ -29,8 +30,11 @@ KEEP_ALIVE_S: Final = 75.0
 LINGER_S: Final = 5.0
 
 
-def build_app(runtime: Runtime, options: GatewayOptions) -> web.Application:
-    """Return the application that serves this runtime. ``make_runner`` has to run it."""
+def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = None) -> web.Application:
+    """Return the application that serves this runtime. ``make_runner`` has to run it.
+
+    Without a store no model can be fetched, made or removed.
+    """
     exposition = Exposition(runtime)
     app = web.Application(
         middlewares=[observe(exposition.http), guard(options)], client_max_size=options.max_body_bytes
@@ -38,6 +42,7 @@ def build_app(runtime: Runtime, options: GatewayOptions) -> web.Application:
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(_session)
     app.add_routes(OpenAI(runtime, SESSION).routes())
+    app.add_routes(ollama_routes(runtime, SESSION, store, options.version))
     app.add_routes(Monitoring(runtime, exposition).routes())
     return app
 

@@ -40,13 +40,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why an answer ended, and the runner's own counts and times."""
+    """Why an answer ended, and the runner's own counts and times. ``context``: tokens to go on from, where asked."""
 
     reason: str
     prompt_tokens: int
     prompt_ms: float
     tokens: int
     tokens_ms: float
+    context: tuple[int, ...] = ()
 
     def metrics(self, total_s: float, load_s: float) -> dict[str, int]:
         """Return Ollama's figures, durations in nanoseconds."""

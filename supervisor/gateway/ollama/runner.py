@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import aiohttp
 from aiohttp import hdrs
+from multidict import CIMultiDict
 
 from supervisor.api import Lease
 from supervisor.gateway.errors import RunnerLost
@@ -42,8 +43,8 @@ class Runner:
         Closing the iterator closes the connection, at which llama-server stops generating.
         """
         events = WholeEvents()
-        async with self._asked(path, {**body, "stream": True}) as upstream:
-            while chunk := await self._line.result(upstream.content.readany()):
+        async with self._asked(path, {**body, "stream": True}):
+            while chunk := await self._line.read():
                 for event in events.feed(chunk).split(EVENT_END):
                     if event.startswith(DATA) and event != DATA + DONE:
                         yield _checked(json.loads(event[len(DATA) :]))
@@ -54,21 +55,9 @@ class Runner:
 
     @asynccontextmanager
     async def _asked(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        endpoint = self._lease.endpoint
-        headers = {
-            hdrs.AUTHORIZATION: f"Bearer {endpoint.api_key}",
-            hdrs.CONTENT_TYPE: "application/json",
-        }
-        pending = self._session.post(
-            endpoint.base_url.rstrip("/") + path,
-            data=json.dumps(body).encode(),
-            headers=headers,
-            allow_redirects=False,
-        )
-        upstream = await self._line.result(pending)
+        headers = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
+        upstream = await self._line.post(self._session, path, json.dumps(body).encode(), headers)
         try:
-            if upstream.status == HTTPStatus.UNAUTHORIZED:
-                raise self.lost("refused its own key: another program answers on its port")
             if upstream.status != HTTPStatus.OK:
                 raise _refusal(upstream.status, await self._line.result(upstream.read()))
             yield upstream
