@@ -133,20 +133,30 @@ class _Replay:
     def _fuses_attention(self) -> bool:
         """Say whether flash attention is used: "auto" tries a graph and gives up where a layer's runs elsewhere.
 
-        (src/llama-context.cpp, ``resolve_fused_ops``.) It can only where the cache or a weight is away from its layer.
+        (src/llama-context.cpp, ``resolve_fused_ops``.) Where all blocks are whole on devices, no graph is tried here.
         """
         params, hparams = self._params, self._model.hparams
         like_cuda = [backend.like_cuda for backend in self._backends]
         if not fuses_attention(hparams, params, self._placement, like_cuda):
             return False
-        if params.flash_attn == "on":
+        if params.flash_attn == "on" or self._blocks_are_whole():
             return True
         return FLASH_ATTN not in self._astray(frozenset())
+
+    def _blocks_are_whole(self) -> bool:
+        """Say whether every block is on a device, and no weight or cache of one elsewhere."""
+        places = self._places
+        return (
+            places.cpu not in places.layers
+            and places.caches == places.layers
+            and not self._params.overrides
+            and all(home != places.cpu for name, home in places.weights.items() if name.startswith("blk."))
+        )
 
     def unfused(self) -> frozenset[str]:
         """Return the operations that are built from plainer ones: attention, then each of hyper-connections in turn."""
         unfused = frozenset[str]() if self._fuses_attention() else frozenset({FLASH_ATTN})
-        if self._model.tensor("blk.0.hc_attn_fn.weight") is None:
+        if not any(f"blk.0.hc_attn_{part}.weight" in self._tensors for part in ("fn", "norm")):
             return unfused
         astray = self._astray(unfused)
         for op in (HC_PRE, HC_COMB, HC_POST):

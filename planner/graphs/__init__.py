@@ -219,6 +219,11 @@ SHAPES: Final[Mapping[str, Shape]] = {
         four_positions=When.ALWAYS, ffn_norm="post_attention_norm", moe=_GATED_MOE, rows=Rows.AFTER_NORM
     ),
     "qwen3next": Shape(ffn_norm="post_attention_norm", moe=_GATED_MOE, rows=Rows.AFTER_NORM),
+    "qwen4exp": Shape(
+        four_positions=When.ALWAYS,
+        moe=Moe(scales=None, uses_scales=True, shared_gate=SharedGate.SIGMOID),
+        carries_more=True,
+    ),
     "qwen3moe": Shape(moe=_SCALED_MOE),
     "qwen3tts": Shape(four_positions=When.ALWAYS),
     "qwen3vl": Shape(four_positions=When.ALWAYS),
@@ -289,6 +294,7 @@ _BUILDERS: Final[Mapping[str, str]] = {
     "qwen35": "delta_net.DeltaNetDecoder",
     "qwen35moe": "delta_net.DeltaNetDecoder",
     "qwen3next": "delta_net.SpreadDeltaNetDecoder",
+    "qwen4exp": "gram_sparse.GramSparseDecoder",
     "refact": "variants.RefactDecoder",
     "rnd1": "uncached.UncachedDecoder",
     "smallthinker": "mixtures.SmallThinkerDecoder",

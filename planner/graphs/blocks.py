@@ -79,9 +79,21 @@ class Blocks(Parts):
         return window_cells(self.hparams, self.params)
 
     def attention(
-        self, cache: CacheInputs, q: Node, k: Node, v: Node, il: int, *, sinks: Node | None = None, capped: bool = False
+        self,
+        cache: CacheInputs,
+        q: Node,
+        k: Node,
+        v: Node,
+        il: int,
+        *,
+        mask: Node | None = None,
+        sinks: Node | None = None,
+        capped: bool = False,
     ) -> Node:
-        """Return a layer's attention before its output projection (``build_attn``), K and V stored on the way."""
+        """Return a layer's attention before its output projection (``build_attn``), K and V stored on the way.
+
+        ``mask`` is what hides cells, where it is not the cache's own.
+        """
         graph = self.graph
         if cache.k_rotation:
             q, k = self.rotated(q, cache.k_rotation), self.rotated(k, cache.k_rotation)
@@ -91,7 +103,7 @@ class Blocks(Parts):
             graph.expand(node)
         stored_k = self.store_k(cache, k, il)
         stored_v = self.store_v(cache, v, il)
-        out = self.heads_attention(cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
+        out = self.heads_attention(mask or cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
         return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def borrowed_attention(self, cache: CacheInputs, q: Node, il: int, owner: int) -> Node:
