@@ -48,6 +48,14 @@ def chat_model(model_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tool_model(model_folder: Path) -> Path:
+    """Return a chat model that calls the tool ``tiny_models.TOOL_NAME``, whatever it is asked."""
+    path = model_folder / "tiny-tool.gguf"
+    tiny_models.write_chat_model(path, text=tiny_models.TOOL_TEXT, template=tiny_models.TOOL_TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="session")
 def endless_model(model_folder: Path) -> Path:
     """Return a chat model (13 MB) that talks until its context is full, a few hundred words a second."""
     path = model_folder / "tiny-endless.gguf"

@@ -30,6 +30,13 @@ def chat_server(llama_tools: Path, chat_model: Path) -> Iterator[LlamaServer]:
 
 
 @pytest.fixture(scope="session")
+def tool_server(llama_tools: Path, tool_model: Path) -> Iterator[LlamaServer]:
+    server = start_llama_server(llama_tools, tool_model)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def embedding_server(llama_tools: Path, embedding_model: Path) -> Iterator[LlamaServer]:
     server = start_llama_server(llama_tools, embedding_model, Role.EMBEDDING, n_ctx=512)
     yield server

@@ -165,6 +165,8 @@ class FakeRuntime:
     released: int = 0
     returned: asyncio.Event = field(default_factory=asyncio.Event)
     needs: list[Need] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    waiting: asyncio.Event = field(default_factory=asyncio.Event)
     unloaded: list[str] = field(default_factory=list)
     loading: dict[str, LoadProgress] = field(default_factory=dict)
     headers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -202,8 +204,11 @@ class FakeRuntime:
 
     @asynccontextmanager
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[Lease]:
-        """Grant at once, or refuse."""
+        """Grant or refuse: at once, or once the gate is open."""
         self.needs.append(need)
+        self.waiting.set()
+        if self.gate is not None:
+            await self.gate.wait()
         if self.refusal is not None:
             raise self.refusal
         self.granted += 1
