@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from planner.model import ModelFacts, Tensor
     from planner.types import Device, Machine, Placement
 
+EQUAL_SPEED: Final = 1.01  # speeds this close count as equal: the figures they are computed from are no better
 DEPTH_TOKENS: Final = 4096  # of the conversation, or the context where that is shorter
 # Where nobody knows a bandwidth: that of a middling card, the same for all, so that none is preferred by a guess.
 DEVICE_BYTES_PER_S: Final = 400 * 10**9

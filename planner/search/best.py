@@ -19,12 +19,14 @@ from planner.context import CONTEXT_ALIGNMENT, MAX_DEVICES, context_params
 from planner.overrides import UNPIPELINED
 from planner.search import knobs
 from planner.search.candidates import Candidate, Finder
+from planner.search.chain import Chain
+from planner.search.exhaust import improved
 from planner.search.learned import Learned, Mode
 from planner.search.problems import Question, SpillPart, spill_pattern
 from planner.search.solver import Problem, Solver, Split, bound_s
+from planner.speed import EQUAL_SPEED
 from planner.types import Device, Placement, PlanRequest
 
-EQUAL_SPEED: Final = 1.01  # speeds this close count as equal: the figures they are computed from are no better
 MAX_ROUNDS: Final = 8  # of solving and accounting; three are usual, since only compute buffers move
 MAX_SPILL_ORDERS: Final = 6  # devices whose orders are all tried where parts of layers may be left to the host
 MAX_CONTEXT_ROUNDS: Final = 8  # of bisecting; three are usual: what a device takes grows nearly in proportion
@@ -48,33 +50,44 @@ class Way(NamedTuple):
     least: int = 0
     most: int = MAX_DEVICES
 
-    def solved(self, limit_s: float) -> Solver:
-        """Return the problem solved within these seconds, the devices in order."""
-        return Solver(replace(self.problem, max_bins=self.most, limit_s=limit_s))
+    def chained(self, limit_s: float) -> Chain:
+        """Return the fastest splits within these seconds by number of devices, the devices in order."""
+        return Chain(replace(self.problem, max_bins=min(self.most, len(self.problem.bins)), limit_s=limit_s))
+
+    def by_count(self, chain: Chain) -> dict[int, float]:
+        """Return the least seconds for each number of devices that makes a split of this mode."""
+        return {count: s for count, s in chain.seconds.items() if self.least <= count <= self.most}
 
     def on(self, indices: Sequence[int]) -> Way:
-        """Return the way with these devices and no others, all of them used."""
+        """Return the way with these devices and no others."""
         bins = tuple(self.problem.bins[index] for index in indices)
-        return self._replace(problem=replace(self.problem, bins=bins, all_bins=True))
+        return self._replace(problem=replace(self.problem, bins=bins))
 
-    def of(self, solver: Solver) -> dict[int, float]:
-        """Return the seconds of the sets of devices that have a split of this mode."""
-        return {used: s for used, s in solver.seconds.items() if self.least <= used.bit_count() <= self.most}
+    def has(self, mode: Mode, split: Split) -> bool:
+        """Say whether this split in that mode is one of this way."""
+        return mode is self.mode and self.least <= len(split.segments) <= self.most
+
+
+class Found(NamedTuple):
+    """A placement that fits, and the choice that it was."""
+
+    candidate: Candidate
+    choice: Choice
 
 
 @dataclass
 class Best:
     """One question to the solver, and what accounting has shown so far.
 
-    ``order_is_settled`` keeps the devices in the order given; ``stays_whole`` leaves nothing to the host that is not
-    pinned there.
+    ``order_is_settled`` keeps the devices in the order given; only ``modes`` are of interest.
     """
 
     finder: Finder
     order_is_settled: bool
     learned: Learned = field(default_factory=Learned)
     devices: tuple[Device, ...] = ()
-    stays_whole: bool = False
+    modes: frozenset[Mode] = frozenset(Mode)
+    reordered: bool = False
 
     def __post_init__(self) -> None:
         """Begin with llama-server's own order."""
@@ -103,22 +116,35 @@ class Best:
 
     def at(self, request: PlanRequest, limit_s: float = inf) -> Candidate | None:
         """Return the best placement with at most these seconds a token; None where none is confirmed."""
-        best: Candidate | None = None
+        found = self._found(request, limit_s)
+        return None if found is None else found.candidate
+
+    def _found(self, request: PlanRequest, limit_s: float = inf) -> Found | None:
+        """Return what solving finds, or what is better in a small problem; None where nothing is confirmed."""
+        found = self._solved(request, limit_s)
+        if found is not None and found.candidate.unknown:
+            return None
+        return improved(self, request, limit_s, found)
+
+    def _solved(self, request: PlanRequest, limit_s: float) -> Found | None:
+        """Solve, account and learn until the answer stands; one whose figures are unknown is returned as it is."""
+        best: Found | None = None
         tried: set[tuple[str, ...]] = set()
         for _ in range(MAX_ROUNDS):
             choice = self._choice(request, limit_s)
             if choice is None:
                 break
             name = (choice.mode.name, *(str((self.devices[s.bin].name, *s[1:])) for s in choice.split.segments))
-            if name in tried:
-                if best is None or not self._reordered(request, choice):
-                    break
-                continue
-            tried.add(name)
-            attempt = self._accounted(request, choice)
-            if attempt.unknown:
-                return None
-            best = attempt if attempt.fits else best
+            stands = name in tried
+            if not stands:
+                tried.add(name)
+                attempt, stands = self._accounted(request, choice)
+                if attempt.unknown:
+                    return Found(attempt, choice)
+                best = Found(attempt, choice) if attempt.fits else best
+                stands = stands and attempt.fits
+            if stands and (best is None or not self._reordered(request, choice)):
+                break
         return best
 
     def longest(self, settled: PlanRequest, floor: int, trained: int) -> Candidate | None:
@@ -126,18 +152,21 @@ class Best:
 
         Where everything lies on devices at the floor, that is the longest with which it still does. Where not, it is
         the longest with which decoding is as fast: a longer one would push more to the host. The trained length is
-        tried first. Below it, multiples of 256 are bisected by what is expected to fit; what accounting then shows is
+        tried first. Below it, multiples of 256 are tried by what is expected to fit; what accounting then shows is
         learned, until no longer context is expected to fit.
         """
-        best = self.at(knobs.with_context(settled, floor))
-        at_floor = self._choice(knobs.with_context(settled, floor)) if best else None
-        if best is None or at_floor is None or floor >= trained:
-            return best
-        self.stays_whole = at_floor.mode is not Mode.WITH_HOST
-        limit_s = inf if self.stays_whole else at_floor.fastest_s * EQUAL_SPEED
+        at_floor = self._found(knobs.with_context(settled, floor))
+        if at_floor is None or floor >= trained:
+            return at_floor and at_floor.candidate
+        best, choice = at_floor
+        spills = choice.mode is Mode.WITH_HOST
+        self.modes = frozenset({Mode.WITH_HOST} if spills else {Mode.PIPELINED, Mode.UNPIPELINED})
+        limit_s = choice.fastest_s * EQUAL_SPEED if spills else inf
         whole = self.at(knobs.with_context(settled, trained), limit_s)
         if whole is not None:
             return whole
+        # What each device takes beyond its layers grows with the context in proportion: two lengths tell of others.
+        self._accounted(knobs.with_context(settled, trained), choice)
         low, high = floor // CONTEXT_ALIGNMENT, -(-trained // CONTEXT_ALIGNMENT)
         for _ in range(MAX_CONTEXT_ROUNDS):
             guess = self._longest_expected(settled, low, high, limit_s, best)
@@ -151,22 +180,36 @@ class Best:
         return best
 
     def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float, near: Candidate) -> int:
-        """Return the largest number of steps between these for which a split is expected to fit, as one near did."""
-        while high - low > 1:
-            middle = (low + high) // 2
-            request = knobs.with_context(settled, middle * CONTEXT_ALIGNMENT)
-            low, high = (middle, high) if self._fits(request, limit_s, near) else (low, middle)
+        """Return the largest number of steps between these for which a split is expected to fit, as one near did.
+
+        The next step is tried first: it ends a search that is at its end. Then the devices of the near one are asked,
+        and others only for what is longer than they hold.
+        """
+
+        def fits(steps: int, *, near_only: bool) -> bool:
+            request = knobs.with_context(settled, steps * CONTEXT_ALIGNMENT)
+            return self._fits(request, limit_s, near if near_only else None)
+
+        for near_only in (True, False):
+            if high - low <= 1 or not fits(low + 1, near_only=near_only):
+                continue
+            low, over = low + 1, high
+            while over - low > 1:
+                middle = (low + over) // 2
+                low, over = (middle, over) if fits(middle, near_only=near_only) else (low, middle)
         return low
 
     # -----------------------------------------------------------------------------------------------------------------
     # One context: which split
 
-    def _question(self, request: PlanRequest) -> Question:
+    def question(self, request: PlanRequest, *, told: bool = True) -> Question:
+        """Return the question, with what was learned of the devices, or with nothing told of them."""
         finder = self.finder
         params = context_params(finder.model, request)
-        return Question(finder.model, params, finder.machine, self.devices, finder.limits, self.learned)
+        learned = self.learned if told else Learned()
+        return Question(finder.model, params, finder.machine, self.devices, finder.limits, learned)
 
-    def _tiers(self, question: Question, request: PlanRequest) -> Iterator[tuple[Way, ...]]:
+    def tiers(self, question: Question, request: PlanRequest) -> Iterator[tuple[Way, ...]]:
         """Yield ways that compete, the better ones first: all on devices; then not pipelined; then some on the host.
 
         The next tier is of interest only where the one before has no answer: prompts are computed on devices, and the
@@ -176,76 +219,77 @@ class Best:
         if isinstance(pinned, int) and 0 <= pinned < n_slots:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=n_slots - pinned)),)
             return
-        several = question.problem(Mode.UNPIPELINED)
-        if params.kv_offload and not params.overrides:
-            pipelined = question.problem(Mode.PIPELINED)
-            yield (Way(Mode.UNPIPELINED, several, most=1), Way(Mode.PIPELINED, pipelined, least=2))
-        yield (Way(Mode.UNPIPELINED, several),)
-        if pinned in {None, "auto"} and not self.stays_whole:
+        if Mode.UNPIPELINED in self.modes:
+            several = question.problem(Mode.UNPIPELINED)
+            if params.kv_offload and not params.overrides:
+                pipelined = question.problem(Mode.PIPELINED)
+                yield (Way(Mode.UNPIPELINED, several, most=1), Way(Mode.PIPELINED, pipelined, least=2))
+            yield (Way(Mode.UNPIPELINED, several),)
+        if Mode.WITH_HOST in self.modes and pinned in {None, "auto"}:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),)
 
-    def _fits(self, request: PlanRequest, limit_s: float, near: Candidate) -> bool:
-        """Say whether some split is expected to fit and to be this fast; the devices of one near are tried first."""
-        question = self._question(request)
-        same = [index for index, device in enumerate(self.devices) if device.name in near.placement.devices]
-        ways = [way for tier in self._tiers(question, request) for way in tier if bound_s(way.problem) <= limit_s]
-        return any(
-            s <= limit_s
-            for way in (*(way.on(same) for way in ways), *ways)
-            for s in way.of(way.solved(limit_s)).values()
-        )
+    def _fits(self, request: PlanRequest, limit_s: float, near: Candidate | None) -> bool:
+        """Say whether some split is expected to fit and to be this fast, on the devices of one near or on any."""
+        question = self.question(request)
+        ways = (way for tier in self.tiers(question, request) for way in tier)
+        if near is not None:
+            same = [index for index, device in enumerate(self.devices) if device.name in near.placement.devices]
+            ways = (way.on(same) for way in ways)
+        return any(way.by_count(way.chained(limit_s)) for way in ways)
 
     def _choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:
         """Return the split that the objective puts first, by what is expected of every device."""
-        question = self._question(request)
-        for tier in self._tiers(question, request):
-            solved = [(way, way.solved(inf if self.finder.spread else limit_s)) for way in tier]
-            fastest_s = min((s for way, solver in solved for s in way.of(solver).values()), default=inf)
+        question = self.question(request)
+        for tier in self.tiers(question, request):
+            chains = [(way, way.chained(inf if self.finder.spread else limit_s)) for way in tier]
+            fastest_s = min((s for way, chain in chains for s in way.by_count(chain).values()), default=inf)
             if fastest_s < inf and fastest_s <= limit_s:
-                return self._preferred(question, solved, fastest_s, limit_s)
+                return self._preferred(question, chains, fastest_s, limit_s)
         return None
 
     def _preferred(
-        self, question: Question, solved: list[tuple[Way, Solver]], fastest_s: float, limit_s: float
+        self, question: Question, chains: list[tuple[Way, Chain]], fastest_s: float, limit_s: float
     ) -> Choice:
         """Return the split on the fewest devices of those as fast as the fastest; on the most where they are spread.
 
-        Of sets of as many devices the one with the most room is taken, then the first in order.
+        Of sets of as many devices the one with the most room is taken, then the first in order. Where some of the
+        model is left to the host, it is the fastest.
         """
         spread = self.finder.spread
         equal_s = inf if spread else min(fastest_s * EQUAL_SPEED, limit_s) if limit_s == inf else limit_s
+        splits = [(count, s, i) for i, (way, chain) in enumerate(chains) for count, s in way.by_count(chain).items()]
+        count, seconds, which = min((-n if spread else n, s, i) for n, s, i in splits if s <= equal_s)
+        way, chain = chains[which]
+        if way.problem.on_host is not None:
+            split, seconds = self._roomiest(question, way, abs(count), equal_s)
+        else:
+            split = chain.split(abs(count))
+        return Choice(way.mode, split, seconds if spread else fastest_s)
 
-        def rank(found: tuple[Way, Solver, int]) -> tuple[float, ...]:
-            way, solver, used = found
-            count = used.bit_count()
+    def _roomiest(self, question: Question, way: Way, count: int, equal_s: float) -> tuple[Split, float]:
+        """Return the split on that many devices with the most room, and the seconds of the fastest one on them."""
+
+        def rank(used: int) -> tuple[float, float]:
             room = sum(max(each.rooms) for i, each in enumerate(way.problem.bins) if used >> i & 1)
-            on_host = way.problem.on_host is None
-            return (-count if spread else count, solver.seconds[used] if on_host else -room, _reversed_bits(used))
+            return -room, _reversed_bits(used)
 
-        sets = [(way, solver, used) for way, solver in solved for used, s in way.of(solver).items() if s <= equal_s]
-        way, solver, used = min(sets, key=rank)
+        solver = Solver(replace(way.problem, max_bins=count, limit_s=equal_s))
+        used = min((used for used in solver.seconds if used.bit_count() == count), key=rank)
         split = solver.split(used)
         most_s = max(split.seconds, split.seconds * EQUAL_SPEED if equal_s == inf else equal_s)
-        split = split if way.problem.on_host is None else self._even(question, way, split, most_s)
-        return Choice(way.mode, split, solver.seconds[used] if spread else fastest_s)
+        return self._even(question, way, split, most_s), solver.seconds[used]
 
     def _even(self, question: Question, way: Way, split: Split, limit_s: float) -> Split:
-        """Return the split over these devices that fills the fullest least, in permille of its budget.
-
-        Where some of the model is left to the host, the devices are full, and it is the fastest split that counts.
-        """
-        if way.problem.on_host is None:
-            return split
+        """Return the split over these devices that fills the fullest least, in permille of its budget."""
         used = [segment.bin for segment in split.segments]
         low, high = 0, _PERMILLE
         while high - low > 1:
             middle = (low + high) // 2
             bins = (question.bin(way.mode, index, middle / _PERMILLE) for index in used)
             emptier = tuple(replace(each, spill_sizes=()) for each in bins)
-            solver = Solver(replace(way.problem, bins=emptier, all_bins=True))
-            everyone = (1 << len(used)) - 1
-            if solver.seconds.get(everyone, inf) <= limit_s:
-                found = solver.split(everyone)
+            chain = Chain(replace(way.problem, bins=emptier, all_bins=True, limit_s=limit_s))
+            if chain.seconds:
+                found = chain.split(len(used))
                 segments = tuple(segment._replace(bin=used[segment.bin]) for segment in found.segments)
                 high, split = middle, Split(segments, found.seconds)
             else:
@@ -257,19 +301,20 @@ class Best:
 
         Every order is tried once, with what accounting has shown of the devices in their own order.
         """
-        if self.order_is_settled:
+        if self.order_is_settled or self.reordered:
             return False
-        self.order_is_settled = True
-        question = self._question(request)
-        for tier in self._tiers(question, request):
+        self.reordered = True
+        question = self.question(request)
+        for tier in self.tiers(question, request):
             for way in tier:
-                problem = replace(way.problem, ordered=False, max_bins=way.most)
                 limit_s = choice.fastest_s / EQUAL_SPEED
+                problem = replace(way.problem, ordered=False, max_bins=way.most, limit_s=limit_s)
                 many = bool(problem.spill_slots) and len(problem.bins) > MAX_SPILL_ORDERS
                 if way.mode is not choice.mode or many or bound_s(problem) >= limit_s:
                     continue
                 solver = Solver(problem)
-                used = min(way.of(solver), key=lambda each: solver.seconds[each], default=0)
+                enough = [used for used in solver.seconds if used.bit_count() >= max(way.least, 1)]
+                used = min(enough, key=lambda each: solver.seconds[each], default=0)
                 if used and solver.seconds[used] < limit_s:
                     first = [question.devices[segment.bin] for segment in solver.split(used).segments]
                     self.devices = (*first, *(device for device in question.devices if device not in first))
@@ -279,22 +324,33 @@ class Best:
     # -----------------------------------------------------------------------------------------------------------------
     # What the choice really takes
 
-    def _accounted(self, request: PlanRequest, choice: Choice) -> Candidate:
-        """Return the accounted placement of a choice, having learned from it."""
+    def accounted(self, request: PlanRequest, mode: Mode, split: Split) -> Found:
+        """Return this split, accounted for."""
+        choice = Choice(mode, split, split.seconds)
+        return Found(self._accounted(request, choice)[0], choice)
+
+    def _accounted(self, request: PlanRequest, choice: Choice) -> tuple[Candidate, bool]:
+        """Return the accounted placement of a choice, having learned from it.
+
+        Also say whether the choice stands where it fits: no device takes less than was expected of it, so that none
+        was left out that there is room for.
+        """
         finder, segments = self.finder, choice.split.segments
-        question = self._question(request)
+        question = self.question(request)
         group = [self.devices[segment.bin] for segment in segments]
         shares = [segment.end - segment.start for segment in segments]
         attempt = finder.attempt(_flagged(question, request, choice), group, sum(shares), shares)
         taken = {row.name: row.known_bytes for row in attempt.usages}
+        stands, n_ctx = True, question.params.n_ctx_seq
         for place, segment in enumerate(segments):
             device = self.devices[segment.bin]
             spilled = question.spill_sizes(device)[segment.spill_start : segment.spill_end]
             own = sum(question.sizes(device)[segment.start : segment.end]) - sum(spilled)
             part = question.part(choice.mode, segment.bin, first=place == 0, output=segment.end == question.n_slots)
             beyond = taken[device.name] - own - budget.overhead_bytes(device)
-            self.learned.learn(part, question.params.n_ctx_seq, beyond)
-        return attempt
+            stands = stands and beyond >= self.learned.expected(part, n_ctx)
+            self.learned.learn(part, n_ctx, beyond)
+        return attempt, stands
 
 
 def _reversed_bits(used: int) -> int:

@@ -8,9 +8,10 @@ subset of bins and every cut is covered, in time that grows with the subsets and
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, count
 from math import inf
 from operator import add
 from typing import Final, NamedTuple
@@ -94,16 +95,8 @@ class Solver:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._n = len(problem.reads)
-        self._reads = [0.0, *accumulate(problem.reads)]
-        self._least_sizes = [0, *accumulate(_least_sizes(problem))]
-        self._limit_s = problem.limit_s * (1 + _ROUNDING)
-        self._twins = [problem.bins.index(each) for each in problem.bins]
-        self._tables: dict[tuple[int, bool], _Table] = {}
-        host_s = [read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads]
-        allowed = problem.on_host
-        self._states: dict[int, list[float]] = {
-            0: [s if allowed in {None, start} else inf for start, s in enumerate(host_s)]
-        }
+        self._tables = Tables(problem)
+        self._states: dict[int, list[float]] = {0: self._tables.on_host_s}
         self.seconds: dict[int, float] = {}
         self._run()
 
@@ -117,85 +110,127 @@ class Solver:
             end, left = segment.start, left ^ 1 << segment.bin
         return Split(tuple(reversed(segments)), self.seconds[used])
 
+    def splits(self, is_out: Callable[[Segment], bool]) -> Iterator[Split]:
+        """Yield every split within the limit, the fastest first, also those that leave more to the host than they must.
+
+        What is left of a split is known to take at least what its state says, so none is begun in vain. Those with a
+        later segment that ``is_out`` by now are left out.
+        """
+        order = count()
+        ends: list[tuple[float, int, int, int, float, tuple[Segment, ...]]] = [
+            (seconds, next(order), used, self._n, 0.0, ()) for used, seconds in self.seconds.items()
+        ]
+        heapify(ends)
+        while ends:
+            seconds, _, left, end, after_s, segments = heappop(ends)
+            if any(map(is_out, segments if left else segments[1:])):
+                continue
+            if not left:
+                yield Split(segments, seconds)
+                continue
+            last = left.bit_length() - 1
+            for index in (last,) if self._problem.ordered else range(last + 1):
+                before = self._states.get(left ^ 1 << index) if left >> index & 1 else None
+                if before is None:
+                    continue
+                table = self._tables.of(index, first=left == 1 << index)
+                for own_s, segment in table.every(index, before, end):
+                    least_s = before[segment.start] + own_s + after_s
+                    if least_s <= self._tables.limit_s:
+                        rest = (left ^ 1 << index, segment.start, own_s + after_s, (segment, *segments))
+                        heappush(ends, (least_s, next(order), *rest))
+
     def _run(self) -> None:
         """Go through the sets of bins, small ones first; a set's number is larger than those of its parts."""
         for used in range(1 << len(self._problem.bins)):
             state = self._states.get(used)
             if state is None:
                 continue
-            if state[self._n] < inf and state[self._n] <= self._limit_s:
+            if state[self._n] < inf and state[self._n] <= self._tables.limit_s:
                 self.seconds[used] = state[self._n]
-            if used.bit_count() < self._problem.max_bins and (ends := self._promising(used, state)):
+            if used.bit_count() < self._problem.max_bins and (starts := self._promising(used, state)):
                 for index in self._next_bins(used):
-                    self._take(used, state, index, ends)
+                    into = self._states.setdefault(used | 1 << index, [inf] * (self._n + 1))
+                    self._tables.of(index, first=not used).take(state, starts, into)
 
     def _promising(self, used: int, state: list[float]) -> range:
-        """Return the least range of a state's slots from which the bins that are left may hold the rest in time."""
-        bins = self._problem.bins
-        left = [each for i, each in enumerate(bins) if not (used >> i if self._problem.ordered else used >> i & 1)]
-        if not left:
-            return range(0)
-        room = sum(max(*each.rooms, 0.0) for each in left)
-        fastest = max(self._problem.host_bytes_per_s, *(each.bytes_per_s for each in left))
-        reads, sizes, limit_s = self._reads, self._least_sizes, self._limit_s
-        first = bisect_left(sizes, sizes[-1] - room * (1 + _ROUNDING))
-        within = [
-            end
-            for end in range(first, self._n)
-            if state[end] < inf and state[end] + (reads[-1] - reads[end]) / fastest <= limit_s
-        ]
-        return range(within[0], within[-1] + 1) if within else range(0)
+        everyone = range(len(self._problem.bins))
+        left = [i for i in everyone if not (used >> i if self._problem.ordered else used >> i & 1)]
+        return self._tables.promising(state, left)
 
     def _next_bins(self, used: int) -> Iterator[int]:
         """Yield the bins that may come next. Of bins that are alike, the first that is left stands for all."""
-        problem = self._problem
+        problem, twins = self._problem, self._tables.twins
         count = len(problem.bins)
         if problem.ordered:
             after = used.bit_length()
             for index in range(after, min(after + 1, count) if problem.all_bins else count):
-                if index == after or self._twins[index] != self._twins[index - 1]:
+                if index == after or twins[index] != twins[index - 1]:
                     yield index
             return
-        twins = set()
+        seen = set()
         for index in range(count):
-            if not used >> index & 1 and self._twins[index] not in twins:
-                twins.add(self._twins[index])
+            if not used >> index & 1 and twins[index] not in seen:
+                seen.add(twins[index])
                 yield index
-
-    def _take(self, used: int, state: list[float], index: int, starts: range) -> None:
-        """Let a bin take slots from one of these starts of a state, as many as there is room for, to any end."""
-        table = self._table(index, first=not used)
-        before = list(map(add, state, table.minus_reads_s))  # the seconds less those that the slots take in this bin
-        into = used | 1 << index
-        best = self._states.setdefault(into, [inf] * (self._n + 1))
-        for end in range(starts[0] + 1, self._n + 1):
-            row = table.rows[end]
-            if row is None or row.start > starts[-1]:
-                continue
-            ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
-            seconds = min(ways) - table.minus_reads_s[end] + table.crossings_s
-            best[end] = min(best[end], seconds)
 
     def _last_segments(self, used: int, end: int) -> Iterator[Segment]:
         """Yield the last segments of the best splits of the first slots over these bins."""
-        least = self._states[used][end] * (1 + _ROUNDING)
         for index in reversed(range(len(self._problem.bins))):
             before = self._states.get(used ^ 1 << index) if used >> index & 1 else None
-            if before is None:
-                continue
-            table = self._table(index, first=used == 1 << index)
-            row = table.rows[end]
-            for start in range(row.start, end) if row else ():
-                spill_s = row.spill_s[start - row.start] if row and row.spill_s else 0.0
-                own_s = table.minus_reads_s[start] - table.minus_reads_s[end] + table.crossings_s
-                if before[start] + own_s + spill_s <= least:
-                    yield Segment(index, start, end, *table.spilled(start, end))
+            if before is not None:
+                table = self._tables.of(index, first=used == 1 << index)
+                yield from table.last(index, before, end, self._states[used][end])
 
-    def _table(self, index: int, *, first: bool) -> _Table:
-        key = (self._twins[index], first)
-        if key not in self._tables:
-            self._tables[key] = _Table(self._problem, self._problem.bins[index], self._reads, first=first)
-        return self._tables[key]
+
+class Tables:
+    """What the bins of a problem can take, and which beginnings of a split are worth going on with."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._reads = [0.0, *accumulate(problem.reads)]
+        self._least_sizes = [0, *accumulate(_least_sizes(problem))]
+        self._by_role: dict[tuple[int, bool], _Table] = {}
+        self.limit_s = problem.limit_s * (1 + _ROUNDING)
+        self.twins = [problem.bins.index(each) for each in problem.bins]
+
+    @property
+    def on_host_s(self) -> list[float]:
+        """Return the seconds with the first slots on the host, by how many these are."""
+        problem, allowed = self._problem, self._problem.on_host
+        seconds = (read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads)
+        return [s if allowed in {None, count} else inf for count, s in enumerate(seconds)]
+
+    def of(self, index: int, *, first: bool) -> _Table:
+        """Return what this bin can take as the first one or a later one."""
+        key = (self.twins[index], first)
+        if key not in self._by_role:
+            bin_ = self._problem.bins[index]
+            self._by_role[key] = _Table(self._problem, bin_, self._reads, self._most_extra_s(bin_), first=first)
+        return self._by_role[key]
+
+    def _most_extra_s(self, bin_: Bin) -> float:
+        """Return the seconds that leaving parts of this bin's slots to the host may add, within the limit."""
+        problem = self._problem
+        fastest = max(problem.host_bytes_per_s, *(each.bytes_per_s for each in problem.bins))
+        least_s = problem.fixed_s + self._reads[-1] / fastest
+        return self.limit_s - least_s if bin_.bytes_per_s >= problem.host_bytes_per_s else inf
+
+    def promising(self, state: list[float], left: Sequence[int]) -> range:
+        """Return the least range of a state's slots from which the bins that are left may hold the rest in time."""
+        bins = [self._problem.bins[index] for index in left]
+        if not bins:
+            return range(0)
+        room = sum(max(*each.rooms, 0.0) for each in bins)
+        fastest = max(self._problem.host_bytes_per_s, *(each.bytes_per_s for each in bins))
+        reads, sizes = self._reads, self._least_sizes
+        first = bisect_left(sizes, sizes[-1] - room * (1 + _ROUNDING))
+        within = [
+            end
+            for end in range(first, len(reads) - 1)
+            if state[end] < inf and state[end] + (reads[-1] - reads[end]) / fastest <= self.limit_s
+        ]
+        return range(within[0], within[-1] + 1) if within else range(0)
 
 
 def _least_sizes(problem: Problem) -> list[int]:
@@ -246,25 +281,62 @@ def bound_s(problem: Problem) -> float:
 class _Table:
     """What one bin can take and what that costs, in the role of the first or of a later one."""
 
-    def __init__(self, problem: Problem, bin_: Bin, reads: list[float], *, first: bool) -> None:
-        self._problem, self._bin, self._first = problem, bin_, first
-        self.crossings_s = 2 * bin_.crossing_s
-        self.minus_reads_s = [-read / bin_.bytes_per_s for read in reads]
+    def __init__(self, problem: Problem, bin_: Bin, reads: list[float], most_extra_s: float, *, first: bool) -> None:
+        self._problem, self._bin, self._first, self._most_extra_s = problem, bin_, first, most_extra_s
+        self._crossings_s = 2 * bin_.crossing_s
+        self._minus_reads_s = [-read / bin_.bytes_per_s for read in reads]
         self._sizes = [0, *accumulate(bin_.sizes)]
         self._first_part = [bisect_left(problem.spill_slots, slot) for slot in range(len(bin_.sizes) + 1)]
         self._spill_sizes = [0, *accumulate(bin_.spill_sizes)]
-        slower = 1 / problem.host_bytes_per_s - 1 / bin_.bytes_per_s
-        self._spill_s = [0.0, *accumulate(read * slower for read in problem.spill_reads)]
         starts = [True, *(a != b for a, b in zip(problem.spill_slots, problem.spill_slots[1:], strict=False))]
         self._slots_until = [0, *accumulate(starts[: len(problem.spill_slots)])]
+        slower = 1 / problem.host_bytes_per_s - 1 / bin_.bytes_per_s
+        away_s = [0.0, *accumulate(read * slower for read in problem.spill_reads)]
+        self._spill_s = [s + self._crossings_s * slots for s, slots in zip(away_s, self._slots_until, strict=False)]
         # The first start that spills nothing, by end.
         self._wholes = [
             bisect_left(self._sizes, size - self._bin.room(first=first, output=False)) for size in self._sizes
         ]
         self._wholes[-1] = bisect_left(self._sizes, self._sizes[-1] - self._room(len(bin_.sizes)))
-        self.rows: list[_Row | None] = [None, *map(self._row, range(1, len(reads)))]
+        self._rows: list[_Row | None] = [None, *map(self._row, range(1, len(reads)))]
 
-    def spilled(self, start: int, end: int) -> tuple[int, int]:
+    def take(self, state: list[float], starts: range, into: list[float]) -> None:
+        """Take slots from one of these starts of a state, as many as there is room for, to any end."""
+        before = list(map(add, state, self._minus_reads_s))  # the seconds less those that the slots take in this bin
+        for end in range(starts[0] + 1, len(into)):
+            row = self._rows[end]
+            if row is None or row.start > starts[-1]:
+                continue
+            ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
+            seconds = min(ways) - self._minus_reads_s[end] + self._crossings_s
+            into[end] = min(into[end], seconds)
+
+    def last(self, index: int, before: list[float], end: int, least_s: float) -> Iterator[Segment]:
+        """Yield the segments to this end that make these seconds of a state, with as little left out as must be."""
+        row = self._rows[end]
+        for start in range(row.start, end) if row else ():
+            spill_s = row.spill_s[start - row.start] if row and row.spill_s else 0.0
+            if before[start] + self._own_s(start, end) + spill_s <= least_s * (1 + _ROUNDING):
+                yield Segment(index, start, end, *self._spilled(start, end))
+
+    def every(self, index: int, before: list[float], end: int) -> Iterator[tuple[float, Segment]]:
+        """Yield every segment to this end after a state, and its seconds."""
+        row = self._rows[end]
+        for start in range(row.start, end) if row else ():
+            if before[start] == inf:
+                continue
+            begin, least = self._spilled(start, end)
+            own_s = self._own_s(start, end)
+            yield own_s + self._spill_s[least] - self._spill_s[begin], Segment(index, start, end, begin, least)
+            for until in range(least + 1, self._first_part[end] + 1 if self._problem.max_spilled else 0):
+                if self._slots_until[until] - self._slots_until[begin] > self._problem.max_spilled:
+                    break
+                yield own_s + self._spill_s[until] - self._spill_s[begin], Segment(index, start, end, begin, until)
+
+    def _own_s(self, start: int, end: int) -> float:
+        return self._minus_reads_s[start] - self._minus_reads_s[end] + self._crossings_s
+
+    def _spilled(self, start: int, end: int) -> tuple[int, int]:
         """Return the parts that are left to the host where these slots lie here: as few as there must be."""
         lacking = self._sizes[end] - self._sizes[start] - self._room(end)
         begin = self._first_part[start]
@@ -277,18 +349,22 @@ class _Table:
 
     def _row(self, end: int) -> _Row | None:
         whole = self._wholes[end]
-        if not self._problem.max_spilled:
+        most = self._problem.max_spilled
+        if not most:
             return _Row(whole, None) if whole < end else None
-        last_part = self._first_part[end]
+        sizes, spill_sizes, spill_s = self._sizes, self._spill_sizes, self._spill_s
+        first_part, slots_until = self._first_part, self._slots_until
+        last_part, lacking, most_extra_s = first_part[end], sizes[end] - self._room(end), self._most_extra_s
         extra: list[float] = []
         for start in range(min(whole, end) - 1, -1, -1):
-            begin, until = self.spilled(start, end)
-            if until > last_part:
+            begin = first_part[start]
+            until = bisect_left(spill_sizes, spill_sizes[begin] + lacking - sizes[start])
+            if until > last_part or slots_until[until] - slots_until[begin] > most:
                 break
-            slots = self._slots_until[until] - self._slots_until[begin]
-            if slots > self._problem.max_spilled:
+            extra_s = spill_s[until] - spill_s[begin]
+            if extra_s > most_extra_s:  # and more of it with every slot
                 break
-            extra.append(self._spill_s[until] - self._spill_s[begin] + self.crossings_s * slots)
+            extra.append(extra_s)
         start = min(whole, end) - len(extra)
         extra = [*reversed(extra), *([0.0] * (end - whole))]
         return _Row(start, extra) if start < end else None

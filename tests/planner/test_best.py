@@ -15,9 +15,9 @@ from planner import budget, speed
 from planner.build import PINNED_BUILD
 from planner.model import ModelFacts, read_model
 from planner.search import knobs
-from planner.search.best import EQUAL_SPEED
 from planner.search.candidates import Candidate, Finder
 from planner.search.placement import search
+from planner.speed import EQUAL_SPEED
 from planner.types import (
     HOST,
     HOST_POOL,

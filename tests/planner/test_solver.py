@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.search.chain import Chain
 from planner.search.solver import Bin, Problem, Solver, Split, bound_s
 
 MAX_SLOTS = 11  # ten layers and the output
@@ -100,6 +101,34 @@ def least(problem: Problem) -> float:
 @given(problem=problems())
 def test_no_split_is_faster_than_the_one_that_is_found(problem: Problem) -> None:
     assert least(problem) == pytest.approx(min(every_way(problem), default=inf))
+
+
+@settings(max_examples=100)
+@given(problem=problems())
+def test_of_as_many_bins_in_order_the_fastest_split_is_told(problem: Problem) -> None:
+    ordered = replace(problem, ordered=True)
+    by_set, chain = Solver(ordered).seconds, Chain(ordered)
+    counts = {used.bit_count() for used in by_set}
+    least_s = {count: min(s for used, s in by_set.items() if used.bit_count() == count) for count in counts}
+    assert chain.seconds == pytest.approx(least_s)
+    for count, seconds in least_s.items():
+        split = chain.split(count)
+        assert (len(split.segments), split.seconds) == (count, pytest.approx(seconds))
+        assert [segment.bin for segment in split.segments] == sorted({segment.bin for segment in split.segments})
+
+
+@settings(max_examples=50)
+@given(problem=problems(max_slots=5, max_bins=3))
+def test_every_split_is_yielded_once_and_the_fastest_first(problem: Problem) -> None:
+    """The one for each set of bins that is the fastest is among them."""
+    solver = Solver(problem)
+    splits = list(solver.splits(lambda _: False))
+    seconds = [split.seconds for split in splits]
+    assert seconds == pytest.approx(sorted(seconds))
+    assert len(set(splits)) == len(splits)
+    used = {sum(1 << segment.bin for segment in split.segments) for split in splits}
+    assert used == set(solver.seconds)
+    assert min(seconds, default=inf) == pytest.approx(min(solver.seconds.values(), default=inf))
 
 
 @settings(max_examples=100)

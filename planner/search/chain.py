@@ -1,0 +1,63 @@
+"""The fastest splits over bins that keep their order, by how many of them are used: a few steps where sets take many.
+
+Of the sets with as many bins the fastest is told only. ``solver`` tells them apart.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from math import inf
+from typing import Final
+
+from planner.search.solver import Problem, Segment, Split, Tables
+
+_ROUNDING: Final = 1e-9  # of seconds that are summed in another order
+
+
+class Chain:
+    """An ordered problem, solved: ``seconds`` has the least seconds by number of bins, where there is a split."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._tables = Tables(problem)
+        # By bins gone through and bins used: the least seconds for the first slots, by how many these are.
+        self._states: list[list[list[float]]] = [[self._tables.on_host_s]]
+        for index in range(len(problem.bins)):
+            self._go_through(index)
+
+    @cached_property
+    def seconds(self) -> dict[int, float]:
+        """Return the least seconds by number of bins."""
+        limit_s = self._problem.limit_s * (1 + _ROUNDING)
+        totals = enumerate(state[-1] for state in self._states[-1])
+        least = len(self._problem.bins) if self._problem.all_bins else 0
+        return {count: s for count, s in totals if s < inf and s <= limit_s and count >= least}
+
+    def split(self, count: int) -> Split:
+        """Return the fastest split over that many bins, one of ``seconds``'s keys."""
+        segments: list[Segment] = []
+        left, end = count, len(self._problem.reads)
+        for index in reversed(range(len(self._problem.bins))):
+            before = self._states[index]
+            own_s = self._states[index + 1][left][end]
+            if left < len(before) and before[left][end] <= own_s:
+                continue
+            table = self._tables.of(index, first=left == 1)
+            segment = next(table.last(index, before[left - 1], end, own_s))
+            segments.append(segment)
+            left, end = left - 1, segment.start
+        return Split(tuple(reversed(segments)), self.seconds[count])
+
+    def _go_through(self, index: int) -> None:
+        """Let the bin take slots after those before it, or none."""
+        problem, before = self._problem, self._states[-1]
+        after = [list(state) for state in before]
+        if len(before) <= problem.max_bins:
+            after.append([inf] * (len(problem.reads) + 1))
+        rest = range(index, len(problem.bins))
+        for count, state in enumerate(before[: len(after) - 1]):
+            if problem.all_bins and count < index:
+                continue
+            if starts := self._tables.promising(state, rest):
+                self._tables.of(index, first=not count).take(state, starts, after[count + 1])
+        self._states.append(after)
