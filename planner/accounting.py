@@ -178,7 +178,7 @@ def _output_buffer_bytes(model: ModelFacts, params: ContextParams) -> int:
     (src/llama-context.cpp, ``output_reserve``; llama.cpp leaves it out of its own breakdown.) A chat server keeps one
     row per slot, an embedding server grows to a row per token of a batch.
     """
-    rows = max(params.n_outputs_max, params.n_seq_max)
+    rows = max(min(params.n_outputs_max, params.n_batch), params.n_seq_max)
     width = model.hparams.n_vocab + (model.hparams.n_embd_out if params.embeddings else 0)
     return _FLOAT_BYTES * width * rows
 

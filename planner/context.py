@@ -14,7 +14,7 @@ from planner.types import DeviceKind, FlashAttention, LoadMode, Role, SplitMode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from planner.model import ModelFacts
+    from planner.model import HParams, ModelFacts
     from planner.types import PlanRequest
 
 N_BATCH: Final = 2048  # common/common.h, common_params
@@ -24,6 +24,8 @@ CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
 MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_DEVICES: Final = 16  # ggml's, the length of llama.cpp's tensor_split
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
+
+_POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_pooling_type, from 0
 
 # Architectures that end llama.cpp by GGML_ASSERT(ggml_can_repeat(b, a)) where sequences get unequal parts of a batch.
 _EVEN_SLOTS: Final = frozenset({"kimi-linear"})
@@ -89,10 +91,12 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
     if embeddings:  # all tokens of an input in one micro-batch (tools/server/server.cpp)
         n_batch = min(n_batch, n_ubatch)
     rules = ARCHITECTURES.get(model.hparams.architecture)
-    every_token = embeddings or (rules is not None and rules.encodes)
+    every_token = embeddings or _pools(request)
     n_outputs_max = n_batch if every_token else min(n_batch, n_parallel * (1 + speculation.n_draft(request)))
     if model.hparams.causal:
         n_batch = min(n_ctx_unpadded, n_batch)
+    if rules is not None and rules.encodes:
+        n_outputs_max = n_batch
     n_ctx = ggml.pad(n_ctx_unpadded, CONTEXT_ALIGNMENT)
     n_ctx_seq = n_ctx if kv_unified else ggml.pad(n_ctx // n_parallel, CONTEXT_ALIGNMENT)
     return ContextParams(
@@ -102,7 +106,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         n_stream=1 if kv_unified else n_parallel,
         n_batch=n_batch,
         n_ubatch=min(n_batch, n_ubatch),
-        n_outputs_max=min(n_outputs_max, n_batch),
+        n_outputs_max=n_outputs_max,
         kv_unified=kv_unified,
         flash_attn=_flash_attn(model, request),
         cache_type_k=request.cache_type_k or "f16",
@@ -151,13 +155,28 @@ def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind]
 def aborts(model: ModelFacts, params: ContextParams) -> str | None:
     """Return why llama-server would end itself by an assertion while it loads, or None; it does not refuse these."""
     n_tokens, n_slots = min(params.n_ctx, params.n_ubatch), params.n_seq_max
-    uneven = not params.kv_unified and n_tokens % n_slots
-    if model.hparams.architecture in _EVEN_SLOTS and uneven:
-        return (
-            f"llama.cpp aborts while it loads {model.hparams.architecture}, since {n_slots} slots do not share a "
-            f"micro-batch of {n_tokens} evenly: give --ubatch-size {n_tokens - uneven}"
-        )
+    if params.n_outputs_max < n_slots:  # src/llama-context.cpp, output_reserve
+        few = f"a batch of {params.n_outputs_max} has no output for each of {n_slots} slots"
+        flag = "--ubatch-size" if params.embeddings else "--batch-size"
+        return f"llama.cpp aborts while it loads, since {few}: give {flag} {n_slots}"
+    if not n_tokens % n_slots:
+        return None
+    share = f"since {n_slots} slots do not share a micro-batch of {n_tokens} evenly: give {_even(n_tokens, n_slots)}"
+    if model.hparams.architecture in _EVEN_SLOTS and not params.kv_unified:
+        return f"llama.cpp aborts while it loads {model.hparams.architecture}, {share}"
+    averages = params.embeddings and pooling(model.hparams, params) == "mean"
+    if averages:  # all tokens, the micro-batch rounded up; there are outputs for no more than it has
+        return f"llama.cpp aborts while it prepares to pool by mean, {share}"
     return None
+
+
+def _even(n_tokens: int, n_slots: int) -> str:
+    return f"--ubatch-size {n_tokens - n_tokens % n_slots}" if n_tokens > n_slots else f"--parallel {n_tokens}"
+
+
+def pooling(hparams: HParams, params: ContextParams) -> str:
+    """Return how embeddings are pooled: as the flag says, or else the header (src/llama-context.cpp, constructor)."""
+    return params.pooling or _POOLING_TYPES[hparams.pooling_type or 0]
 
 
 def _model_refusal(model: ModelFacts) -> str | None:
@@ -226,9 +245,13 @@ def _n_ctx(model: ModelFacts, request: PlanRequest, n_stream: int, n_parallel: i
 
 
 def _embeds(request: PlanRequest) -> bool:
-    """Say whether llama-server is started to embed or to rank (``server_output_limits``)."""
-    pools = request.pooling is not None and request.pooling != "none"
-    return bool(request.embeddings or request.reranking or pools) or request.role is not Role.CHAT
+    """Say whether llama-server is started to embed or to rank, which a pooling alone does not do (common/arg.cpp)."""
+    return bool(request.embeddings or request.reranking) or request.role is not Role.CHAT
+
+
+def _pools(request: PlanRequest) -> bool:
+    """Say whether a pooling makes room for an output of every token, used or not (``server_output_limits``)."""
+    return request.pooling is not None and request.pooling != "none"
 
 
 def _pooling(request: PlanRequest) -> str | None:
@@ -237,11 +260,17 @@ def _pooling(request: PlanRequest) -> str | None:
 
 
 def _flash_attn(model: ModelFacts, request: PlanRequest) -> FlashAttention:
-    """Return the effective setting: "off" where the architecture cannot (``llama_init_from_model``)."""
+    """Return the effective setting: "off" where the architecture cannot, "on" where something else needs it.
+
+    (src/llama-context.cpp, ``llama_init_from_model``.)
+    """
     rules = ARCHITECTURES.get(model.hparams.architecture)
     if rules is not None and not rules.flash_attention:
         return "off"
-    return request.flash_attn or "auto"
+    asked = request.flash_attn or "auto"
+    type_v = ggml.BY_NAME.get(request.cache_type_v or "f16")
+    needed = request.split_mode == "tensor" or (type_v is not None and type_v.quantized)
+    return "on" if asked == "auto" and needed else asked
 
 
 def _overrides(request: PlanRequest, n_layer_all: int) -> tuple[tuple[str, str], ...]:

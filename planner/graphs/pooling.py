@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from planner.context import pooling
 from planner.graph import F32, I32, Node
 from planner.graphs.blocks import Blocks
 
-_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_pooling_type, from 0
 _SOFTMAX_OF_RANKS: Final = frozenset({"qwen3", "qwen3vl"})
 _MEANS_RANKED: Final = frozenset({"modern-bert"})  # unless the header says otherwise
 
@@ -15,7 +15,7 @@ _MEANS_RANKED: Final = frozenset({"modern-bert"})  # unless the header says othe
 def pooled(blocks: Blocks, x: Node) -> Node:
     """Return one row per sequence, or all rows, through the dense layers behind them (``build_dense_out``)."""
     graph = blocks.graph
-    how = blocks.params.pooling or _TYPES[blocks.hparams.pooling_type or 0]
+    how = pooling(blocks.hparams, blocks.params)
     if how == "mean":
         x = _mean(blocks, x)
     elif how == "rank":

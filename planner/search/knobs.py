@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from planner import context
-from planner.types import Decision, Device, DeviceKind, FlashAttention, PlanRequest, Policy, Role
+from planner.types import Decision, Device, FlashAttention, PlanRequest, Policy, Role
 
 if TYPE_CHECKING:
     from planner.model import ModelFacts
@@ -20,11 +20,6 @@ CTX_CHECKPOINTS: Final = 32  # common/common.h
 POOLING_LAST: Final = 3  # LLAMA_POOLING_TYPE_LAST (include/llama.h)
 # A text that is embedded has to pass in one piece, and the compute buffers grow with the piece.
 MAX_EMBEDDING_UBATCH: Final = 8192
-
-# Kinds whose flash attention takes any shape; on the others it is llama.cpp that knows, so it is left to decide.
-_ANY_SHAPE: Final = frozenset({DeviceKind.RPC, DeviceKind.HOST})
-# Head sizes that CUDA's and ROCm's kernels take, K and V alike (ggml-cuda/fattn.cu, ggml_cuda_get_best_fattn_kernel).
-_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
 
 
 class Knob(NamedTuple):
@@ -80,9 +75,10 @@ def _by_role(model: ModelFacts, request: PlanRequest, policy: Policy, devices: S
 
 
 def _by_policy(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterator[Knob]:
+    del devices
     yield Knob("n_parallel", "slots", policy.n_parallel, "it is the setting PLANNER_NUM_PARALLEL")
     yield Knob("kv_unified", "one cache for all slots", False, "each conversation keeps the context it was promised")
-    yield Knob("flash_attn", "flash attention", *_flash_attn(model, request, policy, devices))
+    yield Knob("flash_attn", "flash attention", *_flash_attn(model, request, policy))
     cache_type = _cache_type(model, request, policy)
     why = (
         "it is the setting PLANNER_KV_CACHE_TYPE"
@@ -109,25 +105,12 @@ def _by_default(model: ModelFacts, request: PlanRequest, policy: Policy, devices
     )
 
 
-def _flash_attn(
-    model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]
-) -> tuple[FlashAttention, str]:
+def _flash_attn(model: ModelFacts, request: PlanRequest, policy: Policy) -> tuple[FlashAttention, str]:
     if policy.flash_attn != "auto":
         return policy.flash_attn, "it is the setting PLANNER_FLASH_ATTENTION"
     if context.context_params(model, request).flash_attn == "off":
         return "off", f"{model.hparams.architecture} does not support it"
-    if all(_takes_flash_attention(model, device) for device in devices):
-        return "on", "every device supports it for these head sizes"
-    return "auto", "only llama.cpp knows whether every device supports it"
-
-
-def _takes_flash_attention(model: ModelFacts, device: Device) -> bool:
-    if device.kind in _ANY_SHAPE:
-        return True
-    facts = model.hparams
-    sizes = {(facts.head_k_of(layer), facts.head_v_of(layer)) for layer in range(facts.n_layer)}
-    kernels = device.kind is DeviceKind.CUDA
-    return kernels and not facts.is_mla and all(k == v and k in _CUDA_HEADS for k, v in sizes)
+    return "auto", f"{DEFAULT}, and is on wherever each layer's device can"
 
 
 def _cache_type(model: ModelFacts, request: PlanRequest, policy: Policy) -> str:

@@ -122,7 +122,8 @@ class _Search:
         if settled.n_ctx_per_slot is not None:
             return self._best_of(finder, knobs.with_context(settled, settled.n_ctx_per_slot))
         if settled.n_ctx == 0:
-            return self._best_of(finder, knobs.with_context(settled, trained))
+            total = trained if settled.kv_unified else trained * slots  # common/fit.cpp
+            return self._best_of(finder, _pinned_context(replace(settled, n_ctx=total)))
         if settled.n_ctx is None and self.policy.n_ctx_per_slot is not None:
             chosen = self.policy.n_ctx_per_slot
             self._decide(

@@ -136,6 +136,13 @@ def test_the_context_gives_way_before_layers_do(model: ModelFacts, mib: int) -> 
     assert isinstance(longer, NoFit)
 
 
+@pytest.mark.parametrize("words,total", [("-np 3", 3 * 32_768), ("-np 3 -kvu", 32_768), ("-np 1", 32_768)])
+def test_a_context_of_zero_is_the_trained_length_of_each_cache(model: ModelFacts, words: str, total: int) -> None:
+    outcome = plan(model, flags.parse(f"-c 0 {words}".split()).request, machine(4096 * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.request.n_ctx == total
+
+
 def test_the_trained_length_is_taken_where_it_fits(model: ModelFacts) -> None:
     outcome = plan(model, PlanRequest(), machine(512 * MIB))
     assert isinstance(outcome, Plan)
