@@ -67,10 +67,8 @@ def _replayed(
         return None
     try:
         return replay(model, params, placement, machine)
-    except (
-        LookupError,
-        ArithmeticError,
-    ):  # the file lacks a tensor or a figure of this family: a variant not built here
+    except (LookupError, ArithmeticError, RecursionError):
+        # The file lacks a tensor or a figure of this family, or has thousands of heads: a variant not built here.
         return None
 
 

@@ -29,7 +29,7 @@ class FusedHyperDecoder(Decoder):
     def streams(self, x: Node) -> Node:
         """Return the first layer's streams: each the embedded tokens."""
         graph, (n_embd, n_tokens, _, _) = self.graph, x.ne
-        shape = (n_embd, int(self.settings.number("hyper_connection.count")), n_tokens, 1)
+        shape = (n_embd, self.settings.count("hyper_connection.count"), n_tokens, 1)
         return graph.repeat(graph.reshape(x, n_embd, 1, n_tokens), shape)
 
     def picked_streams(self, streams: Node, rows: Node) -> Node:
@@ -118,7 +118,7 @@ class FusedHyperDecoder(Decoder):
         graph = self.graph
         epsilon = graph.same("fill", graph.leaf(F32, (1,)))
         comb = graph.same("add", graph.same("soft_max", comb), epsilon)
-        for step in range(max(1, int(self.settings.number("hyper_connection.sinkhorn_iterations")))):
+        for step in range(max(1, self.settings.count("hyper_connection.sinkhorn_iterations"))):
             if step:
                 comb = graph.same("div", comb, graph.same("add", graph.sum_rows(comb), epsilon))
             columns = graph.sum_rows(graph.cont(graph.permute(comb, 1, 0, 2, 3)))

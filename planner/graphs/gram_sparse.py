@@ -8,7 +8,7 @@ from planner.graph import F32, HC_POST, HC_PRE, I32, I64, Node
 from planner.graphs.blocks import Blocks, CacheInputs
 from planner.graphs.delta_net import DeltaNetDecoder
 from planner.graphs.recurrent import UNIT_BYTES
-from planner.graphs.shape import Settings, Shape
+from planner.graphs.shape import MOST_REPEATED, Settings, Shape
 
 _POSITIONS = 4  # of a token, for rope in several dimensions
 
@@ -30,7 +30,7 @@ class GramSparseDecoder(DeltaNetDecoder):
     def __init__(self, blocks: Blocks, settings: Settings, shape: Shape) -> None:
         super().__init__(blocks, settings, shape)
         self._choices: dict[int, _Choice] = {}
-        self._n_streams = int(settings.number("hyper_connection.count"))
+        self._n_streams = settings.count("hyper_connection.count")
 
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the streams' mixture after the last layer, which stands for the output norm."""
@@ -167,6 +167,8 @@ class GramSparseDecoder(DeltaNetDecoder):
         graph, blocks, hparams, prefix = self.graph, self.blocks, self.hparams, f"blk.{il}.attn_"
         head, n_head, n_kv, n_tokens = hparams.head_k, hparams.n_head[il], hparams.n_head_kv[il], x.ne[1]
         ratio = int(self.settings.of_layer("attention.compress_ratios", il))
+        if ratio > MOST_REPEATED:
+            raise KeyError("attention.compress_ratios")
         indexed = ratio > 0 and blocks.has(f"blk.{il}.indexer.k_proj.weight")
         chosen = self._choose(x, ratio, il) if indexed else None
         both, k, v = (blocks.project(x, prefix + part) for part in "qkv")
@@ -233,6 +235,8 @@ class GramSparseDecoder(DeltaNetDecoder):
         q = graph.reshape(q, width, q.ne[0] // width, x.ne[1])
         q = blocks.rope(blocks.norm(q, f"{prefix}q_norm", il), self.needed_positions())
         n_heads = q.ne[1]
+        if n_heads > MOST_REPEATED:
+            raise KeyError(f"{prefix}q_proj.weight")
         scores = graph.mul_mat(keys, graph.reshape(q, width, n_heads * n_per_stream, streams))
         scores = graph.same("unary", graph.reshape(scores, n_blocks, n_heads, n_per_stream, streams))
         slices = [graph.view(scores, (n_blocks, n_per_stream, streams), scores.nb[2:]) for _ in range(n_heads)]

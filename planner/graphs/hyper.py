@@ -12,7 +12,7 @@ class HyperSparseDecoder(SparseDecoder):
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the streams' mixture after the last layer, of the rows that yield outputs."""
         graph, (n_embd, n_tokens, _, _) = self.graph, x.ne
-        n_streams = int(self.settings.number("hyper_connection.count"))
+        n_streams = self.settings.count("hyper_connection.count")
         streams = graph.reshape(x, n_embd, 1, n_tokens)
         streams = super().layers(graph.repeat(streams, (n_embd, n_streams, n_tokens, 1)), rows)
         picked = graph.get_rows(graph.reshape(streams, n_embd * n_streams, n_tokens), rows)

@@ -9,6 +9,9 @@ from enum import StrEnum
 from planner.model import MetadataValue
 
 
+MOST_REPEATED = 1024  # streams, steps, heads taken apart: what a graph is built of one by one
+
+
 class When(StrEnum):
     """Whether an operation is there: by the architecture, or where the header sets its factor."""
 
@@ -127,6 +130,13 @@ class Settings:
         """Return a number, 0 where the header has none."""
         value = self.get(name)
         return float(value) if isinstance(value, int | float) else 0.0
+
+    def count(self, name: str) -> int:
+        """Return how often something is repeated in a graph. Raises KeyError for what no file of worth asks for."""
+        value = int(self.number(name))
+        if not 0 <= value <= MOST_REPEATED:
+            raise KeyError(name)
+        return value
 
     def of_layer(self, name: str, il: int) -> float:
         """Return a layer's number, which may be that of all, 0 where the header has none."""
