@@ -6,7 +6,7 @@ else is read from one immutable ``Snapshot``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -360,7 +360,7 @@ class Runtime(Protocol):
         """
         ...
 
-    def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+    def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
 
         Raises UnknownModel where no runner of it has said anything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -9,15 +10,20 @@ import aiohttp
 from aiohttp import web
 
 from supervisor.api import Runtime, Store
+from supervisor.gateway.access import Clients, PermittedRuntime
 from supervisor.gateway.malformed import connection_log
+from supervisor.gateway.manage import Manage
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
 from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
+from supervisor.gateway.patience import Patience
 from supervisor.gateway.proxy import open_session
 from supervisor.status.metrics import Exposition
 
+CLIENTS: Final = web.AppKey("clients", Clients)
+PATIENCE: Final = web.AppKey("patience", Patience)
 SESSION: Final = web.AppKey("session", aiohttp.ClientSession)
 
 # A request line or header field longer than this is no client's of ours: the longest is a key or a cookie.
@@ -36,15 +42,36 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     Without a store no model can be fetched, made or removed.
     """
     exposition = Exposition(runtime)
+    clients = Clients(options.api_keys, options.clients)
+    patience = Patience(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
+    permitted = PermittedRuntime(runtime)
     app = web.Application(
-        middlewares=[observe(exposition.http), guard(options)], client_max_size=options.max_body_bytes
+        middlewares=[observe(exposition.http, patience), guard(options, clients)],
+        client_max_size=options.max_body_bytes,
     )
+    app[CLIENTS], app[PATIENCE] = clients, patience
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(_session)
-    app.add_routes(OpenAI(runtime, SESSION).routes())
-    app.add_routes(ollama_routes(runtime, SESSION, store, options.version))
-    app.add_routes(Monitoring(runtime, exposition).routes())
+    app.add_routes(OpenAI(permitted, SESSION).routes())
+    app.add_routes(ollama_routes(permitted, SESSION, store, options.version))
+    app.add_routes(Monitoring(permitted, exposition).routes())
+    app.add_routes(Manage(permitted).routes())
     return app
+
+
+class PatientRunner(web.AppRunner):
+    """A runner that cuts off stalled clients for as long as it serves."""
+
+    async def setup(self) -> None:
+        """Make ready to serve."""
+        await super().setup()
+        assert self.server is not None  # noqa: S101 - what setup has made
+        self._watching = asyncio.create_task(self.app[PATIENCE].watch(self.server))
+
+    async def cleanup(self) -> None:
+        """Stop serving."""
+        self._watching.cancel()
+        await super().cleanup()
 
 
 def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRunner:
@@ -53,7 +80,7 @@ def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRu
     A handler is cancelled as soon as its client has left. On ``cleanup`` the listener closes first, then answers that
     have begun get ``shutdown_timeout_s`` to end.
     """
-    return web.AppRunner(
+    return PatientRunner(
         app,
         handler_cancellation=True,
         access_log=None,

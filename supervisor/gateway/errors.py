@@ -50,11 +50,15 @@ class BadRequest(RequestError):
 
 
 class Unauthorized(RequestError):
-    """No key, or one that is not among API_KEYS."""
+    """No key, or one that nobody has."""
 
 
 class Forbidden(RequestError):
     """A browser page of another origin, or a Host that is not this machine."""
+
+
+class NotPermitted(RequestError):
+    """The key is good, and its holder may not do this."""
 
 
 class RunnerLost(Exception):
@@ -83,6 +87,7 @@ RULES: Final = (
     ErrorRule(BadRequest, 400, "invalid_request_error", "invalid_request"),
     ErrorRule(Unauthorized, 401, "authentication_error", "invalid_api_key"),
     ErrorRule(Forbidden, 403, "permission_error", "origin_not_allowed"),
+    ErrorRule(NotPermitted, 403, "permission_error", "not_permitted"),
     ErrorRule(UnknownModel, 404, "not_found_error", "model_not_found"),
     ErrorRule(UnknownDevice, 404, "not_found_error", "device_not_found"),
     ErrorRule(WrongRole, 501, "not_supported_error", "model_has_other_role"),

@@ -19,8 +19,8 @@ CLIENT_CLOSED_REQUEST: Final = 499
 class Exchange:
     """One request and its answer so far. ``model`` is set only to ids of the folder, so that it can be a label.
 
-    ``tell`` words errors as the client's API does. ``begun`` is an event stream that was opened before there was an
-    answer: what goes wrong is told in it.
+    ``client`` is who asks, by the name of a key, else by address. ``tell`` words errors as the client's API does.
+    ``begun`` is an event stream that was opened before there was an answer: what goes wrong is told in it.
     """
 
     endpoint: str
@@ -30,6 +30,7 @@ class Exchange:
     model: str | None = None
     stream: bool | None = None
     origin: str | None = None
+    client: str = ""
     begun: web.StreamResponse | None = None
     first_byte_s: float | None = None
     broken: str | None = None

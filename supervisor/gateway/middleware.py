@@ -9,9 +9,11 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from supervisor.gateway.access import Clients, check_may_manage
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, EXCHANGE, Exchange
 from supervisor.gateway.options import GatewayOptions
-from supervisor.gateway.security import OPEN_PATHS, check_host, check_key, check_origin
+from supervisor.gateway.patience import Patience
+from supervisor.gateway.security import OPEN_PATHS, check_host, check_origin, is_managing
 from supervisor.gateway.tellers import teller_for
 from supervisor.status.metrics import NO_MODEL, HttpMetrics
 
@@ -20,11 +22,13 @@ _log = structlog.get_logger("loadmaster.gateway")
 UNMATCHED: Final = "(unmatched)"
 # Probes come every few seconds for ever; they are logged only where they fail.
 QUIET_ENDPOINTS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/status"})
+# Looking costs nothing and is not counted among the requests that a client has in work.
+READING: Final = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 # How long a browser may remember that a page of this origin is welcome.
 PREFLIGHT_AGE_S: Final = 600
 
 
-def observe(metrics: HttpMetrics) -> Middleware:
+def observe(metrics: HttpMetrics, patience: Patience) -> Middleware:
     """Return the outermost middleware: it numbers, times and logs each request and tells every error."""
 
     @web.middleware
@@ -34,6 +38,7 @@ def observe(metrics: HttpMetrics) -> Middleware:
         with (
             structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
             metrics.in_flight.labels(exchange.endpoint).track_inprogress(),
+            patience.serving(request),
         ):
             try:
                 response = await _answer(request, handler)
@@ -47,7 +52,7 @@ def observe(metrics: HttpMetrics) -> Middleware:
     return middleware
 
 
-def guard(options: GatewayOptions) -> Middleware:
+def guard(options: GatewayOptions, clients: Clients) -> Middleware:
     """Return the middleware that lets through who may ask, and answers a browser's preflight."""
 
     @web.middleware
@@ -57,9 +62,14 @@ def guard(options: GatewayOptions) -> Middleware:
         request[EXCHANGE].origin = check_origin(request.headers, options.origins)
         if request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
             return _preflight(request)
-        if request.path not in OPEN_PATHS:
-            check_key(request.headers, options.api_keys)
-        return await handler(request)
+        if request.path in OPEN_PATHS:
+            return await handler(request)
+        caller = clients.identify(request.headers, request.remote)
+        request[EXCHANGE].client = caller.name
+        with clients.admitted(caller, counts=request.method not in READING):
+            if is_managing(request.path):
+                check_may_manage()
+            return await handler(request)
 
     return middleware
 
@@ -119,6 +129,7 @@ def _log_access(request: web.Request, exchange: Exchange, status: int) -> None:
         seconds=round(exchange.elapsed_s(), 4),
         first_byte_seconds=None if exchange.first_byte_s is None else round(exchange.first_byte_s, 4),
         remote=request.remote,
+        client=exchange.client,
         problem=exchange.broken,
     )
 

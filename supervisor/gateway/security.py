@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and the browser's Origin and Host.
+"""Which pages and which paths may be asked: the browser's Origin and Host, and what is open to everybody.
 
 A browser lets any page send requests to a service on this machine. Keys stop that where they are set; where they are
 not, a foreign Origin is refused, and so is a Host that is not this machine (a page can let its own name resolve to
@@ -7,18 +7,18 @@ not, a foreign Origin is refused, and so is a Host that is not this machine (a p
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 from typing import Final
 from urllib.parse import urlsplit
 
-from supervisor.gateway.errors import Forbidden, Unauthorized
+from supervisor.gateway.errors import Forbidden
 
 # Reachable without a key: probes that tell nothing, and the page, which carries no data and has to ask for the key.
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
+# What changes the models on disk, or which of them are loaded: not for every key.
+_MANAGING: Final = ("/manage/", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/")
 # Pages of this machine itself and of desktop programs, as Ollama allows them.
 LOCAL_ORIGINS: Final = (
     *(
@@ -37,20 +37,9 @@ LOCAL_ORIGINS: Final = (
 LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
 
 
-def check_key(headers: Mapping[str, str], api_keys: tuple[str, ...]) -> None:
-    """Raise ``Unauthorized`` unless one of the keys was sent, as a bearer token or in ``X-Api-Key``."""
-    if not api_keys:
-        return
-    scheme, _, token = headers.get("Authorization", "").partition(" ")
-    sent = [token.strip()] if scheme.lower() == "bearer" else []
-    if "X-Api-Key" in headers:
-        sent.append(headers["X-Api-Key"])
-    if not sent:
-        raise Unauthorized("an API key is needed: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
-    # Digests have one length, and all pairs are compared: the time tells nothing about any key.
-    matches = [hmac.compare_digest(_digest(given), _digest(key)) for given in sent for key in api_keys]
-    if not any(matches):
-        raise Unauthorized("this API key is not among those in API_KEYS")
+def is_managing(path: str) -> bool:
+    """Say whether a path changes what there is, rather than uses it."""
+    return path.startswith(_MANAGING)
 
 
 def check_origin(headers: Mapping[str, str], origins: tuple[str, ...]) -> str | None:
@@ -95,7 +84,3 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _digest(text: str) -> bytes:
-    return sha256(text.encode("utf-8", "surrogateescape")).digest()

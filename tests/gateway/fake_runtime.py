@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,11 +244,14 @@ class FakeRuntime:
         """Return what was put there for this model."""
         return self.headers[await self.resolve(model)]
 
-    async def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+    async def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield what was put there for this model; there is nothing to follow."""
         del follow
-        for line in self.logs[await self.resolve(model)]:
-            yield line
+        try:
+            for line in self.logs[await self.resolve(model)]:
+                yield line
+        finally:
+            self.returned.set()
 
     async def _wait_loss(self) -> str:
         return await asyncio.shield(self.loss)

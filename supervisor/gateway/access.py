@@ -1,0 +1,193 @@
+"""Who asks, and what they may: clients by their keys, and a runtime that knows what the client at hand may use.
+
+Handlers do not check anything: they ask a ``PermittedRuntime``, which shows a client its own models only, so that no
+handler can forget to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from config.keys_file import Client, hash_of
+from planner.types import Role
+from supervisor.api import NO_NEED, ClientLimit, Lease, LoadProgress, Need, Runtime, Snapshot, UnknownModel, YieldResult
+from supervisor.gateway.errors import NotPermitted, Unauthorized
+
+SHARED: Final = "shared key"  # the name of whoever holds a key of API_KEYS, which have none
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a name for the log and the queue, and what they may."""
+
+    name: str
+    client: Client
+
+
+# Where no keys are asked for, whoever reaches the service may do everything.
+ANYBODY: Final = Client(hash="")
+NOBODY_NAMED: Final = Caller("", ANYBODY)
+_caller: ContextVar[Caller] = ContextVar("caller", default=NOBODY_NAMED)
+
+
+@dataclass(slots=True)
+class Clients:
+    """Everybody who has a key, and how many requests each has in work. ``api_keys`` may do everything.
+
+    Nobody is told apart, and nobody is kept out, where there are no keys at all.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    named: Mapping[str, Client] = field(default_factory=dict)
+    _in_work: Counter[str] = field(default_factory=Counter)
+    _by_hash: dict[str, Caller] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index the keys by their hash: a look-up takes as long for any key, and tells nothing about them."""
+        self.replace(self.named)
+
+    def replace(self, named: Mapping[str, Client]) -> None:
+        """Let these clients in, and no others but the holders of API_KEYS; requests in work go on."""
+        self.named = named
+        self._by_hash = {hash_of(key): Caller(SHARED, ANYBODY) for key in self.api_keys}
+        self._by_hash |= {client.hash: Caller(name, client) for name, client in named.items()}
+
+    def identify(self, headers: Mapping[str, str], remote: str | None) -> Caller:
+        """Return who sent these headers from this address. Raises ``Unauthorized``.
+
+        A key comes as a bearer token or in ``X-Api-Key``.
+        """
+        if not self._by_hash:
+            return Caller(remote or "", ANYBODY)
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        sent = [token.strip()] if scheme.lower() == "bearer" else []
+        if "X-Api-Key" in headers:
+            sent.append(headers["X-Api-Key"])
+        if not sent:
+            raise Unauthorized("an API key is needed: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
+        for key in sent:
+            if (caller := self._by_hash.get(hash_of(key))) is not None:
+                return caller
+        raise Unauthorized("this API key is not one of this service's")
+
+    @contextmanager
+    def admitted(self, caller: Caller, *, counts: bool) -> Iterator[None]:
+        """Make this client the one at hand; its request is one in work where it ``counts``. Raises ``ClientLimit``."""
+        limit = caller.client.concurrency
+        counts = counts and limit is not None
+        if counts and self._in_work[caller.name] == limit:
+            raise ClientLimit(f"{caller.name} has {limit} requests in work already, as many as its key allows")
+        self._in_work[caller.name] += counts
+        token = _caller.set(caller)
+        try:
+            yield
+        finally:
+            _caller.reset(token)
+            self._in_work[caller.name] -= counts
+
+
+def caller() -> Caller:
+    """Return who sent the request at hand."""
+    return _caller.get()
+
+
+def check_may_manage() -> None:
+    """Raise ``NotPermitted`` where the client at hand may not load, unload, pull, create or delete."""
+    if not _caller.get().client.manage:
+        raise NotPermitted(f"the key of {_caller.get().name} may use models, not manage them")
+
+
+class PermittedRuntime:
+    """The runtime as the client at hand may see it: a model that it may not use is as unknown as one that is not."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of everything, models and runners that the client may not use left out."""
+        snapshot = self._runtime.snapshot()
+        client = _caller.get().client
+        if not client.models:
+            return snapshot
+        visible = {one.id for one in snapshot.models if _may_use(client, one.id, one.aliases)}
+        return replace(
+            snapshot,
+            models=tuple(one for one in snapshot.models if one.id in visible),
+            runners=tuple(one for one in snapshot.runners if one.model in visible),
+            counters={name: counters for name, counters in snapshot.counters.items() if name in visible},
+        )
+
+    async def resolve(self, name: str) -> str:
+        """Return the model's id. Raises UnknownModel."""
+        try:
+            model = await self._runtime.resolve(name)
+        except UnknownModel:
+            if not _caller.get().client.models:
+                raise
+            raise _unknown(name) from None  # the names that resemble it may be others'
+        self._check(model)
+        return model
+
+    def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
+        """Wait for a lease, in the name of the client at hand. Raises UnknownModel."""
+        self._check(model)
+        return self._runtime.acquire(model, role, replace(need, client=_caller.get().name))
+
+    async def unload(self, model: str) -> bool:
+        """Unload the model. Raises NotPermitted, UnknownModel."""
+        check_may_manage()
+        self._check(model)
+        return await self._runtime.unload(model)
+
+    def reset(self, model: str) -> bool:
+        """Let the model be tried again. Raises NotPermitted, UnknownModel."""
+        check_may_manage()
+        self._check(model)
+        return self._runtime.reset(model)
+
+    def progress(self, model: str) -> LoadProgress | None:
+        """Return where the model's load stands. Raises UnknownModel."""
+        self._check(model)
+        return self._runtime.progress(model)
+
+    async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
+        """Free memory. Raises NotPermitted."""
+        check_may_manage()
+        return await self._runtime.yield_memory(device, wanted_bytes, for_s)
+
+    async def rescan(self) -> None:
+        """Read the models again."""
+        await self._runtime.rescan()
+
+    async def details(self, model: str) -> Mapping[str, Any]:
+        """Return what the model's header says. Raises UnknownModel."""
+        self._check(model)
+        return await self._runtime.details(model)
+
+    def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
+        """Yield the runner's log. Raises NotPermitted, UnknownModel."""
+        check_may_manage()
+        self._check(model)
+        return self._runtime.log_lines(model, follow=follow)
+
+    def _check(self, model: str) -> None:
+        """Raise UnknownModel for a model that the client at hand may not use."""
+        client = _caller.get().client
+        if not client.models:
+            return
+        aliases = next((one.aliases for one in self._runtime.snapshot().models if one.id == model), ())
+        if not _may_use(client, model, aliases):
+            raise _unknown(model)
+
+
+def _unknown(model: str) -> UnknownModel:
+    return UnknownModel(f"there is no model {model!r} for the key of {_caller.get().name}")
+
+
+def _may_use(client: Client, model: str, aliases: tuple[str, ...]) -> bool:
+    return any(client.may_use(name) for name in (model, *aliases))

@@ -1,0 +1,113 @@
+"""What operators ask of runners without a request of their own: load, unload, try again, make room, tell the log."""
+
+from __future__ import annotations
+
+import math
+from contextlib import aclosing
+from typing import Any, Final
+
+from aiohttp import hdrs, web
+
+from supervisor.api import LoadOptions, Need, Runtime
+from supervisor.gateway.errors import BadRequest
+from supervisor.gateway.exchange import EXCHANGE
+from supervisor.gateway.ollama.keep_alive import parse_keep_alive
+from supervisor.gateway.peek import object_of
+
+# Longer than any other program's job; a slip of the keyboard must not take a device away for good.
+MAX_YIELD_S: Final = 7 * 24 * 3600.0
+
+
+class Manage:
+    """The handlers of ``/manage``. Answers are JSON objects; errors are OpenAI's envelope."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def routes(self) -> list[web.AbstractRouteDef]:
+        """Return what to add to the application's router."""
+        return [
+            web.post("/manage/load", self._load),
+            web.post("/manage/unload", self._unload),
+            web.post("/manage/reset", self._reset),
+            web.post("/manage/rescan", self._rescan),
+            web.post("/manage/yield", self._yield),
+            web.get("/manage/logs", self._logs),
+        ]
+
+    async def _load(self, request: web.Request) -> web.Response:
+        """Answer once the model is loaded; whoever leaves before that leaves the load to go on."""
+        fields = await _fields(request)
+        model = await self._model(request, fields)
+        role = next(one.role for one in self._runtime.snapshot().models if one.id == model)
+        need = Need(keep_alive_s=parse_keep_alive(fields.get("keep_alive")), load=LoadOptions(n_ctx=_n_ctx(fields)))
+        async with self._runtime.acquire(model, role, need):
+            return web.json_response({"model": model, "loaded": True})
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        model = await self._model(request, await _fields(request))
+        return web.json_response({"model": model, "unloaded": await self._runtime.unload(model)})
+
+    async def _reset(self, request: web.Request) -> web.Response:
+        model = await self._model(request, await _fields(request))
+        return web.json_response({"model": model, "reset": self._runtime.reset(model)})
+
+    async def _rescan(self, _request: web.Request) -> web.Response:
+        await self._runtime.rescan()
+        return web.json_response({"models": len(self._runtime.snapshot().models)})
+
+    async def _yield(self, request: web.Request) -> web.Response:
+        fields = await _fields(request)
+        device, size, for_s = fields.get("device"), fields.get("bytes"), fields.get("for_seconds")
+        if not isinstance(device, str):
+            raise BadRequest('"device" must be a name such as CUDA0; GET /status lists them', param="device")
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise BadRequest('"bytes" must be a whole number above 0', param="bytes")
+        if not isinstance(for_s, int | float) or isinstance(for_s, bool) or not 0 < for_s <= MAX_YIELD_S:
+            raise BadRequest(f'"for_seconds" must be a number above 0, at most {MAX_YIELD_S:.0f}', param="for_seconds")
+        given = await self._runtime.yield_memory(device, size, float(for_s))
+        return web.json_response(
+            {
+                "device": given.device,
+                "freed_bytes": given.freed_bytes,
+                "free_bytes": given.free_bytes,
+                "until": given.until,
+            }
+        )
+
+    async def _logs(self, request: web.Request) -> web.StreamResponse:
+        model = await self._model(request, request.query)
+        follow = request.query.get("follow", "0") not in {"", "0"}
+        response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/plain; charset=utf-8"})
+        async with aclosing(self._runtime.log_lines(model, follow=follow)) as lines:
+            first = await anext(lines, None)  # what has no log is an error, not an empty answer
+            await response.prepare(request)
+            if first is not None:
+                await response.write(first.encode() + b"\n")
+                async for line in lines:
+                    await response.write(line.encode() + b"\n")
+        await response.write_eof()
+        return response
+
+    async def _model(self, request: web.Request, fields: Any) -> str:
+        name = fields.get("model")
+        if not isinstance(name, str) or not name:
+            raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
+        request[EXCHANGE].model = model = await self._runtime.resolve(name)
+        return model
+
+
+async def _fields(request: web.Request) -> dict[str, Any]:
+    try:
+        return object_of(await request.read())
+    except web.RequestPayloadError as error:
+        raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
+
+
+def _n_ctx(fields: dict[str, Any]) -> int | None:
+    n_ctx = fields.get("num_ctx")
+    if n_ctx is None:
+        return None
+    if not isinstance(n_ctx, int) or isinstance(n_ctx, bool) or not 0 < n_ctx < math.inf:
+        raise BadRequest('"num_ctx" must be a whole number of tokens', param="num_ctx")
+    return n_ctx
