@@ -8,7 +8,6 @@ from enum import StrEnum
 
 from planner.model import MetadataValue
 
-
 MOST_REPEATED = 1024  # streams, steps, heads taken apart: what a graph is built of one by one
 
 
