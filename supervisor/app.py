@@ -28,6 +28,7 @@ from supervisor.notify import Notifier
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 from supervisor.store.folder import StoreFolder
+from supervisor.store.store import ModelStore
 
 EXIT_OK: Final = 0
 EXIT_CANNOT_RUN: Final = 1
@@ -71,18 +72,20 @@ async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socke
     _log.info("config.effective", **render.log_values(loaded.values))
     for warning in loaded.warnings:
         _log.warning("config.odd", warning=warning)
-    async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
+    folder = StoreFolder(settings.store, settings.registry)
+    async with PlanningProcess(environ) as planning, ModelStore(folder) as store, anyio.create_task_group() as tasks:
         models_origin = next(value.origin for value in loaded.values if value.setting.field == "models")
         inventory = Inventory(
             settings.models,
             planning,
-            store=StoreFolder(settings.store, settings.registry),
+            store=folder,
             folder_optional=models_origin == DEFAULT_ORIGIN,
         )
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)
-        runner = make_runner(build_app(supervisor, _gateway_options(settings)), shutdown_timeout_s=LAST_BYTES_S)
+        app = build_app(supervisor, _gateway_options(settings), store)
+        runner = make_runner(app, shutdown_timeout_s=LAST_BYTES_S)
         try:
             await runner.setup()
             await web.SockSite(runner, bound).start()

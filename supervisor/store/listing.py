@@ -58,7 +58,7 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
         model, projector, adapters = _files(folder, manifest, model_id)
         facts = read(str(model))
         projected = read(str(projector)) if projector is not None else None
-        preset = read_preset(folder, manifest)
+        preset = read_preset(folder, manifest.layers)
     except (_Unfit, PlannerError) as error:
         return ModelEntry(model_id, str(path), size_bytes, problem=str(error), **known)
     return described(
@@ -97,23 +97,25 @@ def _missing(path: Path, blob: Layer) -> str | None:
     return None
 
 
-def read_preset(folder: StoreFolder, manifest: Manifest) -> Preset:
-    """Return what the manifest's small layers say; one that cannot be understood counts as not there."""
+def read_preset(folder: StoreFolder, layers: tuple[Layer, ...]) -> Preset:
+    """Return what the small ones among these layers say; one that cannot be understood counts as not there."""
 
-    def text(*kinds: str) -> str | None:
-        found = [_text(folder, layer) for layer in manifest.of_kind(*kinds)]
-        return found[-1] if found else None
+    def texts(*kinds: str) -> list[str]:
+        found = (_text(folder, layer) for layer in layers if layer.kind in kinds)
+        return [text for text in found if text is not None]
 
-    parameters = _json(text(manifests.PARAMS), dict)
-    messages = _json(text(manifests.MESSAGES), list)
-    model = manifest.of_kind(manifests.MODEL)
+    def last(*kinds: str) -> str | None:
+        return next(reversed(texts(*kinds)), None)
+
+    parameters = _json(last(manifests.PARAMS), dict)
+    messages = _json(last(manifests.MESSAGES), list)
     return Preset(
-        template=text(manifests.TEMPLATE, manifests.PROMPT),
-        system=text(manifests.SYSTEM),
+        template=last(manifests.TEMPLATE, manifests.PROMPT),
+        system=last(manifests.SYSTEM),
         parameters=MappingProxyType(parameters or {}),
         messages=tuple(_message(one) for one in messages or () if isinstance(one, dict)),
-        licenses=tuple(filter(None, (_text(folder, layer) for layer in manifest.of_kind(manifests.LICENSE)))),
-        parent=model[0].parent if model else None,
+        licenses=tuple(texts(manifests.LICENSE)),
+        parent=next((layer.parent for layer in layers if layer.kind == manifests.MODEL), None),
     )
 
 

@@ -72,7 +72,7 @@ def parse(text: str, default_host: str) -> ModelName:
     parts = rest.split("/")
     if len(parts) > 3:  # noqa: PLR2004 - host, namespace, model
         raise bad_name(text)
-    host, namespace, model = (default_host, DEFAULT_NAMESPACE, *parts)[-3:]
+    host, namespace, model = (*(default_host, DEFAULT_NAMESPACE)[: 3 - len(parts)], *parts)
     try:
         return ModelName(host, namespace, model, tag)
     except BadModelName:

@@ -1,0 +1,39 @@
+"""Fetch a model: its manifest, then its blobs, the manifest written last."""
+
+from __future__ import annotations
+
+from functools import partial as bind
+
+from anyio import to_thread
+
+from supervisor.api import Progress, RegistryFailed
+from supervisor.store import manifests, writing
+from supervisor.store.blobs import Fetch, Tell, Wanted
+from supervisor.store.fetching import Transient
+from supervisor.store.folder import StoreFolder
+from supervisor.store.manifests import BadManifest
+from supervisor.store.names import ModelName
+from supervisor.store.registry import Registry
+
+
+async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: Tell) -> None:
+    """Return once the model is in the store, whole. Raises StoreError, OSError.
+
+    Whatever ends it before leaves partial blobs to be resumed; a wrong digest or a full disk leaves nothing.
+    """
+    tell(Progress("pulling manifest"))
+    try:
+        manifest = manifests.parse(await registry.manifest())
+    except BadManifest as error:
+        raise RegistryFailed(f"the manifest of {name} is damaged: {error}") from error
+    except Transient as error:
+        raise RegistryFailed(f"pull model manifest: {error}") from error
+    wanted = [Wanted(blob.size_bytes, bind(registry.blob, blob.digest), blob.digest) for blob in manifest.blobs]
+    async with Fetch(folder, tell) as fetch:
+        await fetch.blobs(wanted)
+        tell(Progress("writing manifest"))
+        replaced = await to_thread.run_sync(writing.write_manifest, folder, name, manifest)
+    if replaced:
+        tell(Progress("removing unused layers"))
+        await to_thread.run_sync(writing.collect, folder, replaced)
+    tell(Progress("success"))

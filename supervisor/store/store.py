@@ -1,0 +1,143 @@
+"""The store behind ``supervisor.api.Store``: what clients may do to the models on disk."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from functools import partial as bind
+from types import TracebackType
+from typing import Final, Self
+
+import aiohttp
+import anyio
+from anyio import from_thread, to_thread
+from anyio.abc import TaskGroup
+from yarl import URL
+
+from supervisor.api import CreateRequest, Progress, StoreError
+from supervisor.store import create, hub, names, writing
+from supervisor.store.fetching import READ_AHEAD_BYTES, TIMEOUT, Fetcher
+from supervisor.store.folder import StoreFolder
+from supervisor.store.pull import pull
+from supervisor.store.registry import Registry, base_url
+from supervisor.store.sharing import Shared, Tell, Work
+
+MAX_PULLS: Final = 16  # different models at once; more only slow each other down
+
+
+class ModelStore:
+    """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way."""
+
+    def __init__(self, folder: StoreFolder) -> None:
+        self._folder = folder
+        self._pulls: dict[tuple[str, bool], Shared] = {}
+        self._closing = AsyncExitStack()
+        self._session: aiohttp.ClientSession
+        self._tasks: TaskGroup
+
+    async def __aenter__(self) -> Self:
+        """Open what pulls need; nothing is written yet."""
+        self._session = await self._closing.enter_async_context(
+            aiohttp.ClientSession(timeout=TIMEOUT, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
+        )
+        self._tasks = await self._closing.enter_async_context(anyio.create_task_group())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._tasks.cancel_scope.cancel()
+        await self._closing.__aexit__(kind, error, traceback)
+
+    async def pull(self, name: str, *, insecure: bool) -> AsyncIterator[Progress]:
+        """Fetch a model from its registry, or a GGUF file by its address. Whoever asks meanwhile joins in."""
+        work, key = self._pulling(name, insecure=insecure)
+        shared = self._pulls.get(key)
+        if shared is None:
+            if len(self._pulls) >= MAX_PULLS:
+                raise StoreError(f"{MAX_PULLS} models are being pulled already: try again when one is done")
+            shared = self._pulls[key] = Shared(work, bind(self._pulls.pop, key, None))
+            self._tasks.start_soon(shared.run)
+        async for progress in shared.follow():
+            yield progress
+
+    def _pulling(self, name: str, *, insecure: bool) -> tuple[Work, tuple[str, bool]]:
+        fetcher = Fetcher(self._session, insecure=insecure)
+        if hub.is_address(name):
+            url = URL(name)
+            return self._guarded(bind(hub.pull_file, self._folder, fetcher, url)), (str(url), insecure)
+        full = self._folder.parse(name)
+        base = base_url(self._folder, name, full, insecure=insecure)
+        registry = Registry(Fetcher(self._session, insecure=base.scheme == "http"), base, full)
+        return self._guarded(bind(pull, self._folder, registry, full)), (str(full), insecure)
+
+    def _guarded(self, work: Work) -> Work:
+        async def run(tell: Tell) -> None:
+            try:
+                await work(tell)
+            except OSError as error:
+                raise writing.store_error(error, self._folder) from error
+
+        return run
+
+    async def create(self, spec: CreateRequest) -> AsyncIterator[Progress]:
+        """Make a model from a parent, which is pulled where it is not here, or from blobs."""
+        name = self._folder.parse(spec.model)
+        made = create.recipe(spec)
+        if made.parent is not None and self._folder.find(made.parent) is None:
+            async for progress in self.pull(made.parent, insecure=False):
+                if progress.status != "success":
+                    yield progress
+
+        async def work(tell: Tell) -> None:
+            def build() -> None:
+                with writing.adding(self._folder):
+                    replaced = create.create(
+                        self._folder, name, made, lambda progress: from_thread.run_sync(tell, progress)
+                    )
+                writing.collect(self._folder, replaced)
+
+            await to_thread.run_sync(build)
+            tell(Progress("success"))
+
+        shared = Shared(self._guarded(work), lambda: None)
+        self._tasks.start_soon(shared.run)
+        async for progress in shared.follow():
+            yield progress
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name. Raises BadModelName, NotInStore, StoreError."""
+        name = self._folder.parse(destination)
+        await self._in_thread(self._copy, self._folder.existing(source), name)
+
+    def _copy(self, source: names.ModelName, destination: names.ModelName) -> None:
+        with writing.adding(self._folder):
+            writing.write_manifest(self._folder, destination, self._folder.read(source))
+
+    async def delete(self, name: str) -> None:
+        """Remove a model, and the blobs that no other one uses. Raises BadModelName, NotInStore, StoreError."""
+        await self._in_thread(self._delete, self._folder.existing(name))
+
+    def _delete(self, name: names.ModelName) -> None:
+        freed = writing.remove_manifest(self._folder, name)
+        writing.collect(self._folder, freed)
+        writing.collect(self._folder)
+
+    async def has_blob(self, digest: str) -> bool:
+        """Say whether a blob is there, whole. Raises BadCreate for what is no digest."""
+        return self._folder.blob(digest).is_file()
+
+    async def put_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+        """Take a blob in. Raises BadCreate where its bytes have another digest, StoreFull, StoreError."""
+        self._folder.blob(digest)  # before anything is read
+        try:
+            async with writing.adding_meanwhile(self._folder):
+                await writing.receive_blob(self._folder, digest, chunks)
+        except OSError as error:
+            raise writing.store_error(error, self._folder) from error
+
+    async def _in_thread(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            await to_thread.run_sync(work, *arguments)
+        except OSError as error:
+            raise writing.store_error(error, self._folder) from error
