@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from planner.types import Device, DeviceKind, DeviceUsage, Machine, Placement, Policy, PoolId, Shortfall
+from planner.types import Device, DeviceKind, DeviceUsage, Machine, Placement, Plan, Policy, PoolId, Shortfall
 from planner.units import MIB
 
 if TYPE_CHECKING:
@@ -142,3 +142,20 @@ def shortfalls(
         if total > limit and not any(cause.device in members for cause in short):
             short.append(Shortfall("+".join(members), total, limit))
     return tuple(short)
+
+
+def taken_bytes(plan: Plan) -> dict[str, int]:
+    """Return what has to be there for this plan on each device that it uses and on the host, mapped weights aside.
+
+    Where llama.cpp itself is to place the model, it has its devices for itself.
+    """
+    taken = {}
+    for usage in plan.usages:
+        if usage.kind is DeviceKind.HOST:
+            beside = (plan.host.output_buffer_bytes or 0) + (plan.host.prompt_cache_bytes or 0)
+            taken[usage.name] = usage.known_bytes - (plan.host.mapped_bytes or 0) + beside
+        elif plan.fit_by_llama and usage.name in plan.placement.devices:
+            taken[usage.name] = max(usage.free_bytes or 0, usage.known_bytes)
+        elif usage.known_bytes:
+            taken[usage.name] = usage.known_bytes
+    return taken

@@ -34,9 +34,8 @@ def headline(outcome: PlanOutcome) -> str:
             return _plan_headline(outcome)
         case NoFit():
             worst = max(outcome.causes, key=lambda cause: cause.shortfall_bytes, default=None)
-            if worst is None:
-                return "Does not fit"
-            return f"Does not fit: {worst.device} lacks {format_size(worst.shortfall_bytes)}"
+            lacks = "" if worst is None else f"{worst.device} lacks {format_size(worst.shortfall_bytes)}"
+            return ": ".join(part for part in ("Does not fit", outcome.because, lacks) if part)
         case Refused():
             return f"llama.cpp would refuse this: {outcome.reason}"
         case _:
@@ -59,7 +58,7 @@ def _where(plan: Plan, capacity: str) -> str:
     match plan.placement.kind:
         case PlacementKind.GPU:
             where = f"on {_gpus(plan)}: {on_gpu} of {n_layers} layers"
-            spilled = _spilled(plan.request)
+            spilled = overrides.spilled(plan.request)
             return f"Runs {where}, {spilled}, {capacity}" if spilled else f"Fits {where}, {capacity}"
         case PlacementKind.GPU_AND_CPU:
             return f"Runs, but slowly: {on_gpu} of {n_layers} layers fit on {_gpus(plan)}, {capacity}"
@@ -72,18 +71,6 @@ def _gpus(plan: Plan) -> str:
     if any(usage.kind is DeviceKind.RPC for usage in used):
         return "the remote device" if len(used) == 1 else f"{len(used)} devices"
     return "the GPU" if len(used) == 1 else f"{len(used)} GPUs"
-
-
-def _spilled(request: PlanRequest) -> str:
-    """Say in a few words which weights of GPU layers stay on the CPU by the flags."""
-    if request.cpu_moe:
-        return "all experts on the CPU"
-    if request.n_cpu_moe:
-        return f"experts of {request.n_cpu_moe} layers on the CPU"
-    if request.n_cpu_ffn:
-        return f"FFN of {request.n_cpu_ffn} layers on the CPU"
-    to_cpu = any(buffer == overrides.CPU for _, buffer in request.override_tensor or ())
-    return "parts of layers on the CPU" if to_cpu and request.override_tensor != overrides.UNPIPELINED else ""
 
 
 def _capacity(request: PlanRequest, n_ctx_per_slot: int | None) -> str:
@@ -203,6 +190,7 @@ def _host(host: HostDetail) -> dict[str, int | None]:
 
 def _no_fit(no_fit: NoFit) -> dict[str, Any]:
     return {
+        "because": no_fit.because or None,
         "causes": [
             {
                 "device": cause.device,

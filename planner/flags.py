@@ -22,13 +22,14 @@ _ASSIGNMENT: Final = re.compile(r"[A-Z_][A-Z0-9_]*=")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What ``planner explain`` was asked beside the request: the file, and the machine to imagine.
+    """What ``planner explain`` was asked beside the request: the files, and the machine to imagine.
 
     ``what_if`` are the words ``NAME=SIZE`` and ``cards`` those of ``--gpu``, as written and in order; ``machine`` is
-    the file of another machine.
+    the file of another machine. ``require`` is "gpu" where nothing may stay on the host.
     """
 
-    model: str | None = None
+    models: tuple[str, ...] = ()
+    require: str | None = None
     what_if: tuple[str, ...] = ()
     cards: tuple[str, ...] = ()
     machine: str | None = None
@@ -107,9 +108,7 @@ def _without_program(words: Sequence[str]) -> Sequence[str]:
 
 
 def _put_model(reading: _Reading, word: str) -> None:
-    if reading.values.get("model", word) != word:
-        raise InvalidRequest(f"two models: {reading.values['model']} and {word}; explain one at a time")
-    reading.values["model"] = word
+    reading.values["models"] = tuple(dict.fromkeys((*reading.values.get("models", ()), word)))
 
 
 def _read_flag(reading: _Reading, flag: Flag, name: str, rest: Iterator[str]) -> None:
@@ -119,7 +118,7 @@ def _read_flag(reading: _Reading, flag: Flag, name: str, rest: Iterator[str]) ->
     value = _next(rest, name, flag.metavar)
     if flag.dest == "devices" and "=" in value:
         reading.values["what_if"] = (*reading.values.get("what_if", ()), *value.split(","))
-    elif flag.dest == "model":
+    elif flag.dest == "models":
         _put_model(reading, value)
     else:
         try:

@@ -7,7 +7,10 @@ llama.cpp keeps one list in the order of its command line, and the first pattern
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from planner.types import PlanRequest
 
 Override = tuple[str, str]  # a regular expression and the name of a buffer type
 
@@ -38,3 +41,15 @@ def ahead(to_cpu: Sequence[Override], own: Sequence[Override]) -> tuple[Override
     """Return the list for patterns that come after flags for the CPU; where the order cannot matter, it is ``own``."""
     matters = any(buffer != CPU for _, buffer in own)
     return (*to_cpu, *own) if matters else tuple(own)
+
+
+def spilled(request: PlanRequest) -> str:
+    """Say in a few words which weights of layers on devices stay on the CPU by the flags; empty where none does."""
+    if request.cpu_moe:
+        return "all experts on the CPU"
+    if request.n_cpu_moe:
+        return f"experts of {request.n_cpu_moe} layers on the CPU"
+    if request.n_cpu_ffn:
+        return f"FFN of {request.n_cpu_ffn} layers on the CPU"
+    to_cpu = any(buffer == CPU for _, buffer in request.override_tensor or ())
+    return "parts of layers on the CPU" if to_cpu and request.override_tensor != UNPIPELINED else ""

@@ -467,7 +467,10 @@ class NearestChange:
 
 @dataclass(frozen=True, slots=True)
 class NoFit:
-    """No placement that the flags allow fits. ``usages`` shows the nearest attempt."""
+    """No placement that the flags allow fits. ``usages`` shows the nearest attempt.
+
+    ``because`` says what else than memory is missing: a condition that was asked for.
+    """
 
     model: ModelSummary
     request: PlanRequest
@@ -479,6 +482,7 @@ class NoFit:
     nearest: tuple[NearestChange, ...] = ()
     decisions: tuple[Decision, ...] = ()
     warnings: tuple[str, ...] = ()
+    because: str = ""
 
 
 @dataclass(frozen=True, slots=True)

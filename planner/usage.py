@@ -9,7 +9,7 @@ from planner.flag_table import FLAGS, Flag
 USAGE: Final = """\
 planner plans which layer of a GGUF model goes on which GPU, starts llama-server that way and keeps it alive.
 
-  planner explain MODEL [flags]   what fits where, and why; starts nothing
+  planner explain MODEL [flags]   what fits where, and why; starts nothing; several models: do they fit together?
   planner verify MODEL [flags]    the same plan beside what llama.cpp itself says, byte by byte
   planner devices [--json]        the devices that llama-server can use here
   planner doctor [--json]         what is wrong with this machine, and what mends it
@@ -22,9 +22,11 @@ planner plans which layer of a GGUF model goes on which GPU, starts llama-server
 
 _EXPLAIN_HEAD: Final = """\
 planner explain MODEL [flags]
+planner explain MODEL MODEL ... [flags]
 
 Says where llama-server would put the model on this machine, how much memory that takes on each device, and why.
-Flags are llama-server's own, so that its command line can be pasted; what is not pinned is planned.
+Flags are llama-server's own, so that its command line can be pasted; what is not pinned is planned. Several models are
+to be loaded at a time: flags hold for each of them, and the order in which they are named does not matter.
 Exit status: 0 it fits, 3 it does not, 2 wrong usage, 65 not a model that can be read.
 """
 

@@ -18,6 +18,7 @@ from planner.explain import headline
 from planner.model import ModelFacts
 from planner.search import placement as search
 from planner.search.candidates import Oracle
+from planner.text import aligned, columns
 from planner.types import (
     Figure,
     LlamaBuild,
@@ -199,8 +200,7 @@ def to_text(build: LlamaBuild, result: Verification) -> str:
     lines = [f"{result.headline}.", f"{result.path} · {build_line(build)}", ""]
     if result.figures:
         rows = [_HEADINGS, *(_row(figure) for figure in result.figures)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines += [_aligned(row, widths) for row in rows]
+        lines += [aligned(row, columns(rows), n_left=3) for row in rows]
     return "\n".join([*lines, *(f"note: {note}" for note in result.notes)]).rstrip() + "\n"
 
 
@@ -228,9 +228,3 @@ def _row(figure: Compared) -> tuple[str, ...]:
 
 def _bytes(size_bytes: int | None) -> str:
     return "?" if size_bytes is None else f"{size_bytes:,}"
-
-
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
-    left = (cell.ljust(wide) for cell, wide in zip(cells[:3], widths[:3], strict=True))
-    right = (cell.rjust(wide) for cell, wide in zip(cells[3:], widths[3:], strict=True))
-    return "  ".join([*left, *right]).rstrip()

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from planner import companions, flags
 from planner.commands import terminal
-from planner.commands.surroundings import surroundings
+from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest
 from planner.explain import to_json
 from planner.explain_text import to_text
 from planner.model import read_model
 from planner.oracle import ask
+from planner.requirement import all_on_devices
 from planner.search import placement
-from planner.types import Plan, PlanOutcome
+from planner.search.candidates import Oracle
+from planner.together import Wanted, together
+from planner.together_text import together_to_json, together_to_text
+from planner.types import Plan, PlanOutcome, PlanRequest, Policy
 
 FITS: Final = 0
 DOES_NOT_FIT: Final = 3
 
 
 def main(name: str, words: Sequence[str]) -> int:
-    """Print the plan for a model, or why there is none. Raises PlannerError."""
+    """Print the plan for a model, or why there is none; for several, whether they fit together. Raises PlannerError."""
     del name
     if {"-h", "--help"} & set(words):
         from planner.usage import explain_usage
@@ -30,21 +34,55 @@ def main(name: str, words: Sequence[str]) -> int:
         terminal.write(explain_usage())
         return FITS
     line = flags.parse(words)
-    outcome = _planned(line)
-    if line.options.json:
+    if not line.options.models:
+        raise InvalidRequest("which model? planner explain MODEL [flags]")
+    where = surroundings(line)
+    question = _Question(line, where, None if line.options.no_oracle else ask(where.build))
+    fits = _together(question) if len(line.options.models) > 1 else _alone(question)
+    return FITS if fits else DOES_NOT_FIT
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A command line and where it plans: what is the same for each of its models."""
+
+    line: flags.CommandLine
+    where: Surroundings
+    oracle: Oracle | None
+
+    def wanted(self, path: str) -> Wanted:
+        """Return what is asked of the model at this path. Raises ModelFileError."""
+        model = read_model(path)
+        request = self.line.request_of(model.role)
+        return Wanted(companions.attach(model, request), request)
+
+    def planned(self, wanted: Wanted, policy: Policy) -> PlanOutcome:
+        """Return the best placement under this policy that keeps to what is required. Raises InvalidRequest."""
+
+        def search(request: PlanRequest) -> PlanOutcome:
+            return placement.search(wanted.model, request, self.where.machine, policy, self.where.build, self.oracle)
+
+        found = all_on_devices(wanted.request, search) if self.line.options.require else search(wanted.request)
+        return replace(found, warnings=(*self.where.warnings, *self.line.notes, *found.warnings))
+
+
+def _alone(question: _Question) -> bool:
+    """Print the plan for one model, and say whether it fits."""
+    wanted = question.wanted(question.line.options.models[0])
+    outcome = question.planned(wanted, question.where.policy)
+    if question.line.options.json:
         terminal.write_json(to_json(outcome))
     else:
         terminal.write(to_text(outcome, terminal.columns(), terminal.style()))
-    return FITS if isinstance(outcome, Plan) else DOES_NOT_FIT
+    return isinstance(outcome, Plan)
 
 
-def _planned(line: flags.CommandLine) -> PlanOutcome:
-    if line.options.model is None:
-        raise InvalidRequest("which model? planner explain MODEL [flags]")
-    where = surroundings(line)
-    model = read_model(line.options.model)
-    request = line.request_of(model.role)
-    oracle = None if line.options.no_oracle else ask(where.build)
-    model = companions.attach(model, request)
-    outcome = placement.search(model, request, where.machine, where.policy, where.build, oracle)
-    return replace(outcome, warnings=(*where.warnings, *line.notes, *outcome.warnings))
+def _together(question: _Question) -> bool:
+    """Print how several models share the machine, and say whether they fit."""
+    wanted = [question.wanted(path) for path in question.line.options.models]
+    result = together(wanted, question.where.policy, question.planned)
+    if question.line.options.json:
+        terminal.write_json(together_to_json(result))
+    else:
+        terminal.write(together_to_text(result, terminal.columns(), terminal.style()))
+    return result.fits

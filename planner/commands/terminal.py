@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any, Final
 
-from planner.explain_text import Style
+from planner.text import Style
 
 DEFAULT_COLUMNS: Final = 80
 

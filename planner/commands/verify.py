@@ -31,13 +31,16 @@ def main(name: str, words: Sequence[str]) -> int:
         return AGREES
     folder, words = _without_folder(words)
     line = flags.parse(words)
-    if (folder is None) == (line.options.model is None):
+    models = line.options.models
+    if len(models) != (1 if folder is None else 0):
         raise InvalidRequest(_WHICH)
+    if line.options.require is not None:
+        raise InvalidRequest("--require: that is for planner explain")
     if line.options.no_oracle:
         raise InvalidRequest("--no-oracle: verifying is asking llama.cpp")
     where = surroundings(line)
     if folder is None:
-        results: tuple[Verification, ...] = (_verified(read_model(line.options.model or ""), line, where),)
+        results: tuple[Verification, ...] = (_verified(read_model(models[0]), line, where),)
     else:
         results = _folder(folder, line, where)
     if line.options.json:

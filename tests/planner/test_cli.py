@@ -237,3 +237,49 @@ def test_unknown_words_are_wrong_usage(planner: Any, words: Sequence[str]) -> No
     assert done.returncode == 2
     assert done.stderr.startswith("planner: error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_several_models_are_one_question(planner: Any, chat_model: Path, endless_model: Path) -> None:
+    """The documents come in the order of the words; what fits alone need not fit beside another."""
+    words = ("explain", str(endless_model), str(chat_model), "-ngl", "all", "-c", "1024", "--json")
+    roomy = planner(*words, "--device", "RPC0=64MiB")
+    assert (roomy.returncode, document(roomy)["fits"]) == (0, True)
+    assert [plan["model"]["path"] for plan in document(roomy)["plans"]] == [str(endless_model), str(chat_model)]
+    tight = planner(*words, "--device", "RPC0=25MiB")
+    assert (tight.returncode, document(tight)["fits"]) == (3, False)
+    assert sorted(plan["fits"] for plan in document(tight)["plans"]) == [False, True]
+
+
+def test_everything_on_devices_can_be_required(planner: Any, endless_model: Path) -> None:
+    words = ("explain", str(endless_model), "--require", "gpu", "-c", "1024", "--json")
+    assert planner(*words, "--device", "RPC0=64MiB").returncode == 0
+    tight = planner(*words, "--device", "RPC0=10MiB")
+    assert tight.returncode == 3
+    no_fit = document(tight)["no_fit"]
+    assert "--require gpu" in no_fit["because"]
+    assert no_fit["causes"][0]["shortfall_bytes"] > 0
+    assert "--no-gpu" not in {near["change"] for near in no_fit["nearest"]}
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (("--no-gpu",), "there is no device"),
+        (("--device", "RPC0=64MiB", "-ngl", "1"), "-ngl 1 leaves"),
+        (("--device", "RPC0=64MiB", "-nkvo"), "--no-kv-offload keeps the caches on the host"),
+        (("--device", "RPC0=64MiB", "-ncffn", "1"), "FFN of 1 layers on the CPU"),
+    ],
+)
+def test_what_the_flags_leave_to_the_host_is_named(
+    planner: Any, endless_model: Path, words: Sequence[str], reason: str
+) -> None:
+    done = planner("explain", str(endless_model), "--require", "gpu", "--json", *words)
+    assert done.returncode == 3
+    assert reason in document(done)["headline"]
+
+
+def test_verifying_takes_one_model_and_no_comparison(planner: Any, chat_model: Path, endless_model: Path) -> None:
+    for words in ((str(chat_model), str(endless_model)), (str(chat_model), "--require", "gpu")):
+        done = planner("verify", *words)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1

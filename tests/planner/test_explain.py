@@ -13,7 +13,8 @@ from types import MappingProxyType
 import pytest
 
 from planner import explain
-from planner.explain_text import Style, ranges, size, to_text
+from planner.explain_text import to_text
+from planner.text import Style, ranges, size
 from planner.types import (
     UNKNOWN_FIGURE,
     Decision,
@@ -177,6 +178,13 @@ def test_the_text_is_the_golden_one(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_no_line_is_wider_than_the_terminal(name: str, width: int) -> None:
     assert max(len(line) for line in to_text(OUTCOMES[name], width).splitlines()) <= width
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_a_narrow_terminal_gets_a_narrow_table(name: str) -> None:
+    """The parts are in the bars then."""
+    lines = to_text(OUTCOMES[name], 60).splitlines()
+    assert max(len(line) for line in lines) <= 60
 
 
 def test_a_long_device_name_does_not_widen_the_table() -> None:

@@ -83,7 +83,7 @@ def test_a_pasted_llama_server_line_is_understood() -> None:
     """Short and long names, switches with both spellings, underscores, and a flag that moves no memory."""
     line = "-m a.gguf --ctx_size 8192 -np 2 -ngl all -ts 3/1 -fa on -no-kvu -nkvo --no-mmproj --top-k 40"
     read = flags.parse([*line.split(), "-ot", "a=CPU", "-ot", "b=CPU"])
-    assert read.options.model == "a.gguf"
+    assert read.options.models == ("a.gguf",)
     assert read.request == PlanRequest(
         n_ctx=8192,
         n_parallel=2,
@@ -129,7 +129,7 @@ def test_a_llama_server_command_line_can_be_pasted() -> None:
     """Its program and what it sets beforehand fall away, and so does what the supervisor decides, with a note."""
     pasted = "CUDA_VISIBLE_DEVICES=0 /opt/llama/llama-server -m a.gguf -ngl 99 --host 0.0.0.0 --port 80 -v --fit off"
     line = flags.parse(pasted.split())
-    assert line.options.model == "a.gguf"
+    assert line.options.models == ("a.gguf",)
     assert line.request == PlanRequest(n_gpu_layers=99)
     assert [note.partition(":")[0] for note in line.notes] == [
         f"{flag} is left out" for flag in ("--host", "--port", "-v", "--fit")
@@ -154,7 +154,7 @@ def test_a_llama_server_command_line_can_be_pasted() -> None:
         ("-fa --device CUDA0=1GiB", "-fa needs a value: -fa on|off|auto; --device follows it"),
         ("--no-mmap", "--no-mmap is not accepted: llama.cpp has removed it; use --load-mode"),
         ("-hf some/model", "-hf is not accepted: nothing is downloaded here"),
-        ("a.gguf b.gguf", "two models: a.gguf and b.gguf"),
+        ("a.gguf --require cpu", "--require cpu: expected one of gpu"),
         ("--no-gpu --device CUDA0=1GiB", "--no-gpu and --device CUDA0=1GiB: with or without GPUs?"),
         ("--no-gpu --gpu rtx4090", "--no-gpu and --gpu rtx4090: with or without GPUs?"),
         ("--no-gpu -ngl 5", "--no-gpu and -ngl 5: there is no GPU"),
