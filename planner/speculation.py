@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
+
+from planner.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from planner.model import ModelFacts
@@ -12,7 +15,16 @@ N_MAX: Final = 3  # common/common.h, common_params_speculative_draft
 NONE: Final = "none"
 SIMPLE: Final = "draft-simple"
 OWN_HEAD: Final = "draft-mtp"
-_WITH_RULE: Final = frozenset({SIMPLE, OWN_HEAD})
+# Kinds that look in the text itself, and no model drafts: tokens at a time, and the flag that changes it.
+_BY_LOOKUP: Final[dict[str, tuple[int, str | None]]] = {
+    "ngram-simple": (48, "--spec-ngram-simple-size-m"),
+    "ngram-map-k": (48, "--spec-ngram-map-k-size-m"),
+    "ngram-map-k4v": (48, "--spec-ngram-map-k4v-size-m"),
+    "ngram-mod": (64, "--spec-ngram-mod-n-max"),
+    "ngram-cache": (8, None),
+}
+_KINDS: Final = (SIMPLE, "draft-eagle3", OWN_HEAD, "draft-dflash", "draft-dspark", *_BY_LOOKUP)
+_WITH_RULE: Final = frozenset({SIMPLE, OWN_HEAD, *_BY_LOOKUP})
 # Whose heads are never loaded, or drafted with by caches that have no rule here (src/llama-model.cpp, create_memory).
 _HEADS_WITHOUT_RULE: Final = frozenset(
     {
@@ -47,14 +59,38 @@ _ROLLS_BACK: Final = frozenset(
 
 
 def types(request: PlanRequest) -> tuple[str, ...]:
-    """Return the kinds of speculation that are asked for; none without a flag."""
-    return tuple(word for word in (request.spec_type or "").split(",") if word and word != NONE)
+    """Return the kinds of speculation that are asked for; none without a flag, or where ``none`` is among them.
+
+    (common/speculative.cpp, ``common_speculative_types_from_names``.) Raises InvalidRequest for a kind that is none.
+    """
+    words = (request.spec_type or NONE).split(",")
+    for word in words:
+        if word == NONE:
+            return ()
+        if word not in _KINDS:
+            raise InvalidRequest(f"--spec-type {word}: expected {NONE}, {', '.join(_KINDS)}")
+    return tuple(words)
 
 
 def n_draft(request: PlanRequest) -> int:
-    """Return how many tokens are drafted at a time, so that the model has to judge that many more."""
-    if not types(request):
-        return 0
+    """Return how many tokens are drafted at a time at most, so that the model has to judge that many more.
+
+    (common/speculative.cpp, ``common_speculative_n_max``.)
+    """
+    return max((_n_max(kind, request) for kind in types(request)), default=0)
+
+
+def _n_max(kind: str, request: PlanRequest) -> int:
+    if kind not in _BY_LOOKUP:
+        return n_model_drafts(request)
+    default, flag = _BY_LOOKUP[kind]
+    words = request.passthrough
+    given = [value for name, value in pairwise(words) if name == flag]  # the last counts, as in llama-server
+    return int(given[-1]) if given and given[-1].isdigit() else default
+
+
+def n_model_drafts(request: PlanRequest) -> int:
+    """Return how many tokens a draft model or head drafts at a time."""
     return N_MAX if request.spec_draft_n_max is None else request.spec_draft_n_max
 
 
@@ -65,7 +101,7 @@ def uses_own_head(request: PlanRequest) -> bool:
 
 def n_rs_seq(model: ModelFacts, request: PlanRequest) -> int:
     """Return how many older states each sequence keeps, to take drafted tokens back (``need_n_rs_seq``)."""
-    return n_draft(request) if uses_own_head(request) and model.hparams.architecture in _ROLLS_BACK else 0
+    return n_model_drafts(request) if uses_own_head(request) and model.hparams.architecture in _ROLLS_BACK else 0
 
 
 def has_draft_head(model: ModelFacts) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from planner.context import ContextParams, aborts, context_params, refusal
 from planner.errors import InvalidRequest
+from planner.flags import parse
 from planner.model import ModelFacts, read_model
 from planner.types import DeviceKind, PlanRequest, Role
 
@@ -110,6 +111,27 @@ def test_what_needs_flash_attention_turns_it_on(model: ModelFacts, knobs: dict[s
     assert params(model, **knobs).flash_attn == effective
 
 
+@pytest.mark.parametrize(
+    "words,n_outputs_max",  # as really loading servers reserved
+    [
+        ("", 2),
+        ("--spec-type ngram-simple", 98),
+        ("--spec-type ngram-map-k --spec-ngram-map-k-size-m 3", 8),
+        ("--spec-type ngram-map-k,ngram-cache --spec-ngram-map-k-size-m 3", 18),
+        ("--spec-type ngram-mod --spec-draft-n-max 5", 130),
+        ("--spec-type ngram-mod --spec-ngram-mod-n-max 100", 202),
+        ("--spec-type ngram-cache,none", 2),
+    ],
+)
+def test_tokens_drafted_from_the_text_itself_need_outputs_and_nothing_else(
+    model: ModelFacts, words: str, n_outputs_max: int
+) -> None:
+    made = context_params(model, parse(["-np", "2", *words.split()]).request)
+    assert made.n_outputs_max == n_outputs_max
+    assert made.n_rs_seq == 0
+    assert not made.not_built
+
+
 def test_a_model_that_attends_both_ways_does_not_bound_its_batch(tmp_path: Path) -> None:
     made = params(model_of(tmp_path, "bert", attention__causal=False), n_ctx=100)
     assert (made.n_batch, made.n_ubatch) == (2048, 512)
@@ -124,6 +146,7 @@ def test_overrides_come_in_llama_servers_order(model: ModelFacts) -> None:
 @pytest.mark.parametrize(
     "knobs,problem",
     [
+        ({"spec_type": "ngram-foo"}, "ngram-foo: expected none"),
         ({"n_parallel": 0}, "--parallel: 0"),
         ({"n_parallel": 257}, "--parallel: 257"),
         ({"n_ctx": -1}, "--ctx-size: -1"),
