@@ -94,7 +94,8 @@ class CompressedDecoder(FusedHyperDecoder):
         mixture, back = self.read(x, f"{prefix}hc_ffn", il)
         for node in (x, back.post, back.comb):
             graph.expand(node)
-        return self.written(self.feed_forward(blocks.norm(mixture, f"{prefix}ffn_norm", il), il), x, back, il)
+        x = self.written(self.feed_forward(blocks.norm(mixture, f"{prefix}ffn_norm", il), il), x, back, il)
+        return blocks.pin(x, il)
 
     def feed_forward(self, x: Node, il: int) -> Node:
         """Return the experts' and the shared expert's sum; the first layers choose by the token alone."""

@@ -66,7 +66,7 @@ class GramSparseDecoder(DeltaNetDecoder):
         x = self._combined(x, attended, weights, il)
         mixture, normed = self._mixed(x, f"{prefix}hc_ffn", il)
         weights = self.blocks.project(normed, f"{prefix}hc_ffn_inject")
-        return self._combined(x, self.feed_forward(mixture, il), weights, il)
+        return self.blocks.pin(self._combined(x, self.feed_forward(mixture, il), weights, il), il)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Hyper-connections

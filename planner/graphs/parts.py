@@ -127,11 +127,17 @@ class Parts:
         """Return a normalized tensor, scaled and shifted by the weights that the file has."""
         weight, bias = self.weight(f"{name}.weight") or self.weight(name), self.weight(f"{name}.bias")
         x = self.graph.same(op, x)
-        if il >= 0 and self.batch.pins_norms and (weight or bias):
-            x.backend = self.places.layers[il]
+        if il >= 0 and (weight or bias):
+            self.pin(x, il)
         if weight:
             x = self.graph.same("mul", x, weight)
         return self.graph.same("add", x, bias) if bias else x
+
+    def pin(self, x: Node, il: int) -> Node:
+        """Keep a tensor on its layer's device (src/llama-context.cpp, ``graph_get_cb``)."""
+        if self.batch.pins_norms:
+            x.backend = self.places.layers[il]
+        return x
 
     def project(self, x: Node, name: str, *, scaled: bool = True) -> Node:
         """Return a product with a weight, scaled where the file has a scale and it is read (``build_lora_mm``)."""
