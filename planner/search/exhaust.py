@@ -64,7 +64,7 @@ def _first(best: Best, request: PlanRequest, tier: Sequence[Way], limit_s: float
     splits = merge(*(_splits(best, way, limit_s, over) for way in tier), key=lambda each: each[1].seconds)
     n_checked = 0
     for way, split in splits:
-        keys = _keys(question, way, split)
+        keys = _keys(way, split)
         if over.isdisjoint(keys):
             found = best.accounted(request, way.mode, split)
             if found.candidate.fits:
@@ -84,17 +84,15 @@ class _Key(NamedTuple):
 
     mode: Mode
     segment: Segment
-    most_on_host: int | None = None
+    on_host: tuple[tuple[int, int], ...] = ()
 
 
-def _keys(question: Question, way: Way, split: Split) -> list[_Key]:
+def _keys(way: Way, split: Split) -> list[_Key]:
     """Return the keys of a split's segments."""
     keys = [_Key(way.mode, segment) for segment in split.segments]
     if keys and way.mode is Mode.WITH_HOST:
-        sizes = [part.tensor.nbytes for part in question.parts if part.slot < split.segments[0].start]
-        for segment in split.segments:
-            sizes += [part.tensor.nbytes for part in question.parts[segment.spill_start : segment.spill_end]]
-        keys[0] = keys[0]._replace(most_on_host=max(sizes, default=0))
+        ranges = [(0, split.segments[0].start), *(segment[-2:] for segment in split.segments)]
+        keys[0] = keys[0]._replace(on_host=tuple(ranges))
     return keys
 
 

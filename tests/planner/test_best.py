@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations, pairwise, permutations
 from pathlib import Path
 
 import pytest
 from gguf_files import write_header
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from planner import budget, speed
 from planner.build import PINNED_BUILD
 from planner.model import ModelFacts, read_model
-from planner.search import knobs
-from planner.search.candidates import Candidate, Finder
 from planner.search.placement import search
 from planner.speed import EQUAL_SPEED
 from planner.types import (
@@ -35,10 +29,6 @@ from planner.types import (
 MIB = 1024 * 1024
 HOST_BYTES = 8 * 1024 * MIB
 REQUEST = PlanRequest(n_ctx=2048, n_ubatch=64)
-# The search tells a compute buffer from others that it saw. Here the largest is about 9 MiB, the least nearly nothing:
-# what lacks less room than their difference may be missed.
-BUFFER_BYTES = 10 * MIB
-BANDWIDTHS = st.sampled_from([None, 200 * 10**9, 800 * 10**9])
 
 
 @pytest.fixture(scope="module", params=[0, 8], ids=["dense", "experts"])
@@ -112,52 +102,6 @@ def planned(model: ModelFacts, where: Machine, request: PlanRequest = REQUEST, p
 def tokens_per_s(plan: Plan) -> float:
     assert plan.decode is not None
     return plan.decode.tokens_per_second
-
-
-def every_candidate(model: ModelFacts, where: Machine) -> list[Candidate]:
-    """Return every contiguous split of the last layers over every order of devices, accounted for: those that fit.
-
-    Where nothing holds all layers, also those with the experts or feed-forward matrices of first layers on the CPU.
-    """
-    limits = budget.budgets(where, Policy())
-    settled, _ = knobs.settle(model, REQUEST, Policy(), where.devices)
-    settled = knobs.with_context(settled, 2048)
-    finder = Finder(model, where, limits, PINNED_BUILD, None, where.devices, spread=False)
-    knob = "n_cpu_moe" if model.hparams.n_expert else "n_cpu_ffn"
-
-    def those(spilled: int) -> list[Candidate]:
-        request = replace(settled, **{knob: spilled or None})
-        found = [finder.on_host(request)]
-        for n_slots in range(1, finder.n_slots + 1):
-            for count in range(1, min(len(where.devices), n_slots) + 1):
-                for cuts in combinations(range(1, n_slots), count - 1):
-                    shares = [float(end - start) for start, end in pairwise((0, *cuts, n_slots))]
-                    found += [
-                        finder.attempt(request, group, n_slots, shares) for group in permutations(where.devices, count)
-                    ]
-        return [candidate for candidate in found if candidate.fits]
-
-    whole = those(0)
-    everything = [candidate for candidate in whole if candidate.placement.n_gpu_layers == finder.n_slots]
-    return everything or [*whole, *(each for spilled in range(1, finder.n_slots) for each in those(spilled))]
-
-
-@settings(max_examples=12)
-@given(
-    sizes=st.lists(st.integers(12 * MIB, 60 * MIB), min_size=1, max_size=2),
-    bandwidths=st.lists(BANDWIDTHS, min_size=2, max_size=2),
-)
-def test_no_placement_that_fits_is_faster(model: ModelFacts, sizes: list[int], bandwidths: list[int | None]) -> None:
-    """Brute force, with every candidate accounted for that is not a hair's breadth from too large.
-
-    Speeds within one per cent count as equal.
-    """
-    where = machine(sizes, bandwidths[: len(sizes)])
-    chosen = planned(model, where)
-    smaller = machine([size - BUFFER_BYTES for size in sizes], bandwidths[: len(sizes)])
-    estimates = [speed.decode(model, each.params, each.placement, where) for each in every_candidate(model, smaller)]
-    fastest = max(each.tokens_per_second for each in estimates if each is not None)
-    assert tokens_per_s(chosen) * EQUAL_SPEED >= fastest * (1 - 1e-9)
 
 
 SIZES = [(20, 60, 30), (24, 24, 24), (70, 40, 12), (9, 14, 200)]
