@@ -6,8 +6,7 @@ What a child does becomes an event. Its last word is always ``ProcessExited``, s
 from __future__ import annotations
 
 import secrets
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,6 +19,7 @@ from supervisor import strays
 from supervisor.core.commands import Spawn
 from supervisor.core.events import (
     BecameReady,
+    ChildHung,
     Event,
     LoadProgressed,
     ProcessExited,
@@ -30,12 +30,16 @@ from supervisor.core.events import (
 from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId
-from supervisor.health import wait_healthy
+from supervisor.hanging import HangWatch
+from supervisor.health import wait_serving
 from supervisor.logs import ChildLog
 from supervisor.process import Child, scrubbed
+from supervisor.weights_read import WeightsRead
 
 LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
-PROGRESS_EVERY_S: Final = 1.0  # signs of progress count in minutes
+PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
+# Between the signals to a child that does not serve yet: one may have been lost on it, and no client waits for more.
+UNREADY_GRACE_S: Final = 0.5
 KEY_BYTES: Final = 32
 RECORDS: Final = "runners"
 NO_CONFIG: Final = "no-config"
@@ -50,28 +54,38 @@ def prepare(state_dir: Path) -> None:
         _log.warning("stray.ended", pid=stray.pid, model=stray.model)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Running:
-    """A live child, what a client has to show it, and what it said."""
+    """A live child, what a client has to show it, and what it said. ``serves`` once it has said that it does."""
 
     child: Child
+    argv: Sequence[str]
     api_key: str
     log: ChildLog
     pinned: tuple[PinnedDevice, ...] = ()
     used: list[UsingDevice] = field(default_factory=list)
+    serves: bool = False
 
 
 class Children:
     """Every live child. ``post`` takes the events; ``environ`` is what children inherit, after scrubbing.
 
+    ``is_busy`` says whether a child of this generation has requests in flight.
     ``state_dir``, which was prepared, holds the records of who runs, and the empty folder that is a child's whole
     configuration.
     """
 
     def __init__(
-        self, post: Callable[[Event], None], *, state_dir: Path, environ: Mapping[str, str], stop_grace_s: float
+        self,
+        post: Callable[[Event], None],
+        is_busy: Callable[[ModelId, int], bool],
+        *,
+        state_dir: Path,
+        environ: Mapping[str, str],
+        stop_grace_s: float,
     ) -> None:
         self._post = post
+        self._is_busy = is_busy
         self._records = state_dir / RECORDS
         self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
@@ -106,14 +120,21 @@ class Children:
         except OSError as error:  # a full disk is no reason to serve nobody
             _log.warning("stray.not_recorded", **about, pid=child.pid, reason=str(error))
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
-        self._running[command.model, command.generation] = running = _Running(child, api_key, log, command.plan.pinned)
+        self._running[command.model, command.generation] = running = _Running(
+            child, argv, api_key, log, command.plan.pinned
+        )
         tasks.start_soon(self._tend, command.model, command.generation, running)
         self._post(ProcessSpawned(command.model, command.generation, child.pid))
 
-    async def stop(self, model: ModelId, generation: int) -> None:
-        """End this child, by force in the end; its exit is told as any other."""
-        if (running := self._running.get((model, generation))) is not None:
-            await running.child.stop(self._stop_grace_s)
+    async def stop(self, model: ModelId, generation: int, at_once: bool = False) -> None:  # noqa: FBT001, FBT002  a task
+        """End this child, by force in the end or ``at_once``; its exit is told as any other."""
+        running = self._running.get((model, generation))
+        if running is None:
+            return
+        if at_once:
+            running.child.kill()
+        else:
+            await running.child.stop(self._stop_grace_s if running.serves else UNREADY_GRACE_S)
 
     async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
         """Listen until the child has ended, then reap it and tell. Cancelled, it kills the child."""
@@ -124,6 +145,7 @@ class Children:
             async with anyio.create_task_group() as tasks:
                 silent = anyio.Event()
                 tasks.start_soon(self._listen, model, generation, running, tasks, silent)
+                tasks.start_soon(self._follow_load, model, generation, running)
                 await child.wait_exit()
                 exit_ = child.reap()
                 reaped = True
@@ -142,8 +164,7 @@ class Children:
     async def _listen(
         self, model: ModelId, generation: int, running: _Running, tasks: TaskGroup, silent: anyio.Event
     ) -> None:
-        """Read what the child says; what it says of its progress and its address becomes events."""
-        told_at = time.monotonic()
+        """Read what the child says; what it says of its devices and its address becomes events."""
         while data := await running.child.read():
             for fact in running.log.feed(data):
                 if isinstance(fact, UsingDevice):
@@ -151,16 +172,26 @@ class Children:
                 if (wrong := _wrong_devices(running, fact)) is not None:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, Listening):
-                    tasks.start_soon(self._confirm, model, generation, running, fact.url)
-            if time.monotonic() > told_at + PROGRESS_EVERY_S:
-                told_at = time.monotonic()
-                self._post(LoadProgressed(model, generation))
+                    tasks.start_soon(self._serve, model, generation, running, fact.url)
         silent.set()
 
-    async def _confirm(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
-        """Tell that the child is ready once it says so itself."""
-        await wait_healthy(url)
+    async def _follow_load(self, model: ModelId, generation: int, running: _Running) -> None:
+        """Tell of every sign of progress until the child serves: it said something, or read on."""
+        weights = WeightsRead(running.child.pid, running.argv)
+        seen = None
+        while not running.serves:
+            await anyio.sleep(PROGRESS_EVERY_S)
+            fraction = weights.fraction()
+            if seen != (seen := (running.log.n_lines, fraction)):
+                self._post(LoadProgressed(model, generation, fraction))
+
+    async def _serve(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
+        """Tell that the child is ready once it serves, and when it does not any more."""
+        await wait_serving(url, running.api_key)
+        running.serves = True
         self._post(BecameReady(model, generation, url, running.log.measured_bytes))
+        watch = HangWatch(url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation))
+        self._post(ChildHung(model, generation, await watch.wait_hung()))
 
 
 def _wrong_devices(running: _Running, fact: Fact) -> str | None:

@@ -1,4 +1,4 @@
-"""Whether a child answers: ``GET /health`` on loopback, until it says 200."""
+"""Whether a child answers: asked over loopback, each time on a connection of its own."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from urllib.parse import urlsplit
 import anyio
 
 POLL_S: Final = 0.05  # asked only after the child has said that it listens, so once is nearly always enough
-ANSWER_WITHIN_S: Final = 5.0
+ANSWER_WITHIN_S: Final = 5.0  # an idle thread answers within a millisecond; a machine that swaps takes its time
 STATUS_LINE_BYTES: Final = 512
 
+# Answered by an HTTP thread alone: a process that is stopped or whose threads all hang does not answer it.
+ALIVE: Final = "/health"
+# Answered by the loop that serves requests: a task of its queue (tools/server/server-context.cpp, ``get_slots``). While
+# it computes a batch, llama.cpp answers it from beside (server-queue.cpp, ``yield_to_queue``); older ones do not.
+WORKING: Final = "/slots"
+LOADING: Final = 503
 
-async def wait_healthy(url: str) -> None:
-    """Return when the server at this address answers 200; ask for ever (whoever asks has a deadline)."""
-    while not await is_healthy(url):  # noqa: ASYNC110 - the one thing that another program can only be asked
+
+async def wait_serving(url: str, api_key: str) -> None:
+    """Return when the server at this address serves; ask for ever (whoever asks has a deadline).
+
+    That it listens is not enough: its loop may not have begun, and a signal to end that comes before is lost
+    (server-queue.cpp, ``start_loop`` sets ``running`` again). So the loop itself is asked.
+    """
+    while await ask(url, WORKING, api_key) in {None, LOADING}:  # noqa: ASYNC110 - another program can only be asked
         await anyio.sleep(POLL_S)
 
 
-async def is_healthy(url: str) -> bool:
-    """Say whether the server answers 200 within a few seconds."""
+async def ask(url: str, path: str, api_key: str, *, within_s: float = ANSWER_WITHIN_S) -> int | None:
+    """Return the status that it answers with, None where it does not within this time."""
     address = urlsplit(url)
     host, port = address.hostname or "", address.port or 80
+    head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {api_key}\r\nConnection: close\r\n\r\n"
     try:
-        with anyio.fail_after(ANSWER_WITHIN_S):
+        with anyio.fail_after(within_s):
             async with await anyio.connect_tcp(host, port) as stream:
-                await stream.send(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                await stream.send(head.encode())
                 answer = await stream.receive(STATUS_LINE_BYTES)
     except (OSError, TimeoutError, anyio.EndOfStream, anyio.BrokenResourceError):
-        return False
-    return answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.0 200 "))
+        return None
+    version, _, rest = answer.partition(b" ")
+    return int(rest[:3]) if version.startswith(b"HTTP/1.") and rest[:3].isdigit() else None

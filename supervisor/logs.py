@@ -22,7 +22,7 @@ class ChildLog:
     """The log of one child, fed with raw output.
 
     ``measured_bytes`` sums the reported buffers by device: model, context and compute, as llama.cpp's own memory
-    breakdown does. It follows the load; what is printed at exit is not counted twice.
+    breakdown does. It follows the load; what is printed at exit is not counted twice. ``n_lines`` counts what was said.
     """
 
     def __init__(self, buffer_devices: Mapping[str, str], logger: structlog.typing.FilteringBoundLogger) -> None:
@@ -32,7 +32,7 @@ class ChildLog:
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
         self._measured: Counter[str] = Counter()
-        self._n_lines = 0
+        self.n_lines = 0
         self._said = anyio.Event()
         self._closed = False
 
@@ -70,10 +70,10 @@ class ChildLog:
         """Yield the kept lines; with ``follow`` also those that come, until the child has ended."""
         seen = 0
         while True:
-            fresh, seen = list(self._lines)[-(self._n_lines - seen) :], self._n_lines
+            fresh, seen = list(self._lines)[-(self.n_lines - seen) :], self.n_lines
             for line in fresh:
                 yield line
-            if seen == self._n_lines:
+            if seen == self.n_lines:
                 if not follow or self._closed:
                     return
                 await self._said.wait()
@@ -88,7 +88,7 @@ class ChildLog:
         if not line.strip():
             return None
         self._lines.append(line)
-        self._n_lines += 1
+        self.n_lines += 1
         self._said.set()
         self._said = anyio.Event()
         self._log.debug("child.says", line=line)

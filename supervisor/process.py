@@ -109,6 +109,10 @@ class Child:
             with anyio.move_on_after(grace_s if number != signal.SIGKILL else None):
                 await self._exited.wait()
 
+    def kill(self) -> None:
+        """End the process at once, and whatever it has started."""
+        self._signal(signal.SIGKILL)
+
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,11 @@ class Supervisor:
         self._options = options
         self._inventory = inventory
         self._children = Children(
-            self._post, state_dir=options.state_dir, environ=options.environ, stop_grace_s=options.stop_grace_s
+            self._post,
+            lambda model, generation: (model, generation) in self._leases,
+            state_dir=options.state_dir,
+            environ=options.environ,
+            stop_grace_s=options.stop_grace_s,
         )
         self._pool = Pool(options.limits)
         self._inbox: deque[Event] = deque()
@@ -208,7 +212,7 @@ class Supervisor:
         tensors = [{"name": name, "type": type_, "shape": list(shape)} for name, type_, shape in found.tensors]
         return {"metadata": found.metadata, "tensors": tensors}
 
-    async def log_lines(self, model: str, *, follow: bool) -> AsyncIterator[str]:
+    async def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
 
         Raises UnknownModel where no runner of it has said anything.
@@ -275,9 +279,9 @@ class Supervisor:
                 self._tasks.start_soon(self._inventory.refresh, held, gone)
             case Spawn():
                 self._children.spawn(command, self._tasks)
-            case StopProcess(model, generation, reason):
+            case StopProcess(model, generation, reason, at_once):
                 _log.info("runner.stop", model=model, generation=generation, reason=reason)
-                self._tasks.start_soon(self._children.stop, model, generation)
+                self._tasks.start_soon(self._children.stop, model, generation, at_once)
             case Grant(ticket, model, generation, url):
                 lease = ChildLease(model, generation, Endpoint(url, self._children.api_key(model, generation)))
                 self._leases.setdefault((model, generation), set()).add(lease)

@@ -109,7 +109,7 @@ def progress(pool: Pool, model: ModelId, now: float) -> LoadProgress | None:
     """Return where the load of this model stands, None where none is under way."""
     runner, load = pool.runner(model), pool.load
     if runner.state in IS_LOADING:
-        return LoadProgress(str(runner.state), None, now - runner.load_started_at)
+        return LoadProgress(str(runner.state), runner.load_fraction, now - runner.load_started_at)
     if load is not None and load.model == model:
         return LoadProgress(str(load.phase).replace("_", " "), None, now - load.started_at)
     return None

@@ -38,11 +38,12 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class StopProcess:
-    """Stop the child, by force in the end; ends in ``ProcessExited``."""
+    """Stop the child, by force in the end; ends in ``ProcessExited``. ``at_once``: it hangs, so by force."""
 
     model: ModelId
     generation: int
     reason: str
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,9 @@ class SpawnFailed(RunnerEvent):
 
 @dataclass(frozen=True, slots=True)
 class LoadProgressed(RunnerEvent):
-    """The child said something: it is not stuck."""
+    """The child said something or read on: it is not stuck. ``fraction`` of its weights is read; None: not known."""
+
+    fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,13 @@ class StopRequested(RunnerEvent):
     """The runner is to stop; what it serves may finish until ``drain_until`` (None: now)."""
 
     drain_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildHung(RunnerEvent):
+    """The child lives but does not answer any more; ``reason`` says what it was asked, in one line."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

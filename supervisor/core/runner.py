@@ -46,6 +46,7 @@ class Runner:
     last_used: float = 0.0
     load_started_at: float = 0.0
     load_seconds: float | None = None
+    load_fraction: float | None = None
     crashes: tuple[float, ...] = ()  # when, within the crash window
     restarts: int = 0
     last_failure: Failure | None = None

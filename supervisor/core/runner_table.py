@@ -36,6 +36,7 @@ from typing import Any, Final
 from supervisor.core.commands import Command, LoseLeases, ReportFailure, Spawn, StopProcess
 from supervisor.core.events import (
     BecameReady,
+    ChildHung,
     DeadlinePassed,
     LoadProgressed,
     ProcessExited,
@@ -88,6 +89,7 @@ def _start(runner: Runner, event: StartRequested, now: float, _limits: Limits) -
         in_flight=0,
         load_started_at=now,
         load_seconds=None,
+        load_fraction=None,
         restarts=runner.restarts + runner.failed_last,
         failed_last=False,
         pending_failure=None,
@@ -100,8 +102,8 @@ def _begin_loading(runner: Runner, event: ProcessSpawned, now: float, limits: Li
     return _enter(runner, S.LOADING, now, deadline=now + limits.load_timeout_s, pid=event.pid), ()
 
 
-def _keep_loading(runner: Runner, _event: LoadProgressed, now: float, limits: Limits) -> Outcome:
-    return replace(runner, deadline=now + limits.load_timeout_s), ()
+def _keep_loading(runner: Runner, event: LoadProgressed, now: float, limits: Limits) -> Outcome:
+    return replace(runner, deadline=now + limits.load_timeout_s, load_fraction=event.fraction), ()
 
 
 def _become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits) -> Outcome:
@@ -177,6 +179,13 @@ def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
     """Stop it, and tell the holders of leases at once: the child may take its time to go."""
     stopping, commands = _stop(runner, now, f"{runner.in_flight} requests in flight: {story}")
     return stopping, (*commands, LoseLeases(runner.model, runner.generation, story))
+
+
+def _hang(runner: Runner, event: ChildHung, now: float, _limits: Limits) -> Outcome:
+    failure = Failure(at=now, reason=f"it hung: {event.reason}")
+    stopping = _enter(runner, S.STOPPING, now, pending_failure=failure)
+    stop = StopProcess(runner.model, runner.generation, failure.reason, at_once=True)
+    return stopping, (stop, LoseLeases(runner.model, runner.generation, failure.reason))
 
 
 def _unload(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
@@ -280,10 +289,12 @@ TRANSITIONS: Final[Mapping[tuple[RunnerState, type[RunnerEvent]], Handler]] = {
     (S.LOADING, DeadlinePassed): _give_up_loading,
     (S.READY, RequestGranted): _grant,
     (S.READY, RequestFinished): _finish,
+    (S.READY, ChildHung): _hang,
     (S.READY, ProcessExited): _died,
     (S.READY, StopRequested): _stop_ready,
     (S.READY, DeadlinePassed): _unload,
     (S.DRAINING, RequestFinished): _finish_draining,
+    (S.DRAINING, ChildHung): _hang,
     (S.DRAINING, ProcessExited): _died,
     (S.DRAINING, StopRequested): _stop_draining,
     (S.DRAINING, DeadlinePassed): _drained_long_enough,
@@ -306,6 +317,10 @@ IGNORED: Final = frozenset(
         (S.STOPPING, LoadProgressed),
         (S.STOPPING, BecameReady),
         (S.STOPPING, WrongDevices),
+        (S.STOPPING, ChildHung),
+        (S.STOPPED, ChildHung),
+        (S.BACKOFF, ChildHung),
+        (S.FAILED, ChildHung),
         # it stops already, or has nothing to stop
         (S.STOPPING, StopRequested),
         (S.STOPPED, StopRequested),

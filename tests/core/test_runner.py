@@ -12,6 +12,7 @@ from supervisor.core import events
 from supervisor.core.commands import LoseLeases, ReportFailure, Spawn, StopProcess
 from supervisor.core.events import (
     BecameReady,
+    ChildHung,
     DeadlinePassed,
     LoadProgressed,
     ProcessExited,
@@ -45,6 +46,7 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
     RequestGranted: RequestGranted(MODEL, 1),
     RequestFinished: RequestFinished(MODEL, 1),
     StopRequested: StopRequested(MODEL, 1),
+    ChildHung: ChildHung(MODEL, 1, "it did not answer"),
     ResetRequested: ResetRequested(MODEL, 1),
     DeadlinePassed: DeadlinePassed(MODEL, 1),
 }
@@ -60,6 +62,7 @@ ILLEGAL = {
     *itertools.product([RunnerState.STARTING], [LoadProgressed, WrongDevices, BecameReady, ProcessExited]),
     *itertools.product([RunnerState.STOPPED, RunnerState.BACKOFF, RunnerState.FAILED], [ProcessExited]),
     *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady, WrongDevices]),  # said once, before
+    *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [ChildHung]),  # only who serves is watched
     *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [RequestFinished]),  # nothing was granted yet
     # these states have no deadline
     *itertools.product([RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING], [DeadlinePassed]),
