@@ -1,0 +1,341 @@
+"""The ``ollama`` package, unmodified, against the whole service with real runners."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import signal
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import companion_models
+import ollama
+import pytest
+import tiny_models
+from running_service import Service, run
+
+pytestmark = [pytest.mark.llama, pytest.mark.anyio]
+
+HELLO = {"role": "user", "content": "hello"}
+TOOL = {"type": "function", "function": {"name": tiny_models.TOOL_NAME, "description": "look around"}}
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['reasoning_content'] %}{{ '<think>' + message['reasoning_content'] + '</think>' }}{% endif %}"
+    "{{ message['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+N_CTX = 2048
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model of each ability."""
+    folder = tmp_path_factory.mktemp("ollama-models")
+    (folder / "see").mkdir()
+    tiny_models.write_chat_model(folder / "chat.gguf")
+    tiny_models.write_chat_model(folder / "tools.gguf", text=tiny_models.TOOL_TEXT, template=tiny_models.TOOL_TEMPLATE)
+    tiny_models.write_chat_model(
+        folder / "thinks.gguf", text="<think> Let me see. </think> All is well.", template=THINKING_TEMPLATE
+    )
+    tiny_models.write_chat_model(folder / "endless.gguf", n_ctx_train=32_768, endless=True)
+    tiny_models.write_chat_model(folder / "see" / "eyes.gguf")
+    companion_models.write_projector(folder / "see" / "mmproj-eyes.gguf", n_embd_text=64)
+    tiny_models.write_embedding_model(folder / "embed.gguf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, llama_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Return one service for all tests of this module."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PLANNER_", "OLLAMA_"))}
+    settings = {
+        "PLANNER_MODELS": str(folder),
+        "PLANNER_STATE_DIR": str(tmp_path_factory.mktemp("ollama-state")),
+        "PLANNER_HOST": "127.0.0.1:0",
+        "PLANNER_CONTEXT_LENGTH": str(N_CTX),
+        "PLANNER_LOG_FORMAT": "json",
+    }
+    with ExitStack() as stack:
+        process = stack.enter_context(run({**inherited, **settings}))
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        service = Service(process, 0, [], stack)
+        service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
+        service.read_log("serve.ready")
+        assert process.stderr is not None
+        Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the service
+        yield service
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[ollama.Client]:
+    with ollama.Client(f"http://127.0.0.1:{service.port}") as client:
+        yield client
+
+
+def picture() -> bytes:
+    """Return a red square as PNG."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + b"\xff\0\0" * 32) * 32
+    head = struct.pack(">IIBBBBB", 32, 32, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(rows)) + part(b"IEND", b"")
+
+
+def test_a_chat_is_answered_whole_with_the_runners_figures(client: ollama.Client) -> None:
+    told = client.chat("chat", [HELLO])
+    assert told.message.content == tiny_models.TEXT
+    assert (told.model, told.done, told.done_reason, told.message.role) == ("chat", True, "stop", "assistant")
+    assert told.eval_count == len(tiny_models.TEXT.split()) + 1
+    assert told.prompt_eval_count
+    assert told.total_duration
+    assert told.eval_duration
+    assert told.load_duration is not None
+    assert told.total_duration >= told.load_duration + told.eval_duration
+
+
+def test_a_streamed_chat_says_the_same_in_pieces_and_ends_with_the_figures(client: ollama.Client) -> None:
+    *pieces, last = client.chat("chat:latest", [HELLO], stream=True)
+    assert len(pieces) > 10
+    assert "".join(piece.message.content or "" for piece in pieces) == tiny_models.TEXT
+    assert not any(piece.done for piece in pieces)
+    assert (last.done, last.done_reason, last.message.content) == (True, "stop", "")
+    assert last.eval_count
+
+
+async def test_the_asynchronous_client_gets_the_same(service: Service) -> None:
+    async with ollama.AsyncClient(f"http://127.0.0.1:{service.port}") as client:
+        whole = await client.chat("CHAT", [HELLO])
+        pieces = [piece async for piece in await client.generate("chat", "hello", stream=True)]
+        listed = await client.list()
+        vectors = await client.embed("embed", "hello")
+    assert whole.message.content == "".join(piece.response or "" for piece in pieces) == tiny_models.TEXT
+    assert "chat:latest" in [model.model for model in listed.models]
+    assert len(vectors.embeddings) == 1
+
+
+def test_an_answer_stops_where_it_is_told_to(client: ollama.Client) -> None:
+    short = client.chat("chat", [HELLO], options={"num_predict": 3})
+    assert (short.message.content, short.done_reason, short.eval_count) == ("Hello! I am", "length", 3)
+    stopped = client.chat("chat", [HELLO], options={"stop": ["tiny"]})
+    assert (stopped.message.content, stopped.done_reason) == ("Hello! I am a ", "stop")
+
+
+def test_a_format_is_obeyed_whatever_the_model_wants(client: ollama.Client) -> None:
+    schema: Any = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"]}
+    told = client.chat("chat", [HELLO], format=schema, options={"num_predict": 60})
+    assert json.loads(told.message.content or "") == {"n": 7}
+    said = client.generate("chat", "hello", format=schema, options={"num_predict": 60})
+    assert json.loads(said.response or "") == {"n": 7}
+    raw = client.generate("chat", "hello", raw=True, format="json", options={"num_predict": 60})
+    assert (raw.response or "").startswith("{")
+
+
+def test_a_tool_is_called_whole_and_streamed_and_its_answer_taken(client: ollama.Client) -> None:
+    whole = client.chat("tools", [HELLO], tools=[TOOL])
+    assert whole.message.tool_calls
+    (call,) = whole.message.tool_calls
+    assert (call.function.name, call.function.arguments) == (tiny_models.TOOL_NAME, {})
+    pieces = list(client.chat("tools", [HELLO], tools=[TOOL], stream=True))
+    assert [piece.message.tool_calls for piece in pieces if piece.message.tool_calls] == [[call]]
+    messages = [HELLO, whole.message, {"role": "tool", "content": "a cat", "tool_name": call.function.name}]
+    assert client.chat("tools", messages, tools=[TOOL]).done
+
+
+def test_thoughts_are_told_apart_from_the_answer(client: ollama.Client) -> None:
+    whole = client.chat("thinks", [HELLO], think=True)
+    assert ((whole.message.thinking or "").strip(), (whole.message.content or "").strip()) == (
+        "Let me see.",
+        "All is well.",
+    )
+    pieces = list(client.generate("thinks", "hello", think="low", stream=True))
+    assert "".join(piece.thinking or "" for piece in pieces).strip() == "Let me see."
+    assert "".join(piece.response or "" for piece in pieces).strip() == "All is well."
+    with_template_closed = client.chat("thinks", [HELLO], think=False)
+    assert not with_template_closed.message.thinking
+
+
+def test_images_are_seen_by_models_that_have_eyes(client: ollama.Client) -> None:
+    seen = client.chat("see/eyes", [{**HELLO, "images": [picture()]}])
+    blind = client.chat("see/eyes", [HELLO])
+    assert (seen.prompt_eval_count or 0) > (blind.prompt_eval_count or 0) + 10
+    assert client.generate("see/eyes", "hello", images=[picture()]).response == tiny_models.TEXT
+    with pytest.raises(ollama.ResponseError, match="this model is missing data required for image input") as refused:
+        client.chat("chat", [{**HELLO, "images": [picture()]}])
+    assert refused.value.status_code == 400
+
+
+def test_log_probabilities_come_with_their_alternatives(client: ollama.Client) -> None:
+    told = client.chat("chat", [HELLO], logprobs=True, top_logprobs=2, options={"num_predict": 2})
+    assert told.logprobs
+    assert [entry.token.strip() for entry in told.logprobs] == ["Hello!", "I"]
+    assert [len(entry.top_logprobs or ()) for entry in told.logprobs] == [2, 2]
+    said = client.generate("chat", "hello", logprobs=True, options={"num_predict": 2})
+    assert said.logprobs
+    assert said.logprobs[0].top_logprobs is None
+
+
+def test_a_prompt_is_answered_and_gone_on_from(client: ollama.Client) -> None:
+    first = client.generate("chat", "hello", system="be kind")
+    assert first.response == tiny_models.TEXT
+    assert first.context
+    second = client.generate("chat", "and now", context=first.context)
+    assert second.response == tiny_models.TEXT
+    assert (second.prompt_eval_count or 0) > len(first.context)
+    assert second.context
+    assert second.context[: len(first.context)] == first.context
+
+
+def test_a_raw_prompt_is_taken_as_it_is(client: ollama.Client) -> None:
+    raw = client.generate("chat", "hello", raw=True)
+    templated = client.generate("chat", "hello")
+    assert raw.response == tiny_models.TEXT
+    assert raw.context is None
+    assert (raw.prompt_eval_count or 0) < (templated.prompt_eval_count or 0)
+
+
+def test_texts_become_vectors_of_length_one(client: ollama.Client) -> None:
+    both = client.embed("embed", ["hello", "world"])
+    assert [round(math.hypot(*vector), 5) for vector in both.embeddings] == [1.0, 1.0]
+    assert both.prompt_eval_count
+    short = client.embed("embed", "hello", dimensions=3).embeddings[0]
+    assert (len(short), round(math.hypot(*short), 5)) == (3, 1.0)
+    assert client.embed("embed", []).embeddings == []
+    older = client.embeddings("embed", "hello").embedding
+    assert list(older) == pytest.approx(both.embeddings[0])
+    assert list(client.embeddings("embed").embedding) == []
+
+
+def test_a_text_that_is_too_long_is_cut_or_refused(client: ollama.Client) -> None:
+    long = "word " * 3000
+    cut = client.embed("embed", [long, "hello"])
+    assert len(cut.embeddings) == 2
+    with pytest.raises(ollama.ResponseError, match="the input length exceeds the context length") as refused:
+        client.embed("embed", long, truncate=False)
+    assert refused.value.status_code == 400
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_messages(service: Service, client: ollama.Client) -> None:
+    long = {"role": "user", "content": "hi " * N_CTX}
+    asked = [{"role": "system", "content": "be kind"}, long, {"role": "assistant", "content": "yes"}, HELLO]
+    assert client.chat("chat", asked).message.content == tiny_models.TEXT
+    with pytest.raises(ollama.ResponseError, match="the input length exceeds the context length"):
+        client.chat("chat", [long])
+    refused = service.request("POST", "/api/chat", {"model": "chat", "messages": asked, "truncate": False})
+    assert (refused.status, json.loads(refused.read())) == (
+        400,
+        {"error": "the input length exceeds the context length"},
+    )
+
+
+def test_models_are_listed_and_shown(client: ollama.Client, folder: Path) -> None:
+    listed = {model.model: model for model in client.list().models}
+    assert {"chat:latest", "see/eyes:latest", "embed:latest"} <= listed.keys()
+    details = listed["chat:latest"].details
+    assert details is not None
+    assert (details.format, details.family, details.quantization_level) == ("gguf", "llama", "F16")
+    told = client.show("Chat:latest")
+    assert told.capabilities == ["completion"]
+    assert told.modelinfo
+    assert told.modelinfo["llama.context_length"] == 4096
+    assert told.template == tiny_models.CHAT_TEMPLATE
+    assert f"FROM {folder / 'chat.gguf'}" in (told.modelfile or "").splitlines()
+    assert client.show("tools").capabilities == ["completion", "tools"]
+    assert client.show("embed").capabilities == ["embedding"]
+
+
+def test_a_model_is_loaded_told_of_and_unloaded(client: ollama.Client) -> None:
+    assert client.chat("chat", [], keep_alive="10m").done_reason == "load"
+    assert client.generate("chat").done_reason == "load"
+    loaded = {model.model: model for model in client.ps().models}
+    entry = loaded["chat:latest"]
+    assert (entry.name, entry.context_length) == ("chat:latest", N_CTX)
+    assert entry.size
+    assert entry.expires_at
+    assert client.generate("chat", keep_alive=0).done_reason == "unload"
+    assert "chat:latest" not in {model.model for model in client.ps().models}
+    assert client.chat("chat", [], keep_alive=0).done_reason == "unload"
+
+
+@pytest.mark.parametrize(
+    "ask,status,told",
+    [
+        (lambda client: client.chat("nobody", [HELLO]), 404, "model 'nobody' not found"),
+        (lambda client: client.generate("nobody", "hi"), 404, "model 'nobody' not found"),
+        (lambda client: client.show("nobody"), 404, "model 'nobody' not found"),
+        (lambda client: client.embed("nobody", "hi"), 404, 'model "nobody" not found, try pulling it first'),
+        (lambda client: client.delete("nobody"), 404, "model 'nobody' not found"),
+        (lambda client: client.chat("embed", [HELLO]), 400, '"embed" does not support chat'),
+        (lambda client: client.generate("embed", "hi"), 400, '"embed" does not support generate'),
+        (lambda client: client.chat("chat", [HELLO], tools=[TOOL]), 400, "chat does not support tools"),
+        (lambda client: client.chat("chat", [HELLO], think=True), 400, '"chat" does not support thinking'),
+        (lambda client: client.generate("chat", "a", suffix="b"), 400, "chat does not support insert"),
+        (lambda client: client.embed("chat", "hi"), 501, "this model does not support embeddings"),
+        (lambda client: client.chat("chat", [HELLO], keep_alive="5"), 400, 'time: missing unit in duration "5"'),
+        (lambda client: client.chat("chat", [HELLO], options={"seed": "x"}), 400, 'option "seed" must be of type i'),
+        (lambda client: client.push("chat"), 501, "push is not supported"),
+    ],
+)
+def test_what_cannot_be_done_is_told_as_ollama_tells_it(
+    client: ollama.Client, ask: Any, status: int, told: str
+) -> None:
+    with pytest.raises(ollama.ResponseError) as refused:
+        ask(client)
+    assert refused.value.status_code == status
+    assert refused.value.error.startswith(told)
+
+
+def test_a_runner_that_dies_ends_the_stream_with_a_line_that_says_so(service: Service, client: ollama.Client) -> None:
+    lines = client.chat("endless", [HELLO], stream=True)
+    assert next(lines).message.content
+    (pid,) = (one["pid"] for one in service.get("/status")["runners"] if one["model"] == "endless")
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ollama.ResponseError, match=r"model runner has unexpectedly stopped.*SIGKILL"):
+        list(lines)
+
+
+def test_a_client_that_leaves_ends_its_generation(service: Service, client: ollama.Client) -> None:
+    lines = client.generate("endless", "hello", stream=True)
+    assert next(lines).response
+    lines.close()  # type: ignore[attr-defined]  # it is a generator
+    client.generate("endless", "hello", options={"num_predict": 1})  # the only slot is free again
+
+
+def test_the_doors_that_programs_knock_at_answer(service: Service) -> None:
+    version = service.get("/api/version")["version"]
+    assert all(part.isdigit() for part in version.split("."))
+    assert service.request("GET", "/").read() == b"Ollama is running"
+    for path in ("/", "/api/version", "/api/tags"):
+        answer = service.request("HEAD", path)
+        assert (answer.status, answer.read()) == (200, b"")
+    wrong = service.request("GET", "/api/chat")
+    assert (wrong.status, json.loads(wrong.read())["error"]) == (405, "GET is not allowed here; allowed: POST")
+
+
+def test_lines_are_json_objects_of_their_type(service: Service) -> None:
+    streamed = service.request("POST", "/api/generate", {"model": "chat", "prompt": "hi"})
+    assert streamed.headers["Content-Type"] == "application/x-ndjson"
+    assert streamed.headers["X-Loadmaster-Model"] == "chat"
+    lines = [json.loads(line) for line in streamed.read().splitlines()]
+    assert all(line["created_at"].endswith("Z") for line in lines)
+    assert [line["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    image = base64.b64encode(picture()).decode()
+    whole = service.request("POST", "/api/generate", {"model": "chat", "prompt": "hi", "stream": False})
+    assert whole.headers["Content-Type"] == "application/json; charset=utf-8"
+    refused = service.request("POST", "/api/generate", {"model": "chat", "prompt": "hi", "images": [image + "!"]})
+    assert (refused.status, json.loads(refused.read())["error"]) == (400, "illegal base64 data in images")
