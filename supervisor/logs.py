@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Final
 
 import anyio
@@ -66,11 +66,17 @@ class ChildLog:
         """Return in words whose memory ran out, None where the child did not die of that."""
         return loglines.shortage(self._errors, self._buffer_devices)
 
-    async def lines(self, *, follow: bool) -> AsyncIterator[str]:
-        """Yield the kept lines; with ``follow`` also those that come, until the child has ended."""
-        seen = 0
+    async def lines(self, *, follow: bool) -> AsyncGenerator[str, None]:
+        """Yield the kept lines; with ``follow`` also those that come, until the child has ended.
+
+        The child is never kept waiting: who reads too slowly is told how many lines passed meanwhile.
+        """
+        seen = self.n_lines - len(self._lines)
         while True:
-            fresh, seen = list(self._lines)[-(self.n_lines - seen) :], self.n_lines
+            fresh = list(self._lines)[-new:] if (new := self.n_lines - seen) else []
+            if new > len(fresh):
+                yield f"({new - len(fresh)} lines are left out here: they came faster than they were read)"
+            seen = self.n_lines
             for line in fresh:
                 yield line
             if seen == self.n_lines:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from supervisor.api import Runtime, Store
 from supervisor.gateway.access import Clients, PermittedRuntime
-from supervisor.gateway.malformed import connection_log
+from supervisor.gateway.malformed import EnvelopeServer, connection_log
 from supervisor.gateway.manage import Manage
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
@@ -60,7 +60,7 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
 
 
 class PatientRunner(web.AppRunner):
-    """A runner that cuts off stalled clients for as long as it serves."""
+    """A runner that cuts off stalled clients for as long as it serves, and refuses what is no HTTP in our envelope."""
 
     async def setup(self) -> None:
         """Make ready to serve."""
@@ -72,6 +72,10 @@ class PatientRunner(web.AppRunner):
         """Stop serving."""
         self._watching.cancel()
         await super().cleanup()
+
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()
+        return EnvelopeServer(plain.request_handler, request_factory=plain.request_factory, **self._kwargs)
 
 
 def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRunner:

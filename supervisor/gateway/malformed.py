@@ -1,15 +1,19 @@
-"""Requests that are no HTTP: aiohttp answers them itself, in plain text, before any handler of ours is asked.
+"""Requests that are no HTTP: aiohttp answers them itself, before any handler of ours is asked.
 
-It would also log each with a traceback and with the bytes that it stumbled over, among which a key may be.
+Left to itself it would do so in plain text, and log each with a traceback and with the bytes that it stumbled over,
+among which a key may be.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Final
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+
+from supervisor.gateway.errors import BadRequest, answer_to
 
 CLIENTS_FAULT: Final = (HttpProcessingError, web.RequestPayloadError)
 
@@ -35,3 +39,32 @@ def connection_log() -> logging.Logger:
     log = logging.getLogger("loadmaster.connections")
     log.addFilter(_IN_ONE_LINE)  # adding it again changes nothing
     return log
+
+
+class EnvelopeHandler(web.RequestHandler):
+    """One connection, whose malformed requests are told what is wrong as all others are: in OpenAI's envelope."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return the answer, after which the connection is closed."""
+        answer = super().handle_error(request, status, exc, message)
+        if isinstance(exc, HttpProcessingError):
+            kind = type(exc).__name__
+            answer = answer_to(BadRequest(f"the request is not well-formed HTTP ({kind})"), "").response()
+            answer.force_close()
+        return answer
+
+
+class EnvelopeServer(web.Server):
+    """A server whose connections are ``EnvelopeHandler``s."""
+
+    def __call__(self) -> web.RequestHandler:
+        """Return what serves a new connection."""
+        return EnvelopeHandler(self, loop=asyncio.get_running_loop(), **self._kwargs)

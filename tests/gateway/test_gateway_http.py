@@ -264,8 +264,11 @@ async def test_what_is_no_http_is_refused_and_logged_in_one_line_without_its_byt
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n\r\n")
-    assert b" 400 " in await reader.readline()
-    await reader.read()  # until the connection is closed
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")  # until the connection is closed
+    assert b" 400 " in head.splitlines()[0]
+    error = json.loads(body)["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+    assert "secret" not in error["message"]
     writer.close()
     await writer.wait_closed()
     [line] = caplog.records
