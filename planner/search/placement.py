@@ -6,7 +6,6 @@ longest context with which it stays there, the fastest decoding, the fewest devi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,10 +17,10 @@ from planner.overrides import UNPIPELINED
 from planner.search import knobs
 from planner.search.best import Best
 from planner.search.candidates import Candidate, Finder, Oracle, effective
+from planner.search.ladder import relaxed
 from planner.search.longest import longest
 from planner.search.nearest import nearest
 from planner.types import (
-    HOST,
     UNKNOWN_FIGURE,
     Decision,
     Device,
@@ -59,15 +58,16 @@ def search(
     ``fit_by_llama``. Raises InvalidRequest for a request that makes no sense on this machine.
     """
 
-    def answer(changed: PlanRequest) -> PlanOutcome:
-        return _Search(model, changed, machine, policy, build, oracle).run()
+    def answer(changed: PlanRequest, there: Machine = machine) -> PlanOutcome:
+        return _Search(model, changed, there, policy, build, oracle).run()
 
     outcome = answer(request)
     if not isinstance(outcome, NoFit):
         return outcome
-    return _without_prompt_cache(request, outcome, answer) or replace(
-        outcome, nearest=nearest(request, outcome, answer)
-    )
+    if plan := relaxed(request, outcome, answer):
+        return plan
+    has_experts = bool(model.hparams.n_expert)
+    return replace(outcome, nearest=nearest(request, machine, outcome, answer, has_experts=has_experts))
 
 
 @dataclass(slots=True)
@@ -327,19 +327,6 @@ class _Search:
             warnings=(*self.warnings, f"every figure is unknown: {self._why_unknown(found)}"),
             fit_by_llama=True,
         )
-
-
-def _without_prompt_cache(
-    request: PlanRequest, refused: NoFit, answer: Callable[[PlanRequest], PlanOutcome]
-) -> PlanOutcome | None:
-    """Return the plan that keeps no prompts, where that is all that the host lacks and nobody asked for a cache."""
-    if request.cache_ram_mib is not None or all(cause.device != HOST for cause in refused.causes):
-        return None
-    outcome = answer(replace(request, cache_ram_mib=0))
-    if not isinstance(outcome, Plan):
-        return None
-    decision = Decision("prompt cache, MiB", "0", "the host has no memory left for one")
-    return replace(outcome, decisions=(*outcome.decisions, decision))
 
 
 def _shortfall_bytes(attempt: Candidate) -> int:

@@ -38,6 +38,7 @@ from planner.types import (
     PlanRequest,
     Policy,
     PoolId,
+    ProcessUse,
     Refused,
     Source,
 )
@@ -132,7 +133,8 @@ def test_the_context_gives_way_before_layers_do(model: ModelFacts, mib: int) -> 
     assert outcome.n_ctx_per_slot is not None
     assert outcome.n_ctx_per_slot % STEP == 0
     assert 4096 <= outcome.n_ctx_per_slot < 32_768
-    longer = plan(model, PlanRequest(n_ctx=outcome.n_ctx_per_slot + STEP, n_gpu_layers="all"), machine(mib * MIB))
+    request = PlanRequest(n_ctx=outcome.n_ctx_per_slot + STEP, n_gpu_layers="all", n_ubatch=512)
+    longer = plan(model, request, machine(mib * MIB))
     assert isinstance(longer, NoFit)
 
 
@@ -274,6 +276,48 @@ def test_a_change_that_is_said_to_fit_does_fit(model: ModelFacts) -> None:
     assert context.fits
     shorter = replace(request, n_ctx=int(context.change.split()[1]))
     assert isinstance(plan(model, shorter, machine(64 * MIB)), Plan)
+
+
+def needed_bytes(model: ModelFacts, request: PlanRequest) -> int:
+    """Return what the only device needs for all layers."""
+    outcome = plan(model, request, machine(1024 * MIB))
+    assert isinstance(outcome, Plan)
+    return outcome.usages[0].known_bytes
+
+
+def test_the_micro_batch_gives_way_before_a_model_is_refused(model: ModelFacts) -> None:
+    """Where nobody pinned it; the larger one of those that fit is taken, and it is said."""
+    request = PlanRequest(n_ctx=8192, n_gpu_layers="all")
+    where = machine(needed_bytes(model, replace(request, n_ubatch=512)) - 1)
+    outcome = plan(model, request, where)
+    assert isinstance(outcome, Plan)
+    assert outcome.request.n_ubatch == 256
+    assert (outcome.decisions[-1].step, outcome.decisions[-1].chosen) == ("micro-batch", "256")
+    assert isinstance(plan(model, replace(request, n_ubatch=512), where), NoFit)
+
+
+def test_a_refusal_says_how_many_layers_would_have_to_leave_parts_to_the_cpu(model: ModelFacts) -> None:
+    """It is the least number that fits."""
+    request = PlanRequest(n_ctx=8192, n_gpu_layers="all", n_ubatch=512)
+    where = machine(needed_bytes(model, request) - 2 * MIB)
+    outcome = plan(model, request, where)
+    assert isinstance(outcome, NoFit)
+    change, fits = next((near.change, near.fits) for near in outcome.nearest if near.change.startswith("-ncffn"))
+    assert fits
+    count = int(change.split()[1])
+    assert isinstance(plan(model, replace(request, n_cpu_ffn=count), where), Plan)
+    assert count == 1 or isinstance(plan(model, replace(request, n_cpu_ffn=count - 1), where), NoFit)
+
+
+@pytest.mark.parametrize("held, fits", [(8 * MIB, False), (40 * MIB, True)])
+def test_a_refusal_names_the_processes_whose_memory_would_be_enough(model: ModelFacts, held: int, fits: bool) -> None:  # noqa: FBT001 - an expected value
+    request = PlanRequest(n_ctx=8192, n_gpu_layers="all", n_ubatch=512)
+    small = machine(needed_bytes(model, request) - 30 * MIB)
+    busy = replace(small.devices[0], processes=(ProcessUse(77, "blender", held),))
+    outcome = plan(model, request, replace(small, devices=(busy,)))
+    assert isinstance(outcome, NoFit)
+    found = {near.change: near.fits for near in outcome.nearest if "blender" in near.change}
+    assert found == {f"RPC0 without blender (77), {held // MIB}.0 MiB": fits}
 
 
 def test_a_host_without_memory_for_the_cache_is_a_refusal(model: ModelFacts) -> None:
