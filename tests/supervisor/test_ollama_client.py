@@ -58,6 +58,7 @@ def service(folder: Path, llama_tools: Path, tmp_path_factory: pytest.TempPathFa
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PLANNER_", "OLLAMA_"))}
     settings = {
         "PLANNER_MODELS": str(folder),
+        "PLANNER_STORE": str(tmp_path_factory.mktemp("ollama-store")),
         "PLANNER_STATE_DIR": str(tmp_path_factory.mktemp("ollama-state")),
         "PLANNER_HOST": "127.0.0.1:0",
         "PLANNER_CONTEXT_LENGTH": str(N_CTX),
@@ -270,6 +271,45 @@ def test_a_model_is_loaded_told_of_and_unloaded(client: ollama.Client) -> None:
     assert client.generate("chat", keep_alive=0).done_reason == "unload"
     assert "chat:latest" not in {model.model for model in client.ps().models}
     assert client.chat("chat", [], keep_alive=0).done_reason == "unload"
+
+
+def test_a_model_is_made_of_a_blob_copied_used_and_removed(client: ollama.Client, folder: Path) -> None:
+    digest = client.create_blob(folder / "chat.gguf")
+    assert client.create_blob(folder / "chat.gguf") == digest
+    parameters = {"num_predict": 2, "stop": ["x"]}
+    made = client.create("mine", files={"chat.gguf": digest}, system="be kind", parameters=parameters, license="MIT")
+    assert made.status == "success"
+    steps = client.create("mine:second", from_="mine", parameters={"num_predict": 3}, stream=True)
+    assert [step.status for step in steps][-1] == "success"
+    assert client.copy("mine:second", "other").status == "success"
+    assert {"mine:latest", "mine:second", "other:latest"} <= {model.model for model in client.list().models}
+    shown = client.show("other")
+    assert (shown.license, sorted((shown.parameters or "").split())) == ("MIT", ['"x"', "3", "num_predict", "stop"])
+    assert "SYSTEM be kind" in (shown.modelfile or "").splitlines()
+    assert client.chat("mine", [HELLO]).message.content == "Hello! I"
+    assert client.generate("other", "hello").response == "Hello! I am"
+    assert client.generate("other", "hello", options={"num_predict": 1}).response == "Hello!"
+    for name in ("mine", "mine:second", "other"):
+        assert client.delete(name).status == "success"
+    assert not {"mine:latest", "mine:second", "other:latest"} & {model.model for model in client.list().models}
+
+
+def test_what_the_store_refuses_is_told_with_a_status_or_at_the_end_of_the_stream(
+    service: Service, client: ollama.Client
+) -> None:
+    with pytest.raises(ollama.ResponseError, match='model "nobody" not found') as refused:
+        client.copy("nobody", "somebody")
+    assert refused.value.status_code == 404
+    with pytest.raises(ollama.ResponseError) as unreachable:
+        client.pull("127.0.0.1:1/library/nothing", insecure=True)
+    assert unreachable.value.status_code == 500
+    with pytest.raises(ollama.ResponseError):
+        list(client.pull("127.0.0.1:1/library/nothing", insecure=True, stream=True))
+    wrong = service.request("POST", f"/api/blobs/sha256:{'0' * 64}", "other bytes")
+    assert wrong.status == 400
+    assert "digest" in json.loads(wrong.read())["error"]
+    assert service.request("HEAD", f"/api/blobs/sha256:{'0' * 64}").status == 404
+    assert service.request("POST", "/api/create", {"model": "../up", "from": "chat"}).status == 400
 
 
 @pytest.mark.parametrize(
