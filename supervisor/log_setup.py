@@ -8,6 +8,8 @@ from typing import Literal
 
 import structlog
 
+from supervisor.log_writer import LogWriter
+
 LEVEL_OF_OTHERS = logging.WARNING  # libraries say little that an operator needs below that
 
 
@@ -24,12 +26,13 @@ def configure(style: Literal["auto", "json", "text"], *, debug: bool) -> None:
         if as_json
         else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     )
+    writer = LogWriter(sys.stderr.fileno(), _tell_dropped)
     structlog.configure(
         processors=[*shared, *rendering],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if debug else logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(writer),  # type: ignore[arg-type]  # it has all that is asked of it,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(writer)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -37,3 +40,7 @@ def configure(style: Literal["auto", "json", "text"], *, debug: bool) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=LEVEL_OF_OTHERS, force=True)
+
+
+def _tell_dropped(lines: int) -> None:
+    structlog.get_logger("supervisor.log").warning("log.dropped", lines=lines, reason="nobody read them")
