@@ -8,8 +8,9 @@ Sizes are printed in MiB with two decimals, so a figure read here is exact to 0.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -90,6 +91,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|allocation of size \d+ failed"
 )
 _FAILED_BUFFER = re.compile(r"(?:failed|unable) to allocate (?!output|compute)(?P<buffer>\S+) buffer\b")
+# ggml-cuda.cu, ``ggml_cuda_error``: two lines one after the other, the second with the device as this process counts.
+_BACKEND_ERROR = re.compile(r"^(?P<backend>CUDA|ROCm) error: ")
+_CURRENT_DEVICE = re.compile(r"^current device: (?P<index>\d+), in function ")
 _ABORT_PLACE = re.compile(r"^\S*/(?P<file>[\w.-]+\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: )")
 _PASSED_ON = re.compile(
     r"exiting due to|failed to load model|failed to create.context with model|cleaning up before exit"
@@ -150,8 +154,20 @@ def last_words(errors: Iterable[ErrorLine]) -> str | None:
 
 def shortage(errors: Iterable[ErrorLine], buffer_devices: Mapping[str, str]) -> str | None:
     """Return in words whose memory ran out, where that is what the server died of."""
-    failed = [one for one in list(errors)[-LAST_WORDS:] if one.out_of_memory]
-    buffers = [one.buffer for one in failed if one.buffer is not None]
+    told = list(errors)[-LAST_WORDS:]
+    failed = [one for one in told if one.out_of_memory]
+    buffers = [one.buffer for one in failed if one.buffer is not None] or _at_run_time(told)
     if buffers:
         return f"out of memory on {device_of(buffers[0], buffer_devices)}"
     return "out of memory" if failed else None
+
+
+def _at_run_time(errors: Sequence[ErrorLine]) -> list[str]:
+    """Return the devices on which a computation, rather than the load, ran out of memory."""
+    return [
+        f"{backend['backend']}{device['index']}"
+        for error, place in itertools.pairwise(errors)
+        if error.out_of_memory
+        and (backend := _BACKEND_ERROR.match(error.text))
+        and (device := _CURRENT_DEVICE.match(place.text))
+    ]

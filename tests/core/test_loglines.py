@@ -94,6 +94,16 @@ def test_out_of_memory_is_recognized(line: str) -> None:
         (["alloc_tensor_range: failed to allocate CUDA0 buffer of size 8", "x: failed to load model"], "on CUDA1"),
         (["alloc_tensor_range: failed to allocate CPU buffer of size 8"], "on Host"),
         (["error loading model: unable to allocate RPC0[10.0.0.2:50052] buffer"], "on RPC3"),
+        (
+            [
+                "CUDA error: out of memory",
+                "  current device: 0, in function alloc at /src/ggml/src/ggml-cuda/ggml-cuda.cu:560",
+                "  cuMemCreate(&handle, reserve_size, &prop, 0)",
+                "/src/ggml/src/ggml-cuda/ggml-cuda.cu:109: CUDA error",
+            ],
+            "on CUDA1",
+        ),
+        (["ROCm error: out of memory", "  current device: 2, in function alloc at x.cu:1"], "on ROCm2"),
         (["load_model: failed to allocate output buffer of size 8"], ""),
         (["ggml_aligned_malloc: insufficient memory (attempted to allocate 8192.00 MB)"], ""),
     ],
