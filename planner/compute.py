@@ -63,7 +63,8 @@ def compute_buffers(
 def _replayed(
     model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine
 ) -> tuple[int, ...] | None:
-    if model.hparams.architecture not in SHAPES or params.split_mode not in {"layer", "none"}:
+    sliced = bool(placement.devices) and params.split_mode not in {"layer", "none"}
+    if model.hparams.architecture not in SHAPES or sliced:
         return None
     try:
         return replay(model, params, placement, machine)

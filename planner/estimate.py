@@ -217,8 +217,10 @@ class _Form:
         if any(hparams.swa_layers):
             caches = [params.n_ctx_seq, window_cells(hparams, params)]
         v_rows = max(width.kv for width in self.widths) if params.flash_attn == "off" else 1
+        turned = sum(BY_NAME[name].quantized for name in (params.cache_type_k, params.cache_type_v))
+        rotations = turned * len(caches) * F32_BYTES * hparams.head_k**2  # a matrix for each quantized half of a cache
         positions = self._row(self.n_tokens) if self.learned_positions else 0
-        return positions + sum(self.n_tokens * (mask * cells + 8 * v_rows + 24) for cells in caches)
+        return positions + rotations + sum(self.n_tokens * (mask * cells + 8 * v_rows + 24) for cells in caches)
 
     def _block(self, il: int, kind: DeviceKind, parts: frozenset[str]) -> int:
         attention = self._attention(il, self.widths[il], kind) if "attn" in parts else 0
@@ -260,12 +262,17 @@ class _Form:
         return copied + self._f16_cache(il, cells, kind)
 
     def _f16_cache(self, il: int, cells: int, kind: DeviceKind) -> int:
-        """Copies that flash attention makes of a cache that is not f16 (ggml-cuda/fattn.cu, fattn-common.cuh)."""
-        if kind not in F16_ATTENTION_KINDS or self.params.flash_attn == "off":
+        """Copies for flash attention of a cache that is not f16: of f32 in the graph, of others by cards.
+
+        (src/llama-graph.cpp, ``build_attn_mha``; ggml-cuda/fattn.cu, fattn-common.cuh.)
+        """
+        if self.params.flash_attn == "off":
             return 0
+        copied = {"f32"} if kind not in F16_ATTENTION_KINDS else BY_NAME.keys() - {"f16"}
         heads = self.hparams.n_head_kv[il]
-        k = self.hparams.head_k * heads if self.params.cache_type_k != "f16" else 0
-        v = self.hparams.head_v * heads if self.params.cache_type_v != "f16" and not self.hparams.is_mla else 0
+        k = self.hparams.head_k * heads if self.params.cache_type_k in copied else 0
+        of_k = self.hparams.is_mla and self.params.cache_type_k != "f32"  # V is a part of K, and its copy one of K's
+        v = self.hparams.head_v * heads if self.params.cache_type_v in copied and not of_k else 0
         return F16_BYTES * cells * self.params.n_stream * (k + v)
 
     def _offloaded_weights(self, kind: DeviceKind) -> int:

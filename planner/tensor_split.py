@@ -65,6 +65,7 @@ def weight_bytes(
     whole = [tensor for tensor in model.tensors if homes.get(tensor.name, -1) == 0]
     if placement.output_device == 0 and (tied := weights.tied_output(model)):
         whole.append(tied)
+    whole += [tensor for tensor in weights.rotation_factors(model, placement, 0) if tensor not in whole]
     return cut.total(((tensor, cut.dimension(tensor)) for tensor in whole), buffers)
 
 

@@ -201,6 +201,13 @@ def _skipped(hparams: HParams, slot: int, stem: str, rules: Architecture) -> boo
     return nextn and rules.nextn_loaded is not None and not re.match(rules.nextn_loaded, stem)
 
 
+def rotation_factors(model: ModelFacts, placement: Placement, device: int) -> tuple[Tensor, ...]:
+    """Return the rotation factors that layers on this device ask for: each place of such layers has a copy."""
+    if device not in {placement.layer_devices[layer] for layer in _rope_slots(model)}:
+        return ()
+    return tuple(weight.tensor for weight in _slots(model, loads_draft_head=False)[0][-1])
+
+
 @lru_cache(maxsize=32)
 def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
     """Return the layers that ask for rotation factors: the trunk's, in gemma4 only those without a window."""

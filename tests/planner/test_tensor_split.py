@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from gguf_files import write_header
 from hypothesis import given
 from hypothesis import strategies as st
 from live_server import BUFFER, LOG_RESOLUTION_MIB, MIB, explain, lines_until_ready
@@ -21,6 +22,7 @@ from planner.model import ModelFacts, read_model
 from planner.search.placement import search
 from planner.types import DeviceKind, Machine, Plan, PlanRequest, Policy, Refused
 
+WEIGHTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 KINDS = {"model": "model_bytes", "KV": "context_bytes", "compute": "compute_bytes"}
 
 
@@ -96,6 +98,34 @@ def test_without_devices_there_is_nothing_to_split_over(model: ModelFacts) -> No
     refused = search(model, PlanRequest(split_mode="tensor"), host_alone, Policy(), PINNED_BUILD)
     assert isinstance(refused, Refused)
     assert "needs a device" in refused.reason
+
+
+@pytest.mark.parametrize("n_gpu_layers", range(4))
+def test_one_device_holds_what_it_would_without_slices(tmp_path: Path, n_gpu_layers: int) -> None:
+    """Also where only some layers lie there, which ask for rotation factors as those on the host do."""
+    tensors = [
+        ("token_embd.weight", "f16", (128, 32)),
+        ("output_norm.weight", "f32", (128,)),
+        ("output.weight", "f16", (128, 32)),
+        ("rope_freqs.weight", "f32", (32,)),
+        *((f"blk.{il}.{name}.weight", "f16", (128, 128)) for il in range(2) for name in WEIGHTS),
+        *((f"blk.{il}.{name}_norm.weight", "f32", (128,)) for il in range(2) for name in ("attn", "ffn")),
+    ]
+    metadata = {
+        "block_count": 2,
+        "context_length": 512,
+        "embedding_length": 128,
+        "feed_forward_length": 128,
+        "attention.head_count": 2,
+    }
+    facts = read_model(str(write_header(tmp_path / "model.gguf", "llama", metadata, tensors)))
+    machine = machine_of(DeviceKind.RPC, 1)
+    sliced, whole = (
+        account(facts, context_params(facts, request), placement_on(machine, facts, request), machine, PINNED_BUILD)
+        for mode in ("tensor", "layer")
+        for request in (PlanRequest(n_ctx=512, split_mode=mode, n_gpu_layers=n_gpu_layers, flash_attn="on"),)
+    )
+    assert (sliced.devices, sliced.host) == (whole.devices, whole.host)
 
 
 def test_each_of_two_cards_holds_half_of_the_heads(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What llama.cpp reserved for real, for models of many architectures and many flags, equals the account to the byte.
 
 ``fixtures/truth/sample.json`` holds headers (metadata, tensor table) and, per case, the model and context bytes of each
-device as llama.cpp's own breakdown gave them, with RPC workers as devices. A null there was not measured.
+device as llama.cpp's own breakdown gave them, with RPC workers as devices. A null there was not measured. The cases
+called drawn-N have flags that were drawn at random, and were measured in really loading llama-servers.
 """
 
 from __future__ import annotations
