@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from planner.graph import Node
+from planner.graph import F32, Node
 from planner.graphs.decoder import Decoder
+
+_PICTURE_TOKENS: Final = 8192  # src/models/chameleon.cpp
 
 _SCALES_OF_A_PASS: Final = frozenset(f"attn_{part}.scale" for part in ("q", "k", "v", "output"))
 
@@ -163,3 +165,72 @@ class RefactDecoder(Decoder):
         if self.blocks.has(f"blk.{il}.ffn_up.weight"):
             return self.blocks.gated_ffn(x, il)
         return self.graph.same("unary", x)
+
+
+class Step35Decoder(GatedAttentionDecoder):
+    """Frequency factors in layers that see everything only (src/models/step35.cpp)."""
+
+    def turned(self, q: Node, k: Node, il: int) -> tuple[Node, Node]:
+        """Return query and key with positions turned in."""
+        blocks, positions = self.blocks, self.needed_positions()
+        factors = None if self.hparams.swa_layers[il] else blocks.rope_factors(il)
+        return blocks.rope(q, positions, factors), blocks.rope(k, positions, factors)
+
+
+class BitnetDecoder(Decoder):
+    """Norms before the last product of each part (src/models/bitnet.cpp)."""
+
+    def attention(self, x: Node, il: int) -> Node:
+        """Return a layer's attention, normalized and projected."""
+        blocks, prefix = self.blocks, f"blk.{il}.attn_"
+        q, k, v = self.query_key_value(x, il)
+        x = blocks.norm(blocks.attention(self.cache(il), q, k, v, il), f"{prefix}sub_norm", il)
+        return blocks.biased(blocks.project(x, f"{prefix}output"), f"{prefix}output")
+
+    def feed_forward(self, x: Node, il: int) -> Node:
+        """Return a feed-forward part."""
+        blocks, prefix = self.blocks, f"blk.{il}.ffn_"
+        up, gate = blocks.project(x, f"{prefix}up"), blocks.project(x, f"{prefix}gate")
+        return blocks.project(blocks.norm(blocks.activated(gate, up), f"{prefix}sub_norm", il), f"{prefix}down")
+
+    def logits(self, x: Node) -> Node:
+        """Return the output rows' logits, by the embedding where it lies."""
+        x = self.blocks.project(x, "token_embd")
+        x.is_output = True
+        return x
+
+
+class ChameleonDecoder(Decoder):
+    """Norms of query and key with a weight per head; pictures' logits are put out (src/models/chameleon.cpp)."""
+
+    def layer(self, x: Node, il: int, picked: Node | None) -> Node:
+        """Return a layer's output."""
+        graph, blocks, prefix, residual = self.graph, self.blocks, f"blk.{il}.", x
+        norms_after = bool(self.settings.get("swin_norm"))
+        x = self.attention(x if norms_after else blocks.norm(x, f"{prefix}attn_norm", il), il)
+        if picked:
+            x, residual = graph.get_rows(x, picked), graph.get_rows(residual, picked)
+        x = blocks.norm(x, f"{prefix}attn_norm", il) if norms_after else x
+        residual = graph.same("add", x, residual)
+        x = self.feed_forward(x if norms_after else blocks.norm(residual, f"{prefix}ffn_norm", il), il)
+        x = blocks.norm(x, f"{prefix}ffn_norm", il) if norms_after else x
+        return graph.same("add", x, residual)
+
+    def normed_heads(self, q: Node, k: Node, prefix: str, il: int, *, skip: bool) -> tuple[Node, Node]:
+        """Return query and key with each head normalized, where the file has weights for it."""
+        del skip
+        q, k = (
+            self.blocks.norm(x, f"{prefix}{part}_norm", il, "norm")
+            if self.blocks.has(f"{prefix}{part}_norm.weight")
+            else x
+            for x, part in ((q, "q"), (k, "k"))
+        )
+        return q, k
+
+    def logits(self, x: Node) -> Node:
+        """Return the output rows' logits, those of pictures' tokens overwritten."""
+        graph = self.graph
+        x = self.blocks.biased(self.blocks.output(x), "output")
+        x = graph.same("set", x, graph.same("clamp", graph.leaf(F32, (_PICTURE_TOKENS,))))
+        x.is_output = True
+        return x
