@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from planner.graph import F32, Graph, Node
+from planner.graph import F32, Node
+from planner.graph import Shape as Shape4
 from planner.graphs.blocks import CacheInputs
 from planner.graphs.recurrent import RecurrentDecoder
 
@@ -40,7 +41,7 @@ class Rwkv6Decoder(RecurrentDecoder):
         residual, inner, previous = (graph.reshape(node, node.ne[0], n_tokens) for node in (residual, inner, previous))
         if picked:
             residual, inner, previous = (graph.get_rows(node, picked) for node in (residual, inner, previous))
-        return self.rescaled(graph.same("add", self._channel_mix(inner, previous, il), residual), il)
+        return self.rescaled(graph.same("add", self.channel_mix(inner, previous, il), residual), il)
 
     def by_sequence(self, x: Node) -> Node:
         """Return rows cut into sequences."""
@@ -65,7 +66,7 @@ class Rwkv6Decoder(RecurrentDecoder):
         every = int(self.settings.number("rescale_every_n_layers"))
         return self.graph.same("scale", x) if every > 0 and (il + 1) % every == 0 else x
 
-    def _channel_mix(self, x: Node, previous: Node, il: int) -> Node:
+    def channel_mix(self, x: Node, previous: Node, il: int) -> Node:
         """Return a feed-forward part that also reads the token before (``build_rwkv6_channel_mix``)."""
         graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.channel_mix_"
         change = graph.same("sub", previous, x)
@@ -125,7 +126,7 @@ class Rwkv6Decoder(RecurrentDecoder):
         }
 
     def _moved(self, weights: Node, base: Node, change: Node, x: Node) -> Node:
-        graph: Graph = self.graph
+        graph = self.graph
         return graph.same("add", graph.same("mul", graph.same("add", weights, base), change), x)
 
     def _spread(self, x: Node, head: int, il: int) -> Node:
@@ -150,11 +151,16 @@ class Rwkv6Decoder(RecurrentDecoder):
             out = graph.new("gated_linear_attn", F32, ne, k, v, r, decay, state)
         self.keep_last(graph.view(out, (n_embd * head * self.n_seqs,), ()), cache)
         x = graph.view(out, (n_embd * n_tokens,), ())
-        if first is None:
-            return graph.reshape(x, n_embd, n_tokens)
+        return self.normed_states(x, k.ne, il)
+
+    def normed_states(self, x: Node, heads: Shape4, il: int) -> Node:
+        """Return what the states yield as rows, normalized per head where the file has weights for it."""
+        graph, blocks, prefix, (head, n_head, n_tokens, _) = self.graph, self.blocks, f"blk.{il}.time_mix_ln", heads
+        if not (blocks.has(f"{prefix}.weight") and blocks.has(f"{prefix}.bias")):
+            return graph.reshape(x, head * n_head, n_tokens)
         x = graph.same("norm", graph.reshape(x, head, n_head, n_tokens))
-        x = graph.same("mul", graph.reshape(x, n_embd, n_tokens), blocks.needed(f"{prefix}ln.weight"))
-        return graph.same("add", x, blocks.needed(f"{prefix}ln.bias"))
+        x = graph.same("mul", graph.reshape(x, head * n_head, n_tokens), blocks.needed(f"{prefix}.weight"))
+        return graph.same("add", x, blocks.needed(f"{prefix}.bias"))
 
 
 class Rwkv6QwenDecoder(Rwkv6Decoder):
