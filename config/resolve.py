@@ -87,13 +87,17 @@ def _contradictions(values: Iterable[Value]) -> list[Problem]:
     """Refuse what each setting allows alone but not together."""
     by_name = {value.setting.name: value for value in values}
     host = by_name["HOST"]
-    if host.value.is_loopback or by_name["API_KEYS"].value or by_name["ALLOW_REMOTE"].value:
-        return []
-    allowed = (
-        "allowed while no API key is set, since anyone who reaches it could use it: "
-        "set PLANNER_API_KEYS, or PLANNER_ALLOW_REMOTE=true to allow it all the same"
-    )
-    return [Problem(host.origin, f"listening on {host.value}", allowed)]
+    problems = []
+    if by_name["TLS_KEY"].value is not None and by_name["TLS_CERT"].value is None:
+        problems.append(Problem(by_name["TLS_KEY"].origin, "a key alone", "of any use: set PLANNER_TLS_CERT too"))
+    has_keys = by_name["API_KEYS"].value or by_name["KEYS_FILE"].value.is_file()
+    if not (host.value.is_loopback or has_keys or by_name["ALLOW_REMOTE"].value):
+        allowed = (
+            "allowed while there is no API key, since anyone who reaches it could use it: set PLANNER_API_KEYS, "
+            "make one with `planner key`, or set PLANNER_ALLOW_REMOTE=true to allow it all the same"
+        )
+        problems.append(Problem(host.origin, f"listening on {host.value}", allowed))
+    return problems
 
 
 def _one(setting: Setting, environ: Environ, problems: list[Problem], warnings: list[str]) -> Value:

@@ -24,10 +24,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
     models: Path
+    models_file: Path
     store: Path
     registry: str | None
     host: Address
     api_keys: tuple[str, ...]
+    keys_file: Path
+    tls_cert: Path | None
+    tls_key: Path | None
     allow_remote: bool
     origins: tuple[str, ...]
     num_parallel: int

@@ -127,6 +127,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         default_text="$XDG_DATA_HOME/loadmaster/models",
     ),
     Setting(
+        "MODELS_FILE",
+        path(),
+        _xdg("XDG_CONFIG_HOME", ".config", "loadmaster/models.toml"),
+        "What is particular to single models, and programs beside them: see models-file.md; it need not be there.",
+        default_text="$XDG_CONFIG_HOME/loadmaster/models.toml",
+    ),
+    Setting(
         "STORE",
         path(),
         _store,
@@ -145,9 +152,9 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "HOST",
         address(),
         Address("127.0.0.1", 11434),
-        "Address the service listens on; one that other machines reach needs API_KEYS or ALLOW_REMOTE.",
+        "Address the service listens on; one that other machines reach needs keys, or ALLOW_REMOTE.",
         ollama=True,
-        ollama_note="an https:// address is refused: there is no TLS here",
+        ollama_note="an https:// address is refused: TLS_CERT is what makes it HTTPS",
     ),
     Setting(
         "API_KEYS",
@@ -155,6 +162,25 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         (),
         "Keys that clients may present as bearer tokens; empty: no key is asked for.",
         secret=True,
+    ),
+    Setting(
+        "KEYS_FILE",
+        path(),
+        _xdg("XDG_CONFIG_HOME", ".config", "loadmaster/keys.toml"),
+        "File of clients with keys, rights and limits of their own (`planner key` makes them); it need not be there.",
+        default_text="$XDG_CONFIG_HOME/loadmaster/keys.toml",
+    ),
+    Setting(
+        "TLS_CERT",
+        optional(path(), none="off", meaning="plain HTTP"),
+        None,
+        "Certificate with its chain, PEM; with it the service speaks HTTPS.",
+    ),
+    Setting(
+        "TLS_KEY",
+        optional(path(), none="auto", meaning="it is in TLS_CERT's file"),
+        None,
+        "The certificate's private key, PEM.",
     ),
     Setting(
         "ALLOW_REMOTE",

@@ -25,6 +25,11 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "doctor": "planner.commands.here",
         "serve": "planner.commands.serve",
         "config": "planner.commands.here",
+        "key": "supervisor.client.keys",
+        **dict.fromkeys(
+            ("run", "ps", "list", "show", "load", "unload", "stop", "reset", "logs", "yield", "pull", "rm", "cp"),
+            "supervisor.client.commands",
+        ),
         "--version": "planner.commands.here",
     }
 )

@@ -15,6 +15,18 @@ planner plans which layer of a GGUF model goes on which GPU, starts llama-server
   planner doctor [--json]         what is wrong with this machine, and what mends it
   planner serve                   serve a folder of models
   planner config [--json]         every setting, its value and where that came from
+  planner key NAME                make an API key for a client
+
+with a service running:
+  planner run MODEL [QUESTION]    talk with a model, here or through a pipe
+  planner list | ps               the models there are | those that run
+  planner show MODEL              what a model is
+  planner load | unload MODEL     load before anybody asks | unload (also: stop)
+  planner logs MODEL [-f]         what its runner says
+  planner reset MODEL             let a model that failed be tried again
+  planner yield DEVICE SIZE       free memory for another program for a while
+  planner pull | rm | cp NAME     fetch a model into the store | delete it | give it a second name
+
   planner --version               which planner, and which llama.cpp
 
 `planner COMMAND --help` says more. Settings are environment variables, PLANNER_<NAME>.

@@ -19,12 +19,14 @@ from anyio.abc import TaskStatus
 from config import render
 from config.resolve import DEFAULT_ORIGIN, ConfigError
 from config.settings import Loaded, Settings, load
-from supervisor import children, listener, lock, log_setup
+from supervisor import children, listener, lock, log_setup, operator_files
 from supervisor.core.types import Limits
-from supervisor.gateway.app import build_app, make_runner
+from supervisor.gateway.access import Clients
+from supervisor.gateway.app import CLIENTS, build_app, make_runner
 from supervisor.gateway.options import GatewayOptions
 from supervisor.inventory import Inventory
 from supervisor.notify import Notifier
+from supervisor.operator_files import OperatorFiles
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 from supervisor.store.folder import StoreFolder
@@ -47,6 +49,7 @@ def serve(environ: Mapping[str, str]) -> int:
     """
     try:
         loaded = load(environ)
+        files = operator_files.read(loaded.settings)
     except ConfigError as error:
         return _complain(str(error), EXIT_BAD_SETTINGS)
     settings = loaded.settings
@@ -57,7 +60,7 @@ def serve(environ: Mapping[str, str]) -> int:
             listener.bound(settings.host.host, settings.host.port) as bound,
         ):
             children.prepare(settings.state_dir)
-            anyio.run(_serve, loaded, environ, bound)
+            anyio.run(_serve, loaded, files, environ, bound)
     except (lock.AlreadyRunning, listener.CannotListen) as error:
         return _complain(str(error), EXIT_CANNOT_RUN)
     except OSError as error:
@@ -65,7 +68,7 @@ def serve(environ: Mapping[str, str]) -> int:
     return EXIT_OK
 
 
-async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socket) -> None:
+async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str], bound: socket.socket) -> None:
     """Start from the inside out; stop new work first, then streams, then children, then the listener."""
     settings = loaded.settings
     notifier = Notifier(environ)
@@ -84,12 +87,13 @@ async def _serve(loaded: Loaded, environ: Mapping[str, str], bound: socket.socke
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)
-        app = build_app(supervisor, _gateway_options(settings), store)
+        app = build_app(supervisor, _gateway_options(settings, files), store)
+        await tasks.start(_reload_on_signal, settings, files, app[CLIENTS], notifier)
         runner = make_runner(app, shutdown_timeout_s=LAST_BYTES_S)
         try:
             await runner.setup()
-            await web.SockSite(runner, bound).start()
-            _log.info("serve.listening", url=_url(bound))
+            await web.SockSite(runner, bound, ssl_context=files.tls).start()
+            _log.info("serve.listening", url=_url(bound, secure=files.tls is not None))
             tasks.start_soon(_look_around, inventory, notifier)
             tasks.start_soon(_feed_watchdog, notifier)
             await supervisor.wait_stopped()
@@ -121,6 +125,31 @@ async def _obey_signals(
             supervisor.shut_down()
 
 
+async def _reload_on_signal(
+    settings: Settings,
+    files: OperatorFiles,
+    clients: Clients,
+    notifier: Notifier,
+    *,
+    task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
+) -> None:
+    """Read the operator's files again on SIGHUP. Where anything in them is wrong, everything stays as it was."""
+    with anyio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            notifier.reloading()
+            try:
+                new = operator_files.read(settings)
+            except ConfigError as error:
+                _log.error("config.not_reloaded", problems=[str(problem) for problem in error.problems])
+            else:
+                clients.replace(new.clients)
+                if files.tls is not None and settings.tls_cert is not None:
+                    files.tls.load_cert_chain(settings.tls_cert, settings.tls_key)  # new connections get the new one
+                _log.info("config.reloaded", clients=len(new.clients))
+            notifier.reloaded()
+
+
 async def _feed_watchdog(notifier: Notifier) -> None:
     """Tell systemd that the event loop turns, for as long as it does."""
     while notifier.watchdog_interval_s is not None:
@@ -148,10 +177,11 @@ def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptio
     )
 
 
-def _gateway_options(settings: Settings) -> GatewayOptions:
+def _gateway_options(settings: Settings, files: OperatorFiles) -> GatewayOptions:
     return GatewayOptions(
         version=_version(),
         api_keys=settings.api_keys,
+        clients=files.clients,
         origins=settings.origins,
         loopback_only=settings.host.is_loopback,
         max_body_bytes=settings.max_body,
@@ -165,9 +195,9 @@ def _version() -> str:
         return "unknown"
 
 
-def _url(bound: socket.socket) -> str:
+def _url(bound: socket.socket, *, secure: bool) -> str:
     host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if secure else 'http'}://" + (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
 def _complain(text: str, status: int) -> int:

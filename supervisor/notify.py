@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
@@ -34,6 +35,14 @@ class Notifier:
     def alive(self) -> None:
         """Say that the event loop turns."""
         self._send("WATCHDOG=1")
+
+    def reloading(self) -> None:
+        """Say that the operator's files are being read again (sd_notify(3): with the time, for Type=notify-reload)."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def reloaded(self) -> None:
+        """Say that they have been read."""
+        self._send("READY=1")
 
     def stopping(self) -> None:
         """Say that the service winds down."""

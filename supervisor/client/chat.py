@@ -72,8 +72,9 @@ class Conversation:
         return [said] if said else []
 
     def _end_answer(self, parts: list[str]) -> None:
-        if parts:
-            self.messages.append({"role": "assistant", "content": "".join(parts)})
+        if not parts:
+            return
+        self.messages.append({"role": "assistant", "content": "".join(parts)})
         with suppress(BrokenPipeError):
             self.out.write("\n")
             self.out.flush()

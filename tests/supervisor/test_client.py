@@ -1,0 +1,216 @@
+"""The commands that talk to a running service, as a new user types them: right, wrong, through pipes, with keys."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+from running_service import Serve, Service
+
+from planner.errors import InvalidRequest
+from supervisor.client.names import choose
+from supervisor.client.tables import duration
+
+Planner = Callable[..., "subprocess.CompletedProcess[str]"]
+WITHIN_S = 60.0
+
+
+@pytest.fixture
+def planner(environ: dict[str, str]) -> Planner:
+    """Return a function that runs the command against a service."""
+
+    def run(service: Service | None, *words: str, piped: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+        port = 1 if service is None else service.port
+        return subprocess.run(
+            [sys.executable, "-m", "planner", *words],
+            input=piped,
+            capture_output=True,
+            text=True,
+            timeout=WITHIN_S,
+            check=False,
+            env={**environ, "PLANNER_HOST": f"127.0.0.1:{port}", **more},
+        )
+
+    return run
+
+
+@pytest.fixture
+def terminal(environ: dict[str, str]) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
+    """Return a function that runs the command in a terminal of its own and returns its process and the other end."""
+    with ExitStack() as stack:
+
+        def run(service: Service, *words: str) -> tuple[subprocess.Popen[bytes], int]:
+            ours, its = pty.openpty()
+            stack.callback(os.close, ours)
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "planner", *words],
+                    stdin=its,
+                    stdout=its,
+                    stderr=its,
+                    env={**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}", "TERM": "dumb"},
+                    start_new_session=True,
+                )
+            )
+            stack.callback(process.kill)
+            os.close(its)
+            return process, ours
+
+        yield run
+
+
+def read_until(terminal: int, words: str) -> str:
+    """Read what the terminal shows until these words are there."""
+    seen = ""
+    while words not in seen:
+        seen += os.read(terminal, 4096).decode()
+    return seen
+
+
+def test_a_question_is_answered_by_a_model_that_part_of_its_name_stands_for(
+    serve: Serve, planner: Planner, chat_model: Path, embedding_model: Path
+) -> None:
+    """The answer alone goes into the pipe; what was piped in follows the question."""
+    service = serve()
+    for words, piped in (
+        (("run", "iny-ch", "hello"), ""),
+        (("run", "TINY-CHAT"), "hello"),
+        (("run", "chat", "a"), "b"),
+    ):
+        done = planner(service, *words, piped=piped)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(tiny_models.TEXT[:20])
+
+
+def test_what_is_loaded_is_listed_unloaded_and_loaded_again(
+    serve: Serve, planner: Planner, chat_model: Path, embedding_model: Path
+) -> None:
+    service = serve()
+    assert planner(service, "load", "tiny-chat").stdout == "tiny-chat is loaded\n"
+    (line,) = (line for line in planner(service, "ps").stdout.splitlines() if line.startswith("tiny-chat"))
+    assert line.split()[1:4] == ["ready", "0/1", "4,096"]
+    assert "tiny-embedding" in planner(service, "list").stdout
+    assert "llama" in planner(service, "show", "tiny-chat").stdout
+    assert "listening" in planner(service, "logs", "tiny-chat").stdout
+    assert planner(service, "stop", "tiny-chat").stdout == "tiny-chat is unloaded\n"
+    assert planner(service, "unload", "tiny-chat").stdout == "tiny-chat was not loaded\n"
+    assert "ready" not in planner(service, "ps").stdout
+
+
+@pytest.mark.parametrize(
+    "words,status,says",
+    [
+        (("run", "tiny", "hello"), 2, "tiny could be tiny-chat, tiny-embedding"),
+        (("run", "gpt-9", "hello"), 1, "there is no model 'gpt-9'"),
+        (("run", "tiny-chat"), 2, "nothing to ask"),
+        (("run", "tiny-chat", "--sytem", "x"), 2, "--sytem: no such flag"),
+        (("load", "tiny-chat", "--keep-alive", "soon"), 1, "soon"),
+        (("run",), 2, "planner run MODEL"),
+        (("ps", "all"), 2, "planner ps"),
+        (("yield", "CUDA0", "much"), 2, "8GiB"),
+        (("yield", "CUDA9", "1GiB"), 1, "CUDA9"),
+        (("rm", "nobody"), 1, "nobody"),
+        (("logs", "tiny-embedding"), 1, "tiny-embedding"),
+    ],
+)
+def test_what_is_typed_wrong_is_told_in_one_line(
+    serve: Serve,
+    planner: Planner,
+    chat_model: Path,
+    embedding_model: Path,
+    words: tuple[str, ...],
+    status: int,
+    says: str,
+) -> None:
+    done = planner(serve(), *words)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("planner: error: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_a_service_each_command_says_how_to_start_one(planner: Planner) -> None:
+    for words in (("ps",), ("run", "tiny", "hello"), ("pull", "tiny"), ("stop", "tiny")):
+        done = planner(None, *words)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "planner serve" in done.stderr
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(
+    serve: Serve, terminal: Callable[..., tuple[subprocess.Popen[bytes], int]], endless_model: Path
+) -> None:
+    service = serve(PLANNER_CONTEXT_LENGTH="32768")
+    process, screen = terminal(service, "run", "endless")
+    read_until(screen, ">>> ")
+    os.write(screen, b"hello\n")
+    read_until(screen, tiny_models.TEXT.split()[-1])
+    process.send_signal(signal.SIGINT)
+    read_until(screen, "(stopped)\r\n>>> ")
+    os.write(screen, b"/bye\n")
+    assert process.wait(WITHIN_S) == 0
+
+
+def test_a_key_lets_its_holder_in_once_the_service_has_read_the_file_again(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    service = serve(PLANNER_KEYS_FILE=str(keys), PLANNER_API_KEYS="first")
+    key = planner(service, "key", "laptop", PLANNER_KEYS_FILE=str(keys)).stdout.strip()
+    assert planner(service, "list", PLANNER_API_KEYS=key).returncode == 1
+    service.process.send_signal(signal.SIGHUP)
+    service.read_log("config.reloaded")
+    assert planner(service, "list", PLANNER_API_KEYS=key).returncode == 0
+    assert "needed" in planner(service, "list").stderr
+    assert key not in keys.read_text()
+
+
+def test_a_file_with_a_mistake_changes_nothing_in_a_running_service(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    service = serve(PLANNER_KEYS_FILE=str(keys), PLANNER_API_KEYS="first")
+    keys.write_text("[clients.laptop]\nhash = 1\n")
+    service.process.send_signal(signal.SIGHUP)
+    (problem,) = service.read_log("config.not_reloaded")["problems"]
+    assert "laptop" in problem
+    assert planner(service, "list", PLANNER_API_KEYS="first").returncode == 0
+
+
+def test_with_a_certificate_the_service_speaks_tls_and_its_own_commands_trust_it(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    certificate, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    make = ("openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-subj", "/CN=somewhere", "-days", "2")
+    subprocess.run([*make, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    service = serve(PLANNER_TLS_CERT=certificate, PLANNER_TLS_KEY=key)
+    done = planner(service, "run", "tiny-chat", "hello", PLANNER_TLS_CERT=certificate)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(tiny_models.TEXT[:20])
+    assert planner(service, "ps").returncode == 1
+
+
+@given(st.lists(st.text("ab-:", min_size=1, max_size=6), max_size=5), st.text("ab-", min_size=1, max_size=4))
+def test_a_name_stands_for_the_one_model_that_it_is_part_of(ids: list[str], name: str) -> None:
+    try:
+        chosen = choose(name, ids)
+    except InvalidRequest:
+        assert sum(name in each for each in ids) > 1
+    else:
+        assert chosen == name or name in chosen
+
+
+@pytest.mark.parametrize(
+    "seconds,said", [(0.2, "1 second"), (59, "59 seconds"), (61, "1 minute"), (7200, "2 hours"), (200_000, "2 days")]
+)
+def test_spans_are_told_in_their_largest_unit(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
