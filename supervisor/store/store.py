@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
 from functools import partial as bind
-from types import TracebackType
 from typing import Final, Self
 
 import aiohttp
@@ -31,23 +29,23 @@ class ModelStore:
     def __init__(self, folder: StoreFolder) -> None:
         self._folder = folder
         self._pulls: dict[tuple[str, bool], Shared] = {}
-        self._closing = AsyncExitStack()
         self._session: aiohttp.ClientSession
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Self:
         """Open what pulls need; nothing is written yet."""
-        self._session = await self._closing.enter_async_context(
-            aiohttp.ClientSession(timeout=TIMEOUT, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
-        )
-        self._tasks = await self._closing.enter_async_context(anyio.create_task_group())
+        self._session = aiohttp.ClientSession(timeout=TIMEOUT, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_exception: object) -> None:
         self._tasks.cancel_scope.cancel()
-        await self._closing.__aexit__(kind, error, traceback)
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._session.close()
 
     async def pull(self, name: str, *, insecure: bool) -> AsyncIterator[Progress]:
         """Fetch a model from its registry, or a GGUF file by its address. Whoever asks meanwhile joins in."""
