@@ -144,12 +144,12 @@ def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
 
 
 def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind] = ()) -> str | None:
-    """Return why llama.cpp would reject this model or these flags, or None.
+    """Return why llama.cpp would reject this model or these flags, or None; of several reasons the one it gives.
 
     ``kinds`` are those of the devices to be used. (src/llama-context.cpp, ``llama_init_from_model``;
     src/llama-model.cpp, ``make_gpu_buft_list``; common/arg.cpp.)
     """
-    return _model_refusal(model) or _cache_refusal(model, request) or _split_refusal(model, request, kinds)
+    return _model_refusal(model) or _split_refusal(model, request, kinds) or _cache_refusal(model, request)
 
 
 def aborts(model: ModelFacts, params: ContextParams) -> str | None:

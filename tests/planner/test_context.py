@@ -186,6 +186,14 @@ def test_what_llama_cpp_refuses_is_refused_with_its_reason(
     assert reason in (refusal(model, PlanRequest(**knobs), [DeviceKind.CUDA]) or "")
 
 
+def test_of_several_reasons_the_one_is_told_that_llama_cpp_meets_first(tmp_path: Path) -> None:
+    """A model is loaded before its context is made (as seen with really loading servers)."""
+    both = PlanRequest(split_mode="row", flash_attn="off", cache_type_v="q8_0")
+    assert "--split-mode row" in str(refusal(model_of(tmp_path), both, [DeviceKind.RPC]))
+    both = PlanRequest(split_mode="tensor", flash_attn="off", cache_type_v="q8_0")
+    assert "--split-mode tensor" in str(refusal(model_of(tmp_path), both, [DeviceKind.RPC]))
+
+
 @pytest.mark.parametrize(
     "knobs",
     [{}, {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}, {"cache_type_k": "q8_0", "flash_attn": "off"}],
