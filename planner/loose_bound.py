@@ -1,7 +1,8 @@
 """Compute buffers of graphs that are neither replayed nor bounded by their family's form: what cannot be too little.
 
-Every product of a block is taken to be kept until the block's end, beside what attention, indexers and states need. No
-graph of src/models/*.cpp keeps more: its allocator gives room back after the last reader (ggml/src/ggml-alloc.c).
+Every product of a block is taken to be kept until the block's end, beside what attention, indexers and states need,
+while the allocator gives room back after the last reader (ggml/src/ggml-alloc.c). What no tensor tells of, such as
+decays that grow with the square of a batch, is not in it: the families that have it are replayed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from math import prod
 from typing import Final
 
+from planner.cache import window_cells
 from planner.context import ContextParams
 from planner.estimate import (
+    F16_BYTES,
     F32_BYTES,
     OFFLOAD_MIN_ROWS,
     OFFLOADING_KINDS,
@@ -27,8 +30,8 @@ from planner.types import Machine, Placement
 _ROWS_KEPT: Final = 8  # residual, norms, sums, and what an encoder or several streams carry along
 _SPREAD: Final = 2  # a product, and what an activation, a norm or a copy makes of it
 _STATE_COPIES: Final = 4  # as read, as reordered, as computed, as written
-_MASKS: Final = 2  # of the whole context and of a window, or of an indexer
 _MATRIX_DIMENSIONS: Final = 2
+_INDEX_BYTES: Final = 64  # positions, cells and states of a token
 
 
 def loose_buffers(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> BufferBytes:
@@ -39,7 +42,8 @@ def loose_buffers(model: ModelFacts, params: ContextParams, placement: Placement
     moved = host_weights(model, params, placement)
     mixed = bool(moved) or not params.kv_offload
     copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
-    inputs = copies * (_input_bytes(model, params, n_tokens) + 2 * row) + SMALL_TENSORS_BYTES
+    rows = 2 * copies * row + SMALL_TENSORS_BYTES
+    inputs = copies * _input_bytes(model, params, n_tokens)
     output = _output_bytes(model, params, n_tokens) + _ROWS_KEPT * row
     devices = []
     for index, name in enumerate(placement.devices):
@@ -48,10 +52,10 @@ def loose_buffers(model: ModelFacts, params: ContextParams, placement: Placement
         if moved and takes and index == 0:
             widest = max(blocks) + 2 * max(tensor.nbytes for tensor in moved)
         ends = output if placement.output_device == index else 0
-        devices.append(inputs + max(widest, ends) if widest or ends else 0)
+        devices.append((inputs if widest else 0) + rows + max(widest, ends) if widest or ends else 0)
     on_host = max(blocks, default=0) if mixed else 0
     ends = output if placement.output_device < 0 else 0
-    return BufferBytes(tuple(devices), inputs + 2 * row + max(on_host, ends))
+    return BufferBytes(tuple(devices), inputs + rows + 2 * row + max(on_host, ends))
 
 
 def _block_bytes(model: ModelFacts, params: ContextParams, row: int, n_tokens: int) -> list[int]:
@@ -83,10 +87,17 @@ def _streams(model: ModelFacts) -> int:
 
 
 def _input_bytes(model: ModelFacts, params: ContextParams, n_tokens: int) -> int:
-    """Return masks in f32, and where to write: with flash attention off one index per element of V."""
-    widest_v = max(map(model.hparams.n_embd_v_gqa, range(model.hparams.n_layer_all)), default=0)
-    indices = 8 * (widest_v if params.v_trans else 1) + 64
-    return _MASKS * n_tokens * (F32_BYTES * max(params.n_ctx_seq, n_tokens) + indices)
+    """Return masks, and where to write: with flash attention off one index per element of V."""
+    hparams = model.hparams
+    if all(hparams.recr_layers) and not any(hparams.n_head_kv):
+        return _INDEX_BYTES * n_tokens
+    widest_v = max(map(hparams.n_embd_v_gqa, range(hparams.n_layer_all)), default=0)
+    indices = 8 * (widest_v if params.v_trans else 1) + _INDEX_BYTES
+    fused = params.flash_attn == "on" or (params.flash_attn == "auto" and params.kv_offload)
+    cells = max(params.n_ctx_seq, n_tokens) + (window_cells(hparams, params) if any(hparams.swa_layers) else 0)
+    if any(name.startswith("indexer") for _, name, _ in block_tensors(model)):
+        cells += params.n_ctx_seq
+    return n_tokens * ((F16_BYTES if fused else F32_BYTES) * cells + 2 * indices)
 
 
 def _output_bytes(model: ModelFacts, params: ContextParams, n_tokens: int) -> int:
