@@ -1,45 +1,65 @@
-"""Times a one-token chat three ways: straight to llama-server, through ``planner serve``, and through a bare relay.
+"""What the way through ``planner serve`` costs, beside llama-server asked directly and beside its own router mode.
 
-    python bench/gateway.py [ROUNDS]
+    python bench/gateway.py [--pairs N] [--streams N] [--tokens N]
 
-All ask the same llama-server, which the service has started, in turn, over one kept connection each. The bare relay
-is the least that a proxy made with aiohttp does; it shows what of the way through the service is not ours to save.
+One model, one thread, as many streams as slots. In each pair every way is taken in turn: straight to the llama-server
+that the service started, through the service, through a bare relay (the least that a proxy made with aiohttp does) to
+the same llama-server, and through llama-server's router mode, which starts a llama-server of its own with the same
+flags. Compared are medians over the pairs: tokens per second with all streams, seconds to the first token of a single
+stream, processor seconds of the proxy itself. Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from http.client import HTTPConnection
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Final
 
 import aiohttp
+import psutil
 from aiohttp import web
+from measuring import (
+    PATH,
+    Way,
+    drain,
+    get,
+    llama_server,
+    median,
+    one_threaded,
+    post,
+    running,
+    service,
+    stream,
+    verdict,
+    write_model,
+)
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-MODEL = "tiny-chat"
-PATH = "/v1/chat/completions"
-BODY = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
-ROUNDS = 500
-WARM_UP_ROUNDS = 50
+MODEL: Final = "tiny-endless"
+N_CTX: Final = 1024
+FIRST_TOKENS: Final = 5  # single streams in each pair, for the time to the first token
+IDLE_S: Final = 10.0
+
+MIN_RATE: Final = 0.97
+MAX_FIRST_TOKEN_MS: Final = 4.0
+MAX_CPU: Final = 1.5
+MAX_IDLE_PERCENT: Final = 0.5
+MAX_RESIDENT_MB: Final = 90.0
 
 
-async def relay(upstream: str) -> None:
+async def relay(upstream: str, key: str) -> None:
     """Serve a relay that does nothing but relay, and print its address."""
-    session = aiohttp.ClientSession()
+    # llama-server closes a connection after a stream without saying so: one that was kept fails the next request.
+    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        headers = {"Authorization": request.headers["Authorization"], "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         async with session.post(upstream + request.path, data=await request.read(), headers=headers) as answer:
             response = web.StreamResponse(status=answer.status)
             await response.prepare(request)
@@ -58,91 +78,117 @@ async def relay(upstream: str) -> None:
     await asyncio.Event().wait()
 
 
-@contextmanager
-def running(command: list[str], environ: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """Run a child and stop it at the end."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environ) as child:
-        try:
-            yield child
-        finally:
-            child.terminate()
-            child.wait()
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What one way took, pair by pair."""
+
+    rates: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
 
 
-def service_address(child: subprocess.Popen[str]) -> str:
-    """Return where the service listens, once it is ready. Raises where it ends before."""
-    address = ""
-    for line in child.stdout or ():
-        entry = json.loads(line) if line.startswith("{") else {}
-        address = str(entry.get("url", address))
-        if entry.get("event") == "serve.ready":
-            threading.Thread(target=child.communicate, daemon=True).start()  # a full pipe would stop it
-            return address
-    raise SystemExit("planner serve ended before it was ready")
+async def take(way: Way, sums: Sums, streams: int, tokens: int) -> None:
+    """Take one way: all streams at once, then single ones."""
+    cpu_s, began = way.cpu_s(), time.perf_counter()
+    answers = await asyncio.gather(*(stream(way, MODEL, tokens) for _ in range(streams)))
+    sums.rates.append(sum(one.n_tokens for one in answers) / (time.perf_counter() - began))
+    sums.cpu_s.append(way.cpu_s() - cpu_s)
+    sums.first_token_s.append(median([(await stream(way, MODEL, 1)).first_token_s for _ in range(FIRST_TOKENS)]))
 
 
-def status_of(url: str) -> dict[str, object]:
-    """Return the runner of the service's status."""
-    with closing(HTTPConnection(urlsplit(url).netloc)) as connection:
-        connection.request("GET", "/status")
-        (runner,) = json.load(connection.getresponse())["runners"]
-    return dict(runner)
+def compare(ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
+    """Take every way in turn, each pair beginning with another one; the first round is not counted."""
+    for round_ in range(pairs + 1):
+        if round_ <= 1:
+            sums = {way.name: Sums() for way in ways}
+        for index in range(len(ways)):
+            way = ways[(round_ + index) % len(ways)]
+            asyncio.run(take(way, sums[way.name], streams, tokens))
+    return sums
 
 
-def key_of(pid: object) -> str:
+def idle_percent(process: psutil.Process) -> float:
+    """Return how much of a core a process takes while nobody asks it for anything."""
+    process.cpu_percent()
+    time.sleep(IDLE_S)
+    return float(process.cpu_percent())
+
+
+def report(sums: dict[str, Sums], through: Way) -> bool:
+    """Print what came out, and return whether all bounds hold."""
+    direct, ours, bare, router = (sums[name] for name in ("direct", "planner serve", "bare relay", "router mode"))
+    for name, one in sums.items():
+        first_ms = median(one.first_token_s) * 1e3
+        print(
+            f"  {name:<14} {median(one.rates):8.0f} tokens/s  {first_ms:7.2f} ms to the first token"
+            f"  {median(one.cpu_s):7.3f} s of processor"
+        )
+    rate, router_rate = (
+        median([mine / theirs for mine, theirs in zip(one.rates, direct.rates, strict=True)]) for one in (ours, router)
+    )
+    later, router_later = (
+        median([(a - b) * 1e3 for a, b in zip(one.first_token_s, direct.first_token_s, strict=True)])
+        for one in (ours, router)
+    )
+    cpu = median([mine / theirs for mine, theirs in zip(ours.cpu_s, bare.cpu_s, strict=True)])
+    held = [
+        verdict("tokens per second, of direct", rate, MIN_RATE, at_least=True),
+        verdict("tokens per second, of direct; router mode's", rate, router_rate, at_least=True),
+        verdict("later first token than direct", later, MAX_FIRST_TOKEN_MS, " ms"),
+        verdict("later first token than direct; router mode's", later, router_later, " ms"),
+        verdict("processor seconds, of the bare relay", cpu, MAX_CPU),
+        verdict("idle, of one core", idle_percent(through.process), MAX_IDLE_PERCENT, " %"),
+        verdict("resident memory of the service", through.process.memory_info().rss / 1e6, MAX_RESIDENT_MB, " MB"),
+    ]
+    for child in through.process.children():
+        if any("planning_worker" in word for word in child.cmdline()):
+            print(f"  its planning process holds {child.memory_info().rss / 1e6:.0f} MB")
+    return all(held)
+
+
+def key_of(pid: int) -> str:
     """Return the key that a llama-server of ours was given."""
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(one for one in variables if one.startswith(b"LLAMA_API_KEY=")).partition(b"=")[2].decode()
+    return psutil.Process(pid).environ()["LLAMA_API_KEY"]
 
 
-def timed(connection: HTTPConnection, key: str) -> float:
-    """Return the seconds from the request's first byte to the answer's last. Raises where it is no answer."""
-    began = time.perf_counter()
-    connection.request("POST", PATH, BODY, {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
-    answer = connection.getresponse()
-    body = answer.read()
-    seconds = time.perf_counter() - began
-    if answer.status != 200:
-        raise SystemExit(f"status {answer.status}: {body.decode()}")
-    return seconds
+def measure(folder: Path, pairs: int, streams: int, tokens: int) -> bool:
+    """Start everything, compare, report."""
+    models = folder / "models"
+    models.mkdir()
+    write_model(models / f"{MODEL}.gguf")
+    settings = {
+        "PLANNER_LLAMA_SERVER": str(one_threaded(folder)),
+        "PLANNER_NUM_PARALLEL": str(streams),
+        "PLANNER_CONTEXT_LENGTH": str(N_CTX),
+    }
+    with service(models, folder / "state", **settings) as through:
+        post(through, PATH, {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1})
+        (runner,) = get(through.url, "/status")["runners"]
+        direct = Way("direct", runner["url"], key_of(runner["pid"]), psutil.Process(runner["pid"]))
+        flags = runner["plan"]["launch"]["argv"]
+        router_line = [flags[0], "--models-dir", str(models), *flags[flags.index("--fit") :]]
+        command = [sys.executable, __file__, "--relay", direct.url, direct.key]
+        with running(command, dict(os.environ)) as bare, llama_server("router mode", router_line) as router:
+            relayed = (bare.stdout or sys.stdin).readline().strip()
+            drain(bare)
+            ways = [direct, through, Way("bare relay", relayed, "", psutil.Process(bare.pid)), router]
+            print(f"{streams} streams of {tokens} tokens, {pairs} pairs")
+            return report(compare(ways, pairs, streams, tokens), through)
 
 
-def main() -> None:
+def main() -> int:
     """Run the comparison and print it."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--relay", nargs=2, metavar=("URL", "KEY"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.relay:
+        asyncio.run(relay(*args.relay))
     with tempfile.TemporaryDirectory() as folder:
-        write = [sys.executable, str(FIXTURES / "tiny_models.py"), "--chat", f"{folder}/{MODEL}.gguf"]
-        subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
-        settings = {
-            "PLANNER_MODELS": folder,
-            "PLANNER_STATE_DIR": f"{folder}/state",
-            "PLANNER_HOST": "127.0.0.1:0",
-            "PLANNER_CONTEXT_LENGTH": "4096",
-            "PLANNER_LOG_FORMAT": "json",
-        }
-        with running([sys.executable, "-m", "planner", "serve"], {**os.environ, **settings}) as service:
-            through = service_address(service)
-            timed(HTTPConnection(urlsplit(through).netloc), "")  # loads the model
-            runner = status_of(through)
-            direct, key = str(runner["url"]), key_of(runner["pid"])
-            with running([sys.executable, __file__, "relay", direct], dict(os.environ)) as bare:
-                relayed = (bare.stdout or sys.stdin).readline().strip()
-                compare({"direct": direct, "planner serve": through, "bare relay": relayed}, key, rounds)
-
-
-def compare(ways: dict[str, str], key: str, rounds: int) -> None:
-    """Ask every way in turn and print the medians, each with its ratio to the first."""
-    connections = {way: HTTPConnection(urlsplit(url).netloc) for way, url in ways.items()}
-    seconds = [{way: timed(connections[way], key) for way in ways} for _ in range(WARM_UP_ROUNDS + rounds)]
-    medians = {way: statistics.median(one[way] for one in seconds[WARM_UP_ROUNDS:]) for way in ways}
-    first = next(iter(medians.values()))
-    for way, median in medians.items():
-        print(f"{way:<14} {median * 1e3:6.2f} ms  {median / first:5.2f} x")
+        return 0 if measure(Path(folder), args.pairs, args.streams, args.tokens) else 1
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["relay"]:
-        asyncio.run(relay(sys.argv[2]))
-    else:
-        main()
+    sys.exit(main())
