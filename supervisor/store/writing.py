@@ -150,15 +150,17 @@ def write_manifest(folder: StoreFolder, name: ModelName, manifest: Manifest) -> 
 
 
 def remove_manifest(folder: StoreFolder, name: ModelName) -> set[str]:
-    """Remove the name and the folders that it leaves empty, and return the digests that it had. Raises OSError."""
+    """Remove the name, and return the digests that it had. Raises OSError.
+
+    The folders of host and namespace stay: the store's default host is known by them.
+    """
     path = folder.manifest(name)
     had: set[str] = set()
     with suppress(StoreError):
         had = {blob.digest for blob in folder.read(name).blobs}
     path.unlink()
-    for parent in list(path.parents)[:3]:  # model, namespace, host
-        with suppress(OSError):
-            parent.rmdir()
+    with suppress(OSError):
+        path.parent.rmdir()
     return had
 
 
