@@ -133,6 +133,8 @@ FLAGS: Final = (
     Flag("override_kv", ("--override-kv",), "metadata overrides",
          (), "KEY=TYPE:VALUE,...", items, join, gathers=True),
     Flag("models", ("-m", "--model"), "the GGUF file; several: will they fit together?", (), "FILE", str, ours=True),
+    Flag("versus", ("--versus",), "beside it: llama-server with your own flags, or as its --fit would have it",
+         (), '"FLAGS"|fit', str, ours=True),
     Flag("require", ("--require",), "it does not fit unless everything is on devices",
          (), "gpu", choice("gpu"), ours=True),
     Flag("cards", ("--gpu",), "what if: cards of the catalogue, like rtx4090:2", (), "CARD[:COUNT]",

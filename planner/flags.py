@@ -25,10 +25,12 @@ class Options:
     """What ``planner explain`` was asked beside the request: the files, and the machine to imagine.
 
     ``what_if`` are the words ``NAME=SIZE`` and ``cards`` those of ``--gpu``, as written and in order; ``machine`` is
-    the file of another machine. ``require`` is "gpu" where nothing may stay on the host.
+    the file of another machine. ``versus`` are the flags to compare with, as they were written; ``require`` is "gpu"
+    where nothing may stay on the host.
     """
 
     models: tuple[str, ...] = ()
+    versus: str | None = None
     require: str | None = None
     what_if: tuple[str, ...] = ()
     cards: tuple[str, ...] = ()

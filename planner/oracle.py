@@ -87,7 +87,7 @@ class _Asker:
             "params": asdict(params),
             "kv_overrides": list(kv_overrides.parse(model.overrides).items()),
         }
-        answer = _run(question)
+        answer = run_child("planner.oracle_child", question, TIMEOUT_S)
         if answer is None or len(answer["rows"]) != len(devices) + 1:
             return None
         # A stand-in computes and aligns as a CPU does: for a worker that is as good as can be known, for a card near.
@@ -113,13 +113,16 @@ def _bytes(row: list[int], source: Source, *, as_reserved: bool) -> DeviceBytes:
     return DeviceBytes(Figure(model, source), Figure(context, source), reserved)
 
 
-def _run(question: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the answer of the child, None where it failed or took too long. No process of it is left behind."""
+def run_child(module: str, question: dict[str, Any], timeout_s: float) -> dict[str, Any] | None:
+    """Return what this module, run as a child, answers to the question: JSON on its stdin, JSON on its stdout.
+
+    None where it failed or took too long. No process of it is left behind.
+    """
     import json  # noqa: PLC0415 - most plans ask nothing, and are not to wait for these
     import subprocess  # noqa: PLC0415
 
-    child = subprocess.Popen(
-        [sys.executable, "-m", "planner.oracle_child"],
+    child = subprocess.Popen(  # noqa: S603 - one of our own modules
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -128,10 +131,12 @@ def _run(question: dict[str, Any]) -> dict[str, Any] | None:
         cwd=Path(__file__).parents[1],
     )
     try:
-        output, _ = child.communicate(json.dumps(question).encode(), TIMEOUT_S)
-        return json.loads(output) if child.returncode == 0 else None
+        output, _ = child.communicate(json.dumps(question).encode(), timeout_s)
+        answer: dict[str, Any] | None = json.loads(output) if child.returncode == 0 else None
     except (subprocess.TimeoutExpired, ValueError):
         return None
+    else:
+        return answer
     finally:
         _end(child)
 

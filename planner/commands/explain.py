@@ -38,7 +38,12 @@ def main(name: str, words: Sequence[str]) -> int:
         raise InvalidRequest("which model? planner explain MODEL [flags]")
     where = surroundings(line)
     question = _Question(line, where, None if line.options.no_oracle else ask(where.build))
-    fits = _together(question) if len(line.options.models) > 1 else _alone(question)
+    if len(line.options.models) == 1:
+        fits = _alone(question)
+    elif line.options.versus is None:
+        fits = _together(question)
+    else:
+        raise InvalidRequest("--versus compares the plans of one model, but there are several")
     return FITS if fits else DOES_NOT_FIT
 
 
@@ -70,6 +75,8 @@ def _alone(question: _Question) -> bool:
     """Print the plan for one model, and say whether it fits."""
     wanted = question.wanted(question.line.options.models[0])
     outcome = question.planned(wanted, question.where.policy)
+    if question.line.options.versus is not None:
+        return _beside(question, wanted, outcome, question.line.options.versus)
     if question.line.options.json:
         terminal.write_json(to_json(outcome))
     else:
@@ -86,3 +93,28 @@ def _together(question: _Question) -> bool:
     else:
         terminal.write(together_to_text(result, terminal.columns(), terminal.style()))
     return result.fits
+
+
+def _beside(question: _Question, wanted: Wanted, outcome: PlanOutcome, text: str) -> bool:
+    """Print the plan beside what llama-server would do with other flags, and say whether ours fits."""
+    from planner import versus, versus_text
+    from planner.oracle_fit import fitted
+
+    where, (model, asked) = question.where, wanted
+
+    def search(request: PlanRequest, policy: Policy) -> PlanOutcome:
+        attached = companions.attach(read_model(model.summary.path), request)
+        return placement.search(attached, request, where.machine, policy, where.build, question.oracle)
+
+    def fit(request: PlanRequest, names: Sequence[str], rooms: Sequence[int]) -> versus.Fitted | None:
+        return fitted(where.build, model, request, names, rooms)
+
+    if text == versus.FIT:
+        other = versus.of_fit(asked, outcome, model, where.machine, where.policy, search, fit)
+    else:
+        other = versus.of_flags(text, model, where.machine, where.policy, search, fit)
+    if question.line.options.json:
+        terminal.write_json(versus_text.versus_to_json(outcome, other))
+    else:
+        terminal.write(versus_text.versus_to_text(outcome, other, terminal.columns(), terminal.style()))
+    return isinstance(outcome, Plan)

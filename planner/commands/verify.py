@@ -34,8 +34,9 @@ def main(name: str, words: Sequence[str]) -> int:
     models = line.options.models
     if len(models) != (1 if folder is None else 0):
         raise InvalidRequest(_WHICH)
-    if line.options.require is not None:
-        raise InvalidRequest("--require: that is for planner explain")
+    for flag, given in (("--versus", line.options.versus), ("--require", line.options.require)):
+        if given is not None:
+            raise InvalidRequest(f"{flag}: that is for planner explain")
     if line.options.no_oracle:
         raise InvalidRequest("--no-oracle: verifying is asking llama.cpp")
     where = surroundings(line)
