@@ -152,6 +152,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         rope=Rope.BY_PATTERN, rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.IF_SET
     ),
     "granitemoe": _GRANITE,
+    "graniteswitch": Shape(rope_factors=True, residual_scale=When.IF_SET, logit_scale=When.ALWAYS),
     "granite_swa": Shape(
         rope=Rope.BY_PATTERN,
         rope_factors=True,
@@ -272,6 +273,7 @@ _BUILDERS: Final[Mapping[str, str]] = {
     "glm-dsa": "sparse.SparseDecoder",
     "glm5-next": "pool_sparse.PoolSparseDecoder",
     "granitehybrid": "state_space.Mamba2Decoder",
+    "graniteswitch": "switched.SwitchedDecoder",
     "grok": "variants.GrokDecoder",
     "grovemoe": "mixtures.GroveMoeDecoder",
     "hrm_text": "variants.HrmTextDecoder",
