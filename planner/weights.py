@@ -114,6 +114,12 @@ def weight_bytes(
     )
 
 
+def unknown_buffer(overrides: Sequence[tuple[str, str]], devices: Sequence[Device]) -> str | None:
+    """Return the first buffer type that none of these devices has, nor the host (``parse_tensor_buffer_overrides``)."""
+    known = {*(device.name for device in devices), *_HOST_BUFFERS}
+    return next((buffer for _, buffer in overrides if _place(buffer, devices) not in known), None)
+
+
 def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement, machine: Machine) -> dict[str, int]:
     """Return which device of the placement holds each tensor, -1 for the host; the host's of two copies.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, context, launch, speculation, speed
+from planner import budget, companions, context, launch, speculation, speed, weights
 from planner.build import is_pinned
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
@@ -94,6 +94,7 @@ class _Search:
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         kinds = [device.kind for device in devices]
         reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
+        reason = _buffer_refusal(settled, self.machine) or reason
         if settled.split_mode == "tensor" and not devices:
             reason = "--split-mode tensor needs a device"
         if reason is not None:
@@ -354,6 +355,17 @@ def _device(flag: str, name: str, machine: Machine) -> Device:
     if not device.usable:
         raise InvalidRequest(f"{flag} {name}: it cannot be used: {device.why_not}")
     return device
+
+
+def _buffer_refusal(request: PlanRequest, machine: Machine) -> str | None:
+    """Return why llama-server would not take an override's buffer type, or None; it looks at those first of all."""
+    unknown = weights.unknown_buffer(
+        (*(request.override_tensor or ()), *(request.override_tensor_draft or ())), machine.devices
+    )
+    if unknown is None:
+        return None
+    known = ", ".join(["CPU", *(device.name for device in machine.devices)])
+    return f"--override-tensor: there is no buffer type {unknown}, but {known}"
 
 
 def _pinned_context(settled: PlanRequest) -> PlanRequest:

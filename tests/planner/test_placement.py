@@ -138,6 +138,16 @@ def test_the_context_gives_way_before_layers_do(model: ModelFacts, mib: int) -> 
     assert isinstance(longer, NoFit)
 
 
+@pytest.mark.parametrize(
+    "words,known", [("-ot x=RPC1", True), ("-ot x=CPU", True), ("-ot x=RPC2", False), ("-otd x=Y", False)]
+)
+def test_an_override_to_a_buffer_type_that_nobody_has_is_refused(model: ModelFacts, words: str, *, known: bool) -> None:
+    outcome = plan(model, flags.parse(["-c", "4096", *words.split()]).request, machine(64 * MIB, 64 * MIB))
+    reason = outcome.reason if isinstance(outcome, Refused) else None
+    assert (reason is None) == known
+    assert known or "but CPU, RPC0, RPC1" in str(reason)
+
+
 @pytest.mark.parametrize("words,total", [("-np 3", 3 * 32_768), ("-np 3 -kvu", 32_768), ("-np 1", 32_768)])
 def test_a_context_of_zero_is_the_trained_length_of_each_cache(model: ModelFacts, words: str, total: int) -> None:
     outcome = plan(model, flags.parse(f"-c 0 {words}".split()).request, machine(4096 * MIB))
