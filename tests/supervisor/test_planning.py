@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ import anyio
 import psutil
 import pytest
 from event_log import EventLog
+from store_layout import HOST, put_model
 from supervising import Supervising
 
 from gpu import whatif
@@ -24,6 +26,7 @@ from supervisor.api import PlannerFailed
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import LookAround, ScanModels, Situation, Surroundings
+from supervisor.store.folder import StoreFolder
 
 
 def worker() -> psutil.Process:
@@ -98,6 +101,25 @@ async def test_models_that_come_and_go_are_noticed_without_being_asked_for(
         shutil.copy(chat_model, tmp_path)
         tasks.start_soon(inventory.keep_looking)
         assert (await log.wait("models.scanned", count=2))["models"] == 1
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.llama
+@pytest.mark.anyio
+async def test_a_file_or_a_stores_model_that_came_is_noticed_long_before_everything_is_read_again(
+    tmp_path: Path, chat_model: Path, log: EventLog
+) -> None:
+    folder, store = tmp_path / "models", StoreFolder(tmp_path / "store")
+    folder.mkdir()
+    async with PlanningProcess({}) as planning, anyio.create_task_group() as tasks:
+        inventory = Inventory(folder, planning, store=store, rescan_every_s=math.inf)
+        await inventory.look_around()
+        assert inventory.not_ready == ()
+        tasks.start_soon(inventory.keep_looking)
+        put_model(store.root, f"{HOST}/library/of-a-store/1", [("model", chat_model)])
+        assert (await log.wait("models.scanned", count=2))["models"] == 1
+        shutil.copy(chat_model, folder)
+        assert (await log.wait("models.scanned", count=3))["models"] == 2
         tasks.cancel_scope.cancel()
 
 

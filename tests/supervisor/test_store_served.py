@@ -1,0 +1,64 @@
+"""A service over a store as Ollama lays it out: its models are served where they lie, and new ones pulled into it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docker_registry import registry_server
+from running_service import Serve, Service
+from store_layout import HOST, put_model, tree
+
+pytestmark = pytest.mark.llama
+
+
+def steps(service: Service, path: str, body: object) -> list[dict[str, Any]]:
+    """Return what an endpoint tells line by line."""
+    return [json.loads(line) for line in service.request("POST", path, body).read().splitlines()]
+
+
+def tags(service: Service) -> dict[str, dict[str, Any]]:
+    return {one["name"]: one for one in service.get("/api/tags")["models"]}
+
+
+def test_a_model_of_an_existing_store_answers_and_the_store_stays_as_it_was(
+    serve: Serve, chat_model: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    layers = [("model", chat_model.read_bytes()), ("params", b'{"num_predict": 3}'), ("license", b"MIT")]
+    manifest = put_model(store, f"{HOST}/library/tiny/1b", layers)
+    before = tree(store)
+    service = serve()
+    assert "tiny:1b" in {one["id"] for one in service.get("/v1/models")["data"]}
+    listed = tags(service)["tiny:1b"]
+    assert listed["digest"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
+    answer = json.loads(service.chat("TINY:1B").read())
+    assert answer["choices"][0]["message"]["content"]
+    assert service.runner()["model"] == "tiny:1b"
+    assert tree(store) == before
+
+
+def test_a_model_is_pulled_asked_copied_and_deleted_through_the_service(
+    serve: Serve, chat_model: Path, tmp_path: Path
+) -> None:
+    if shutil.which("docker-registry") is None:
+        pytest.skip("no docker-registry here: nothing is pulled (Debian: apt-get install docker-registry)")
+    with registry_server(tmp_path / "registry") as registry:
+        registry.push("library/tiny:1b", {"model": chat_model, "system": b"Be terse.", "config": b"{}"})
+        service = serve(PLANNER_REGISTRY=f"http://{registry.host}")
+        assert service.chat("tiny:1b").status == 404
+        assert steps(service, "/api/pull", {"model": "tiny:1b"})[-1] == {"status": "success"}
+    assert tags(service)["tiny:1b"]["details"]["family"] == "llama"
+    assert service.chat("tiny:1b").status == 200
+    made = steps(service, "/api/create", {"model": "own", "from": "tiny:1b", "system": "Be kind."})
+    assert made[-1] == {"status": "success"}
+    assert service.request("POST", "/api/copy", {"source": "own", "destination": "me/other:2"}).status == 200
+    assert {"tiny:1b", "own:latest", "me/other:2"} <= set(tags(service))
+    for name in ("tiny:1b", "own", "me/other:2"):
+        assert service.request("DELETE", "/api/delete", {"model": name}).status == 200
+    assert not {"tiny:1b", "own:latest", "me/other:2"} & set(tags(service))
+    assert list((tmp_path / "store" / "blobs").iterdir()) == []
