@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from planner.explain import headline, overhead_because
+from planner.limits import limits
 from planner.text import BOLD, DIM, GAP, PLAIN, RED, YELLOW, Style, aligned, bounded, columns, ranges, rate, size, wrap
 from planner.types import DecodeEstimate, DeviceUsage, HostDetail, NoFit, Plan, PlanOutcome, Refused
 
@@ -21,8 +22,11 @@ _FAR_OVER: Final = ">999 %"
 _PART_COLOURS: Final = ("34", "36", "35", "33")
 
 
-def to_text(outcome: PlanOutcome, width: int = 80, style: Style = PLAIN) -> str:
-    """Return the whole explanation, ready to print, at most ``width`` columns where words allow it."""
+def to_text(outcome: PlanOutcome, width: int = 80, style: Style = PLAIN, more: Sequence[str] = ()) -> str:
+    """Return the whole explanation, ready to print, at most ``width`` columns where words allow it.
+
+    ``more`` is what one more GiB would buy, a line for each device (``planner.limits.one_more_gib``).
+    """
     width = bounded(width)
     blocks = [_title(outcome, width, style)]
     if not isinstance(outcome, Refused):
@@ -32,6 +36,8 @@ def to_text(outcome: PlanOutcome, width: int = 80, style: Style = PLAIN) -> str:
     if isinstance(outcome, Plan) and outcome.decode is not None:
         blocks.append(_decode(outcome.decode, width))
     if isinstance(outcome, Plan):
+        blocks.append(_listed("What limits it:", limits(outcome), width, style))
+        blocks.append(_listed("One more GiB would buy:", more, width, style))
         blocks.append(_launch(outcome, width, style))
     blocks.append(_reasons(outcome, width, style))
     blocks.append([line for text in outcome.warnings for line in wrap(style.paint(YELLOW, "warning: "), text, width)])
@@ -164,6 +170,11 @@ def _nearest(no_fit: NoFit, style: Style) -> list[str]:
 
 def _decode(decode: DecodeEstimate, width: int) -> list[str]:
     return wrap(f"About {rate(decode.tokens_per_second)} tokens a second", f": {decode.basis}", width)
+
+
+def _listed(title: str, sentences: Iterable[str], width: int, style: Style) -> list[str]:
+    lines = [line for sentence in sentences for line in wrap("  ", sentence, width)]
+    return [style.paint(DIM, title), *lines] if lines else []
 
 
 def _launch(plan: Plan, width: int, style: Style) -> list[str]:

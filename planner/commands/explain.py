@@ -12,6 +12,7 @@ from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest
 from planner.explain import to_json
 from planner.explain_text import to_text
+from planner.limits import one_more_gib
 from planner.model import read_model
 from planner.oracle import ask
 from planner.requirement import all_on_devices
@@ -19,7 +20,7 @@ from planner.search import placement
 from planner.search.candidates import Oracle
 from planner.together import Wanted, together
 from planner.together_text import together_to_json, together_to_text
-from planner.types import Plan, PlanOutcome, PlanRequest, Policy
+from planner.types import Machine, Plan, PlanOutcome, PlanRequest, Policy
 
 FITS: Final = 0
 DOES_NOT_FIT: Final = 3
@@ -61,11 +62,12 @@ class _Question:
         request = self.line.request_of(model.role)
         return Wanted(companions.attach(model, request), request)
 
-    def planned(self, wanted: Wanted, policy: Policy) -> PlanOutcome:
+    def planned(self, wanted: Wanted, policy: Policy, machine: Machine | None = None) -> PlanOutcome:
         """Return the best placement under this policy that keeps to what is required. Raises InvalidRequest."""
+        there = machine or self.where.machine
 
         def search(request: PlanRequest) -> PlanOutcome:
-            return placement.search(wanted.model, request, self.where.machine, policy, self.where.build, self.oracle)
+            return placement.search(wanted.model, request, there, policy, self.where.build, self.oracle)
 
         found = all_on_devices(wanted.request, search) if self.line.options.require else search(wanted.request)
         return replace(found, warnings=(*self.where.warnings, *self.line.notes, *found.warnings))
@@ -73,14 +75,19 @@ class _Question:
 
 def _alone(question: _Question) -> bool:
     """Print the plan for one model, and say whether it fits."""
-    wanted = question.wanted(question.line.options.models[0])
-    outcome = question.planned(wanted, question.where.policy)
+    where, wanted = question.where, question.wanted(question.line.options.models[0])
+
+    def planned_on(machine: Machine) -> PlanOutcome:
+        return question.planned(wanted, where.policy, machine)
+
+    outcome = planned_on(where.machine)
     if question.line.options.versus is not None:
         return _beside(question, wanted, outcome, question.line.options.versus)
     if question.line.options.json:
         terminal.write_json(to_json(outcome))
     else:
-        terminal.write(to_text(outcome, terminal.columns(), terminal.style()))
+        more = one_more_gib(outcome, where.machine, planned_on) if isinstance(outcome, Plan) else ()
+        terminal.write(to_text(outcome, terminal.columns(), terminal.style(), tuple(more)))
     return isinstance(outcome, Plan)
 
 
