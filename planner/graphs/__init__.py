@@ -246,6 +246,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "stablelm": Shape(norm="norm"),
     "starcoder": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
     "starcoder2": Shape(norm="norm", ffn=_GELU),
+    "t5": Shape(rope=Rope.NONE, output_norm="dec.output_norm", carries_more=True),
+    "t5encoder": Shape(rope=Rope.NONE, output_norm="enc.output_norm"),
     "talkie": Shape(carries_more=True, query_norm=QueryNorm.AFTER_ROPE, logit_scale=When.ALWAYS),
     "xverse": Shape(),
 }
@@ -317,6 +319,8 @@ _BUILDERS: Final[Mapping[str, str]] = {
     "smallthinker": "mixtures.SmallThinkerDecoder",
     "spark2_5": "variants.GatedAttentionDecoder",
     "step35": "variants.Step35Decoder",
+    "t5": "t5.T5Decoder",
+    "t5encoder": "t5.T5Encoder",
     "talkie": "variants.TalkieDecoder",
 }
 

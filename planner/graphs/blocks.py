@@ -78,7 +78,7 @@ class Blocks(Parts):
         """Return the cells per stream of the sliding window's cache."""
         return window_cells(self.hparams, self.params)
 
-    def attention(
+    def attention(  # noqa: PLR0913  # what build_attn takes
         self,
         cache: CacheInputs,
         q: Node,
@@ -87,12 +87,13 @@ class Blocks(Parts):
         il: int,
         *,
         mask: Node | None = None,
+        bias: Node | None = None,
         sinks: Node | None = None,
         capped: bool = False,
     ) -> Node:
         """Return a layer's attention before its output projection (``build_attn``), K and V stored on the way.
 
-        ``mask`` is what hides cells, where it is not the cache's own.
+        ``mask`` is what hides cells, where it is not the cache's own; ``bias`` is added to the scores.
         """
         graph = self.graph
         if cache.k_rotation:
@@ -103,7 +104,7 @@ class Blocks(Parts):
             graph.expand(node)
         stored_k = self.store_k(cache, k, il)
         stored_v = self.store_v(cache, v, il)
-        out = self.heads_attention(mask or cache.mask, q, stored_k, stored_v, il, sinks=sinks, capped=capped)
+        out = self.heads_attention(mask or cache.mask, q, stored_k, stored_v, il, bias=bias, sinks=sinks, capped=capped)
         return self.rotated(out, cache.v_rotation) if cache.v_rotation else out
 
     def borrowed_attention(self, cache: CacheInputs, q: Node, il: int, owner: int) -> Node:
@@ -156,11 +157,11 @@ class Blocks(Parts):
         n_tokens = self.batch.n_tokens
         return self.graph.input(F16 if self.flash_attn else F32, n_tokens, n_tokens)
 
-    def uncached_attention(self, mask: Node, q: Node, k: Node, v: Node, il: int) -> Node:
+    def uncached_attention(self, mask: Node, q: Node, k: Node, v: Node, il: int, *, bias: Node | None = None) -> Node:
         """Return attention over the batch's own tokens (``build_attn`` over ``llm_graph_input_attn_no_cache``)."""
         for node in (q, k, v):
             self.graph.expand(node)
-        return self.heads_attention(mask, q, k, v, il)
+        return self.heads_attention(mask, q, k, v, il, bias=bias)
 
     def rotated(self, x: Node, rotation: Node) -> Node:
         """Return a tensor turned by a matrix, a piece of each head at a time (``llama_mul_mat_hadamard``)."""
@@ -227,7 +228,7 @@ class Blocks(Parts):
         width = _row_bytes(stored.type, stored.ne[0])
         return self.graph.view(stored, (head, n_head, n_cells, self.params.n_stream), (row, width, width * n_cells))
 
-    def heads_attention(
+    def heads_attention(  # noqa: PLR0913  # what build_attn_mha takes
         self,
         mask: Node,
         q: Node,
@@ -235,6 +236,7 @@ class Blocks(Parts):
         v: Node,
         il: int,
         *,
+        bias: Node | None = None,
         sinks: Node | None = None,
         v_up: Node | None = None,
         capped: bool = False,
@@ -245,7 +247,7 @@ class Blocks(Parts):
         per_stream = q.ne[2] // streams
         q = graph.view(q, (q.ne[0], q.ne[1], per_stream, streams), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
         q, k, v = (graph.permute_heads(node) for node in (q, k, v))
-        if self.flash_attn:
+        if self.flash_attn and bias is None:
             v = graph.transpose(v) if v_trans else v
             k, v = (graph.new("cpy", F16, node.ne, node) if node.type is F32 else node for node in (k, v))
             out = graph.flash_attn(q, k, v, mask, sinks)
@@ -258,6 +260,7 @@ class Blocks(Parts):
             scores = graph.mul_mat(k, q)
             for op in ("scale", "unary", "scale") if capped else ():
                 scores = graph.same(op, scores)
+            scores = graph.same("add", scores, bias) if bias else scores
             scores = graph.same("soft_max", scores, mask, *([sinks] if sinks else []))
             values = graph.mul_mat(v if v_trans else graph.cont(graph.transpose(v)), scores)
             if v_up:
