@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import Process
 
 from supervisor.planning_messages import LENGTH_BYTES, Answer, Question, pack
-from supervisor.process import SHIM, describe_exit
+from supervisor.process import describe_exit, find_setpriv, tied
 
 ANSWER_WITHIN_S: Final = 60.0  # a cold driver takes seconds per card, a scan of a slow disk more; longer is a hang
 END_WITHIN_S: Final = 5.0  # of a killed process; one that hangs in a driver goes when the driver lets it
@@ -73,10 +73,9 @@ class PlanningProcess:
 
     async def _start(self) -> Process:
         """Start it tied to our death, and in a session of its own: a Ctrl-C at the terminal is ours to handle."""
-        shim = [sys.executable, "-I", "-S", str(SHIM), str(os.getpid())]
         path = os.pathsep.join([str(Path(__file__).parents[1]), self._environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         return await anyio.open_process(
-            [*shim, sys.executable, "-m", "supervisor.planning_worker"],
+            tied([sys.executable, "-m", "supervisor.planning_worker"], find_setpriv(), os.getpid()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None,

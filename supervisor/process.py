@@ -7,7 +7,9 @@ process group is killed before that, while its id still names the group.
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,15 @@ import anyio
 
 READ_BYTES: Final = 65536  # a full pipe
 SHIM: Final = Path(__file__).with_name("exec_child.py")
+SHELL: Final = "/bin/sh"
+# What the shim does after it has tied the death, for a shell that starts in a millisecond.
+CHECK_AND_BECOME: Final = """
+fail() { echo "cannot start $1: $2" >&2; exit 127; }
+[ "$PPID" = "$0" ] || fail "$1" "the service is gone"
+[ -e "$1" ] || fail "$1" "No such file or directory"
+[ -x "$1" ] || fail "$1" "Permission denied"
+exec "$@"
+"""
 
 # What must not reach a child: llama-server's own settings, ours (keys among them), what systemd says to us, and what
 # oversubscribes devices. A variable that hides or renumbers devices (CUDA_VISIBLE_DEVICES and its like) is the
@@ -40,6 +51,27 @@ def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
     return kept | ALWAYS
 
 
+@functools.cache
+def find_setpriv() -> str | None:
+    """Return util-linux's setpriv where it is here and can tie a death, as it can since 2018. Asked once."""
+    found = shutil.which("setpriv")
+    if found is None:
+        return None
+    command = [found, "--pdeathsig", "KILL", "true"]
+    tried = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - found on our own PATH
+    return found if tried.returncode == 0 else None
+
+
+def tied(argv: Sequence[str], setpriv: str | None, parent: int) -> list[str]:
+    """Return the command that becomes this one, its death tied to that of the thread of ``parent`` that starts it.
+
+    ``setpriv`` does it in 3 ms; without it our own shim does, in 25.
+    """
+    if setpriv is None:
+        return [sys.executable, "-I", "-S", str(SHIM), str(parent), *argv]
+    return [setpriv, "--pdeathsig", "KILL", SHELL, "-c", CHECK_AND_BECOME, str(parent), *argv]
+
+
 class Child:
     """A running process and the read end of its stdout and stderr together.
 
@@ -48,9 +80,8 @@ class Child:
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        command = [sys.executable, "-I", "-S", str(SHIM), str(os.getpid()), *argv]
         self._process = subprocess.Popen(  # noqa: S603 - the argv is a plan's
-            command,
+            tied(argv, find_setpriv(), os.getpid()),
             env=dict(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ import anyio
 import pytest
 
 from supervisor import strays
-from supervisor.process import SHIM, Child, describe_exit, scrubbed
+from supervisor.process import Child, describe_exit, find_setpriv, scrubbed, tied
 
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
 
@@ -99,11 +100,31 @@ def is_gone(pidfd: int) -> bool:
         os.close(pidfd)
 
 
-async def test_a_program_that_cannot_be_run_says_so() -> None:
-    child = Child(["/nowhere/llama-server"], {})
-    assert await ended(child) == "exit status 127"
-    assert await child.read() == b"cannot start /nowhere/llama-server: No such file or directory\n"
-    child.close()
+@pytest.fixture(params=["setpriv", "our own shim"])
+def setpriv(request: pytest.FixtureRequest) -> str | None:
+    """Return what ties a child's death to ours: the system's program, or None for our own."""
+    if request.param != "setpriv":
+        return None
+    if (found := find_setpriv()) is None:
+        pytest.skip("setpriv is not here")
+    return found
+
+
+@pytest.mark.parametrize(
+    "program,why", [("/nowhere/llama-server", "No such file or directory"), ("/etc/passwd", "Permission denied")]
+)
+def test_a_program_that_cannot_be_run_says_so(setpriv: str | None, program: str, why: str) -> None:
+    answer = subprocess.run(tied([program], setpriv, os.getpid()), capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stderr) == (127, f"cannot start {program}: {why}\n")
+
+
+def test_arguments_and_environment_arrive_as_they_are(setpriv: str | None) -> None:
+    """Spaces, quotes and what a shell would take for its own."""
+    odd = ["", "a b", "$HOME", "'", '"', "*", "-c", "a\nb"]
+    program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['ODD']]))"
+    command = tied([sys.executable, "-c", program, *odd], setpriv, os.getpid())
+    answer = subprocess.run(command, capture_output=True, check=True, env={"ODD": "$(x) 'y'"})
+    assert json.loads(answer.stdout) == [odd, "$(x) 'y'"]
 
 
 def test_a_child_dies_with_its_parent_however_that_dies() -> None:
@@ -118,12 +139,27 @@ def test_a_child_dies_with_its_parent_however_that_dies() -> None:
         assert is_gone(child)
 
 
-def test_a_child_whose_parent_was_faster_in_dying_does_not_start() -> None:
+def test_a_child_whose_parent_was_faster_in_dying_does_not_start(setpriv: str | None) -> None:
     """The parent's id is checked after the death was tied: no moment is left in between."""
-    answer = subprocess.run(
-        [sys.executable, "-I", "-S", SHIM, "1", "/bin/true"], capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run(tied(["/bin/true"], setpriv, 1), capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stderr) == (127, "cannot start /bin/true: the service is gone\n")
+
+
+def test_death_is_tied_either_way(setpriv: str | None) -> None:
+    """To that of whoever starts it, however that dies."""
+    command = tied(["/bin/sleep", "60"], setpriv, 0)
+    at = command.index("0")
+    program = (
+        f"import os, subprocess, time; command = {command!r}; command[{at}] = str(os.getpid()); "
+        "print(subprocess.Popen(command).pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = os.pidfd_open(pid := int(parent.stdout.readline()))
+        while Path(f"/proc/{pid}/comm").read_text() != "sleep\n":
+            pass
+        parent.kill()
+        assert is_gone(child)
 
 
 def test_what_would_change_a_runner_behind_the_plan_s_back_is_scrubbed() -> None:
