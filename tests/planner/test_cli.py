@@ -245,7 +245,8 @@ def test_several_models_are_one_question(planner: Any, chat_model: Path, endless
     roomy = planner(*words, "--device", "RPC0=64MiB")
     assert (roomy.returncode, document(roomy)["fits"]) == (0, True)
     assert [plan["model"]["path"] for plan in document(roomy)["plans"]] == [str(endless_model), str(chat_model)]
-    tight = planner(*words, "--device", "RPC0=25MiB")
+    needed = sum(plan["devices"][0]["planned_bytes"] for plan in document(roomy)["plans"])
+    tight = planner(*words, "--device", f"RPC0={needed - 1}")
     assert (tight.returncode, document(tight)["fits"]) == (3, False)
     assert sorted(plan["fits"] for plan in document(tight)["plans"]) == [False, True]
 
