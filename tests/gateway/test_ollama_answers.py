@@ -11,6 +11,7 @@ import pytest
 from planner.types import Role
 from supervisor.api import (
     BadCreate,
+    BadModel,
     CannotFit,
     ClientLimit,
     DeviceUse,
@@ -18,6 +19,7 @@ from supervisor.api import (
     LoadTimeout,
     ModelView,
     NotInStore,
+    PlannerFailed,
     Preset,
     QueueFull,
     RegistryFailed,
@@ -295,6 +297,8 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
         (ClientLimit("you have 3"), 503, f"{BUSY} (you have 3)"),
         (CannotFit("too large", causes=(), never=True), 500, "too large"),
         (LoadFailed("it died: out of memory"), 500, "llama runner process has terminated: it died: out of memory"),
+        (BadModel("its file is broken"), 500, "its file is broken"),
+        (PlannerFailed("the planner died"), 500, "the planner died"),
         (LoadTimeout("300 s"), 500, "timed out waiting for llama runner to start: 300 s"),
         (RunnerLost("killed"), 500, "model runner has unexpectedly stopped: killed"),
         (Unauthorized("no key"), 401, "no key"),

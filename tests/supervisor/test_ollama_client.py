@@ -294,6 +294,28 @@ def test_a_model_is_made_of_a_blob_copied_used_and_removed(client: ollama.Client
     assert not {"mine:latest", "mine:second", "other:latest"} & {model.model for model in client.list().models}
 
 
+def test_a_modelfiles_template_is_what_the_model_is_spoken_to_in(client: ollama.Client, folder: Path) -> None:
+    """Told apart by the tokens that the prompt takes; one that nobody understands gives way to the header's."""
+    digest = client.create_blob(folder / "chat.gguf")
+    short, wide = "{{ .Prompt }}", "{{ range .Messages }}one two three four: {{ .Content }} {{ end }}"
+    for name, template in (("short", short), ("wide", wide), ("odd", '{{ template "other" }}')):
+        client.create(name, files={"chat.gguf": digest}, template=template)
+        assert client.show(name).template == template
+    raw = client.generate("chat", "hello", raw=True)
+    by_header = client.chat("chat", [HELLO])
+    counts = {name: client.chat(name, [HELLO]).prompt_eval_count or 0 for name in ("short", "wide", "odd")}
+    assert counts["short"] == raw.prompt_eval_count
+    assert counts["wide"] > counts["odd"]
+    assert counts["odd"] == by_header.prompt_eval_count
+    assert client.chat("wide", [HELLO]).message.content == tiny_models.TEXT
+    asked = client.generate("chat", "hello", template=short)
+    assert (asked.response, asked.prompt_eval_count) == (tiny_models.TEXT, raw.prompt_eval_count)
+    filled = client.generate("chat", "a", suffix="b", template="{{ .Prompt }} {{ .Suffix }}")
+    assert filled.response == tiny_models.TEXT
+    for name in counts:
+        client.delete(name)
+
+
 def test_what_the_store_refuses_is_told_with_a_status_or_at_the_end_of_the_stream(
     service: Service, client: ollama.Client
 ) -> None:

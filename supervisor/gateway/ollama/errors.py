@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from supervisor.api import (
     BadCreate,
+    BadModel,
     BadModelName,
     CannotFit,
     ClientLimit,
@@ -20,6 +21,7 @@ from supervisor.api import (
     LoadFailed,
     LoadTimeout,
     NotInStore,
+    PlannerFailed,
     QueueFull,
     ShuttingDown,
     StoreError,
@@ -102,7 +104,9 @@ RULES: Final = (
     ErrorRule(QueueFull, 503, lambda _: BUSY),
     ErrorRule(ClientLimit, 503, lambda error: f"{BUSY} ({error})"),
     ErrorRule(ShuttingDown, 503),
+    ErrorRule(BadModel, 500),
     ErrorRule(CannotFit, 500),
+    ErrorRule(PlannerFailed, 500),
     ErrorRule(LoadFailed, 500, lambda error: f"{LOAD_DIED}: {error}"),
     ErrorRule(LoadTimeout, 500, lambda error: f"timed out waiting for llama runner to start: {error}"),
     ErrorRule(RunnerLost, 500, lambda error: f"{RUN_DIED}: {error}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import web
@@ -16,6 +16,9 @@ from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.errors import MODEL_REQUIRED, OllamaError, model_not_found
 from supervisor.gateway.ollama.options import load_options, of_preset, sampling
 from supervisor.gateway.ollama.runner import Runner, talking
+
+# Characters of a name that nobody has, in an error line.
+SHOWN_NAME: Final = 200
 
 Missing = Callable[[str], OllamaError]
 
@@ -43,9 +46,12 @@ class Granting:
         try:
             found = await self.runtime.resolve(name)
         except UnknownModel as error:
-            raise missing(name[:200]) from error
+            raise missing(name[:SHOWN_NAME]) from error
         request[EXCHANGE].model = found
-        return next(view for view in self.runtime.snapshot().models if view.id == found)
+        view = next((view for view in self.runtime.snapshot().models if view.id == found), None)
+        if view is None:  # it went while it was looked up
+            raise missing(name[:SHOWN_NAME])
+        return view
 
     @asynccontextmanager
     async def granted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -15,8 +16,8 @@ from planner.types import Role
 from supervisor.api import ModelView
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama import chat, generate
-from supervisor.gateway.ollama.answer import ChatReader, CompletionReader, Ending, Piece, call_json
-from supervisor.gateway.ollama.chat import ChatRequest, Common, chat_body
+from supervisor.gateway.ollama.answer import CompletionReader, Ending, Piece, call_json
+from supervisor.gateway.ollama.chat import ChatRequest, Common
 from supervisor.gateway.ollama.errors import (
     INPUT_TOO_LONG,
     NO_IMAGE_INPUT,
@@ -28,14 +29,12 @@ from supervisor.gateway.ollama.errors import (
 )
 from supervisor.gateway.ollama.fields import read_fields
 from supervisor.gateway.ollama.fitting import shortened
+from supervisor.gateway.ollama.form import COMPLETION_PATH, Reader, form_of, inserted_text, tokens_of
 from supervisor.gateway.ollama.generate import GenerateRequest
-from supervisor.gateway.ollama.granting import Granted, Granting, has, options_of, sampling_of
-from supervisor.gateway.ollama.messages import Message
+from supervisor.gateway.ollama.granting import Granting, has, options_of, sampling_of
 from supervisor.gateway.ollama.ndjson import Json, send_lines, send_whole, timestamp
 from supervisor.gateway.ollama.runner import Runner
 
-CHAT_PATH: Final = "/v1/chat/completions"
-COMPLETION_PATH: Final = "/completion"
 INFILL_PATH: Final = "/infill"
 
 Answer = AsyncIterator[Piece | Ending]
@@ -64,8 +63,7 @@ class Inference:
         async with self._granting.granted(request, model, Role.CHAT, options, common.keep_alive_s) as granted:
             if not asked.messages:
                 return send_whole(request, _only("load", common, _chat_shape))
-            messages = chat.conversation(asked, model.preset)
-            answer = _chat_answer(granted.runner, asked, messages, sampling_of(options, granted))
+            answer = _chat_answer(granted.runner, asked, model, sampling_of(options, granted))
             return await _respond(request, common, granted.load_s, answer, _chat_shape)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -80,7 +78,7 @@ class Inference:
         async with self._granting.granted(request, model, Role.CHAT, options, common.keep_alive_s) as granted:
             if not asked.prompt and not asked.suffix:
                 return send_whole(request, _only("load", common, generate.part))
-            answer = _generate_answer(granted, asked, model, sampling_of(options, granted))
+            answer = _generate_answer(granted.runner, asked, model, sampling_of(options, granted))
             return await _respond(request, common, granted.load_s, answer, generate.part)
 
     async def _unload(self, request: web.Request, model: ModelView, common: Common, shape: Shape) -> web.StreamResponse:
@@ -149,38 +147,32 @@ async def _respond(
     return await send_lines(request, lines()) if common.stream else send_whole(request, await whole())
 
 
-async def _chat_answer(
-    runner: Runner, asked: ChatRequest, messages: tuple[Message, ...], sampling: Mapping[str, Any]
-) -> Answer:
+async def _chat_answer(runner: Runner, asked: ChatRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
     """Yield the answer to a conversation; one that is too long loses its oldest messages, as Ollama's does."""
-    common = asked.common
-
-    def body_of(some: tuple[Message, ...]) -> dict[str, Any]:
-        return chat_body(some, asked.tools, common, sampling)
-
+    messages = chat.conversation(asked, model.preset)
+    form = form_of(model, asked.common, messages, sampling, tools=asked.tools)
     try:
-        async for one in _read(runner, CHAT_PATH, body_of(messages), ChatReader(common.n_top)):
+        async for one in _read(runner, form.path, form.body(messages), form.reader()):
             yield one
     except ContextExceeded as error:
-        if not common.truncate:
+        if not asked.common.truncate:
             raise OllamaError(400, INPUT_TOO_LONG) from error
-        shorter = await shortened(runner, messages, body_of, error.n_ctx)
+        shorter = await shortened(messages, partial(form.count, runner), error.n_ctx)
         _log.warning("chat.truncated", messages=len(messages), kept=len(shorter))
-        async for one in _read(runner, CHAT_PATH, body_of(shorter), ChatReader(common.n_top)):
+        async for one in _read(runner, form.path, form.body(shorter), form.reader()):
             yield one
 
 
 async def _generate_answer(
-    granted: Granted, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]
+    runner: Runner, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]
 ) -> Answer:
     """Yield the answer to a prompt: as it is, between two texts, or as the user's turn of a conversation."""
-    runner, common = granted.runner, asked.common
+    common = asked.common
     if asked.raw:
         body = generate.completion_body(asked.prompt, common, sampling)
         answer = _read(runner, COMPLETION_PATH, body, CompletionReader(common.n_top))
     elif asked.suffix:
-        body = generate.infill_body(asked, sampling)
-        answer = _read(runner, INFILL_PATH, body, CompletionReader(common.n_top))
+        answer = _inserted(runner, asked, model, sampling)
     else:
         answer = _prompted(runner, asked, model, sampling)
     try:
@@ -188,6 +180,19 @@ async def _generate_answer(
             yield one
     except ContextExceeded as error:
         raise OllamaError(400, INPUT_TOO_LONG) from error
+
+
+async def _inserted(runner: Runner, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
+    """Yield what belongs between the prompt and the suffix, by the Modelfile's template or the model's own tokens."""
+    common = asked.common
+    rendered = inserted_text(model, asked)
+    if rendered is None:
+        path, body = INFILL_PATH, generate.infill_body(asked, sampling)
+    else:
+        path, body = COMPLETION_PATH, generate.completion_body(rendered, common, sampling)
+    try:
+        async for one in _read(runner, path, body, CompletionReader(common.n_top)):
+            yield one
     except RunnerRefused as error:
         if error.status != HTTPStatus.NOT_IMPLEMENTED:
             raise
@@ -197,29 +202,28 @@ async def _generate_answer(
 
 async def _prompted(runner: Runner, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
     """Yield the answer to a prompt in its template, and at the end the tokens to go on from."""
-    common = asked.common
-    body = chat_body(generate.as_conversation(asked, model.preset), (), common, sampling)
-    continued = bool(asked.context) and not asked.images
-    prompt = (await runner.ask("/apply-template", body))["prompt"] if not asked.images else ""
-    if continued:
-        going_on = generate.completion_body([*asked.context, prompt], common, sampling)
-        answer = _read(runner, COMPLETION_PATH, going_on, CompletionReader(common.n_top))
-    else:
-        answer = _read(runner, CHAT_PATH, body, ChatReader(common.n_top))
+    common, messages = asked.common, generate.as_conversation(asked, model.preset)
+    form = form_of(model, common, messages, sampling, own=asked.template)
+    if asked.images:  # they are no tokens that one could go on from
+        async for one in _read(runner, form.path, form.body(messages), form.reader()):
+            yield one
+        return
+    prompt = await form.text(runner, messages)
+    path, body, reader = form.path, form.body(messages), form.reader()
+    if asked.context:
+        path, reader = COMPLETION_PATH, CompletionReader(common.n_top)
+        body = generate.completion_body([*asked.context, prompt], common, sampling)
     text = ""
-    async for one in answer:
+    async for one in _read(runner, path, body, reader):
         if isinstance(one, Piece):
             text += one.text
             yield one
-        elif asked.images:
-            yield one
         else:
-            words = {"content": prompt + text, "add_special": not continued, "parse_special": True}
-            tokens = (await runner.ask("/tokenize", words))["tokens"]
+            tokens = await tokens_of(runner, prompt + text, begins=not asked.context)
             yield replace(one, context=(*asked.context, *tokens))
 
 
-async def _read(runner: Runner, path: str, body: Mapping[str, Any], reader: ChatReader | CompletionReader) -> Answer:
+async def _read(runner: Runner, path: str, body: Mapping[str, Any], reader: Reader) -> Answer:
     async with aclosing(runner.stream(path, body)) as events:  # type: ignore[type-var]  # an async generator
         async for event in events:
             yield reader.feed(event)

@@ -1,0 +1,165 @@
+"""The form in which a conversation reaches the model: in the template of its header, or in a Modelfile's.
+
+llama-server applies the header's itself and takes apart what the model says: thoughts and tool calls. A Modelfile's is
+rendered here, and the answer is taken as text; so it is used where neither tools nor thoughts nor images are about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import structlog
+
+from supervisor.api import ModelView
+from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
+from supervisor.gateway.ollama.chat import Common, chat_body
+from supervisor.gateway.ollama.generate import GenerateRequest, completion_body
+from supervisor.gateway.ollama.go_syntax import TemplateError
+from supervisor.gateway.ollama.messages import Message
+from supervisor.gateway.ollama.runner import Runner
+from supervisor.gateway.ollama.template import Template, read_template
+
+CHAT_PATH: Final = "/v1/chat/completions"
+COMPLETION_PATH: Final = "/completion"
+
+Messages = tuple[Message, ...]
+Tools = tuple[Mapping[str, Any], ...]
+Reader = ChatReader | CompletionReader
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("loadmaster.ollama")
+
+
+class Form(Protocol):
+    """How a conversation is sent, and its answer read."""
+
+    @property
+    def path(self) -> str:
+        """Return where llama-server takes it."""
+        ...
+
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """Return the body to send there."""
+        ...
+
+    def reader(self) -> Reader:
+        """Return what reads the answer's events."""
+        ...
+
+    async def text(self, runner: Runner, messages: Messages) -> str:
+        """Return the text that the model goes on from."""
+        ...
+
+    async def count(self, runner: Runner, messages: Messages) -> int:
+        """Return the tokens that the conversation takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HeadersForm:
+    """The template in the model's header, applied by llama-server."""
+
+    common: Common
+    tools: Tools
+    sampling: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Return where llama-server takes it."""
+        return CHAT_PATH
+
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """Return the body to send there."""
+        return chat_body(messages, self.tools, self.common, self.sampling)
+
+    def reader(self) -> Reader:
+        """Return what reads the answer's events."""
+        return ChatReader(self.common.n_top)
+
+    async def text(self, runner: Runner, messages: Messages) -> str:
+        """Return the text that the model goes on from."""
+        return str((await runner.ask("/apply-template", self.body(messages)))["prompt"])
+
+    async def count(self, runner: Runner, messages: Messages) -> int:
+        """Return the tokens that the conversation takes."""
+        return int((await runner.ask(f"{CHAT_PATH}/input_tokens", self.body(messages)))["input_tokens"])
+
+
+@dataclass(frozen=True, slots=True)
+class ModelfilesForm:
+    """A Modelfile's template, rendered here."""
+
+    template: Template
+    common: Common
+    sampling: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Return where llama-server takes it."""
+        return COMPLETION_PATH
+
+    def body(self, messages: Messages) -> dict[str, Any]:
+        """Return the body to send there."""
+        return completion_body(self._rendered(messages), self.common, self.sampling)
+
+    def reader(self) -> Reader:
+        """Return what reads the answer's events."""
+        return CompletionReader(self.common.n_top)
+
+    async def text(self, _runner: Runner, messages: Messages) -> str:
+        """Return the text that the model goes on from."""
+        return self._rendered(messages)
+
+    async def count(self, runner: Runner, messages: Messages) -> int:
+        """Return the tokens that the conversation takes."""
+        return len(await tokens_of(runner, self._rendered(messages)))
+
+    def _rendered(self, messages: Messages) -> str:
+        return self.template.conversation(messages, think=self.common.think)
+
+
+async def tokens_of(runner: Runner, text: str, *, begins: bool = True) -> list[int]:
+    """Return the tokens of a text in which control tokens may stand; ``begins`` where nothing is before it."""
+    words = {"content": text, "add_special": begins, "parse_special": True}
+    return list((await runner.ask("/tokenize", words))["tokens"])
+
+
+def form_of(
+    model: ModelView,
+    common: Common,
+    messages: Messages,
+    sampling: Mapping[str, Any],
+    *,
+    tools: Tools = (),
+    own: str = "",
+) -> Form:
+    """Return the form for this conversation. ``own`` is the template that the request brought along, if any."""
+    by_header = HeadersForm(common, tools, sampling)
+    wanted = own or model.preset.template
+    if not wanted or tools or any(one.images for one in messages):
+        return by_header
+    if not own and ("thinking" in model.capabilities or any(one.tool_calls for one in messages)):
+        return by_header
+    try:
+        form = ModelfilesForm(read_template(wanted), common, sampling)
+        form.body(messages)
+    except TemplateError as error:
+        _log_unusable(model, error)
+        return by_header
+    return form
+
+
+def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
+    """Return the text that asks for what belongs between prompt and suffix, None where no template says how."""
+    wanted = asked.template or model.preset.template
+    try:
+        template = read_template(wanted) if wanted else None
+        return template.infill(asked.prompt, asked.suffix) if template is not None and template.inserts else None
+    except TemplateError as error:
+        _log_unusable(model, error)
+        return None
+
+
+def _log_unusable(model: ModelView, error: TemplateError) -> None:
+    _log.warning("template.not_used", model=model.id, problem=str(error), instead="the model's own")
