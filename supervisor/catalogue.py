@@ -50,6 +50,7 @@ class ModelEntry:
     path: str
     file_bytes: int
     modified_at: float
+    full_name: str = ""  # by which it is found too: an id is the shortest one
     digest: str = ""
     role: Role = Role.CHAT
     architecture: str | None = None
@@ -102,7 +103,8 @@ class Catalogue:
     def replace(self, entries: tuple[ModelEntry, ...]) -> None:
         """Take the result of a scan."""
         self._entries = {entry.id: entry for entry in entries}
-        self._folded = {_folded(entry.id): entry for entry in reversed(entries)}
+        named = [(name, entry) for entry in entries for name in (entry.id, entry.full_name) if name]
+        self._folded = {_folded(name): entry for name, entry in reversed(named)}
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -110,7 +112,7 @@ class Catalogue:
         return tuple(self._entries.values())
 
     def find(self, name: str) -> ModelEntry | None:
-        """Return the model of exactly this id; else of this id with or without Ollama's default tag, in any case."""
+        """Return the model of exactly this id; else of this name with or without Ollama's default tag, in any case."""
         exact = self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
         return exact or self._folded.get(_folded(name))
 
@@ -207,7 +209,7 @@ def _entry(
     if not isinstance(facts, str):
         size_bytes = facts.summary.file_bytes
     version = f"{model_id}\0{size_bytes}\0{modified_at}".encode(errors="replace")
-    entry = ModelEntry(model_id, str(path), size_bytes, modified_at, hashlib.sha256(version).hexdigest())
+    entry = ModelEntry(model_id, str(path), size_bytes, modified_at, digest=hashlib.sha256(version).hexdigest())
     return replace(entry, problem=facts) if isinstance(facts, str) else described(entry, facts, projector)
 
 

@@ -52,7 +52,7 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
         manifest = folder.read(name)
     except StoreError as error:
         return ModelEntry(model_id, str(path), 0, modified_at, problem=str(error))
-    known: dict[str, Any] = {"modified_at": modified_at, "digest": manifest.digest}
+    known: dict[str, Any] = {"modified_at": modified_at, "full_name": str(name), "digest": manifest.digest}
     size_bytes = manifest.size_bytes
     try:
         model, projector, adapters = _files(folder, manifest, model_id)

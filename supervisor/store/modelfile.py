@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,42 +27,47 @@ _LINES: Final = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 _WORD: Final = re.compile(r"\s*(\S*)\s*(.*)", re.DOTALL)
 _QUOTES: Final = ('"""', '"')
 
-_WHOLE: Final = [
-    "draft_num_predict",
-    "main_gpu",
-    "num_batch",
-    "num_ctx",
-    "num_gpu",
-    "num_keep",
-    "num_predict",
-    "num_thread",
-    "repeat_last_n",
-    "seed",
-    "top_k",
-]
-_NUMBERS: Final = [
-    "frequency_penalty",
-    "min_p",
-    "presence_penalty",
-    "repeat_penalty",
-    "temperature",
-    "top_p",
-    "typical_p",
-]
+_WHOLE: Final = ("int", re.compile(r"[+-]?\d{1,18}", re.ASCII), int)
+_NUMBER: Final = ("float", re.compile(r"[+-]?\d{1,18}(\.\d{0,18})?(e[+-]?\d{1,2})?", re.ASCII), float)
+_FLAG: Final = ("bool", re.compile("true|false|t|f|1|0"), lambda text: text in {"true", "t", "1"})
+# api/types.go, Options and Runner: what each is called in an error, looks like as text, and becomes.
+_PARAMETERS: Final[Mapping[str, tuple[str, re.Pattern[str], Callable[[str], Any]]]] = {
+    "draft_num_predict": _WHOLE,
+    "frequency_penalty": _NUMBER,
+    "main_gpu": _WHOLE,
+    "min_p": _NUMBER,
+    "num_batch": _WHOLE,
+    "num_ctx": _WHOLE,
+    "num_gpu": _WHOLE,
+    "num_keep": _WHOLE,
+    "num_predict": _WHOLE,
+    "num_thread": _WHOLE,
+    "presence_penalty": _NUMBER,
+    "repeat_last_n": _WHOLE,
+    "repeat_penalty": _NUMBER,
+    "seed": _WHOLE,
+    "temperature": _NUMBER,
+    "top_k": _WHOLE,
+    "top_p": _NUMBER,
+    "typical_p": _NUMBER,
+    "use_mmap": _FLAG,
+}
 # Ollama takes these still, and does nothing with them.
-_FORGOTTEN: Final = [
-    "f16_kv",
-    "logits_all",
-    "low_vram",
-    "mirostat",
-    "mirostat_eta",
-    "mirostat_tau",
-    "numa",
-    "penalize_newline",
-    "tfs_z",
-    "use_mlock",
-    "vocab_only",
-]
+_FORGOTTEN: Final = frozenset(
+    {
+        "f16_kv",
+        "logits_all",
+        "low_vram",
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "numa",
+        "penalize_newline",
+        "tfs_z",
+        "use_mlock",
+        "vocab_only",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,21 +179,14 @@ def parameter(name: str, value: Any) -> Any:
         if isinstance(stops, list) and all(isinstance(one, str) for one in stops):
             return stops
         raise BadCreate("invalid string value for parameter stop")
-    if name == "use_mmap":
-        if isinstance(value, bool) or str(value).lower() in {"true", "false", "1", "0", "t", "f"}:
-            return str(value).lower() in {"true", "1", "t"}
-        raise BadCreate(f"invalid bool value {_shown(value)} for parameter {name}")
-    if name in _WHOLE:
-        if not isinstance(value, bool) and re.fullmatch(r"[+-]?\d{1,18}(\.0+)?", str(value), re.ASCII):
-            return int(float(value)) if isinstance(value, float) else int(str(value).split(".")[0])
-        raise BadCreate(f"invalid int value {_shown(value)} for parameter {name}")
-    if name in _NUMBERS:
-        if not isinstance(value, bool) and re.fullmatch(
-            r"[+-]?\d{1,18}(\.\d{0,18})?(e[+-]?\d{1,2})?", str(value), re.ASCII
-        ):
-            return float(value)
-        raise BadCreate(f"invalid float value {_shown(value)} for parameter {name}")
-    raise BadCreate(f"unknown parameter {_shown(name)}")
+    if name not in _PARAMETERS:
+        raise BadCreate(f"unknown parameter {_shown(name)}")
+    kind, pattern, made = _PARAMETERS[name]
+    whole = isinstance(value, float) and value.is_integer() and kind == "int"
+    text = str(int(value) if whole else value).lower()
+    if not pattern.fullmatch(text) or (isinstance(value, bool) and kind != "bool"):
+        raise BadCreate(f"invalid {kind} value {_shown(value)} for parameter {name}")
+    return made(text)
 
 
 def _shown(value: Any) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import anyio
+import structlog
 
 from supervisor.api import Progress, StoreError
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.store")
 
 Tell = Callable[[Progress], None]
 Work = Callable[[Tell], Awaitable[None]]
@@ -40,6 +43,9 @@ class Shared:
                 await self._work(self._tell)
         except StoreError as error:
             self._error = error
+        except Exception as error:  # noqa: BLE001 - a defect ends one piece of work, not the service; its story is told
+            _log.exception("store.failed")
+            self._error = StoreError(f"the store failed: {type(error).__name__}: {error}")
         finally:
             self._over = True
             self._forget()

@@ -131,7 +131,7 @@ def test_models_are_found_by_any_spelling_of_their_names(tmp_path: Path, gguf: b
     put_model(tmp_path, f"{HOST}/library/Mixed/latest", [("model", gguf)])
     catalogue = Catalogue()
     catalogue.replace(scan(StoreFolder(tmp_path), read_model))
-    for name in ("Mixed", "mixed", "MIXED:latest", "Mixed:LATEST"):
+    for name in ("Mixed", "mixed", "MIXED:latest", "Mixed:LATEST", f"{HOST}/library/mixed"):
         found = catalogue.find(name)
         assert found is not None
         assert found.id == "Mixed:latest"

@@ -62,3 +62,10 @@ def test_a_model_is_pulled_asked_copied_and_deleted_through_the_service(
         assert service.request("DELETE", "/api/delete", {"model": name}).status == 200
     assert not {"tiny:1b", "own:latest", "me/other:2"} & set(tags(service))
     assert list((tmp_path / "store" / "blobs").iterdir()) == []
+
+
+def test_a_user_who_has_only_a_store_needs_no_folder_of_files(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
+    put_model(tmp_path / ".ollama/models", f"{HOST}/library/tiny/1b", [("model", chat_model)])
+    service = serve(PLANNER_MODELS="", PLANNER_STORE="", HOME=str(tmp_path), XDG_DATA_HOME=str(tmp_path / "data"))
+    assert service.get("/readyz")["ready"]
+    assert list(tags(service)) == ["tiny:1b"]
