@@ -58,11 +58,6 @@ class Way(NamedTuple):
         """Return the least seconds for each number of devices that makes a split of this mode."""
         return {count: s for count, s in chain.seconds.items() if self.least <= count <= self.most}
 
-    def on(self, indices: Sequence[int]) -> Way:
-        """Return the way with these devices and no others."""
-        bins = tuple(self.problem.bins[index] for index in indices)
-        return self._replace(problem=replace(self.problem, bins=bins))
-
     def has(self, mode: Mode, split: Split) -> bool:
         """Say whether this split in that mode is one of this way."""
         return mode is self.mode and self.least <= len(split.segments) <= self.most
@@ -169,7 +164,7 @@ class Best:
         self._accounted(knobs.with_context(settled, trained), choice)
         low, high = floor // CONTEXT_ALIGNMENT, -(-trained // CONTEXT_ALIGNMENT)
         for _ in range(MAX_CONTEXT_ROUNDS):
-            guess = self._longest_expected(settled, low, high, limit_s, best)
+            guess = self._longest_expected(settled, low, high, limit_s)
             if guess == low:
                 break
             attempt = self.at(knobs.with_context(settled, guess * CONTEXT_ALIGNMENT), limit_s)
@@ -179,24 +174,16 @@ class Best:
                 low, best = guess, attempt
         return best
 
-    def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float, near: Candidate) -> int:
-        """Return the largest number of steps between these for which a split is expected to fit, as one near did.
+    def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float) -> int:
+        """Return the largest number of steps between these for which a split is expected to fit.
 
-        The next step is tried first: it ends a search that is at its end. Then the devices of the near one are asked,
-        and others only for what is longer than they hold.
+        The next step is tried first: it ends a search that is at its end.
         """
-
-        def fits(steps: int, *, near_only: bool) -> bool:
-            request = knobs.with_context(settled, steps * CONTEXT_ALIGNMENT)
-            return self._fits(request, limit_s, near if near_only else None)
-
-        for near_only in (True, False):
-            if high - low <= 1 or not fits(low + 1, near_only=near_only):
-                continue
-            low, over = low + 1, high
-            while over - low > 1:
-                middle = (low + over) // 2
-                low, over = (middle, over) if fits(middle, near_only=near_only) else (low, middle)
+        middle = low + 1
+        while high - low > 1:
+            request = knobs.with_context(settled, middle * CONTEXT_ALIGNMENT)
+            low, high = (middle, high) if self._fits(request, limit_s) else (low, middle)
+            middle = (low + high) // 2
         return low
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -228,13 +215,9 @@ class Best:
         if Mode.WITH_HOST in self.modes and pinned in {None, "auto"}:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),)
 
-    def _fits(self, request: PlanRequest, limit_s: float, near: Candidate | None) -> bool:
-        """Say whether some split is expected to fit and to be this fast, on the devices of one near or on any."""
-        question = self.question(request)
-        ways = (way for tier in self.tiers(question, request) for way in tier)
-        if near is not None:
-            same = [index for index, device in enumerate(self.devices) if device.name in near.placement.devices]
-            ways = (way.on(same) for way in ways)
+    def _fits(self, request: PlanRequest, limit_s: float) -> bool:
+        """Say whether some split is expected to fit and to be this fast."""
+        ways = (way for tier in self.tiers(self.question(request), request) for way in tier)
         return any(way.by_count(way.chained(limit_s)) for way in ways)
 
     def _choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:

@@ -55,9 +55,10 @@ class Chain:
         if len(before) <= problem.max_bins:
             after.append([inf] * (len(problem.reads) + 1))
         rest = range(index, len(problem.bins))
-        for count, state in enumerate(before[: len(after) - 1]):
-            if problem.all_bins and count < index:
-                continue
-            if starts := self._tables.promising(state, rest):
-                self._tables.of(index, first=not count).take(state, starts, after[count + 1])
+        counts = range(index if problem.all_bins else 0, len(after) - 1)
+        ways = [(count, starts) for count in counts if (starts := self._tables.promising(before[count], rest))]
+        lowest = min((starts[0] for _, starts in ways), default=0)
+        for count, starts in ways:
+            table = self._tables.of(index, first=not count, lowest=lowest)
+            table.take(before[count], starts, after[count + 1])
         self._states.append(after)

@@ -201,12 +201,13 @@ class Tables:
         seconds = (read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads)
         return [s if allowed in {None, count} else inf for count, s in enumerate(seconds)]
 
-    def of(self, index: int, *, first: bool) -> _Table:
-        """Return what this bin can take as the first one or a later one."""
+    def of(self, index: int, *, first: bool, lowest: int = 0) -> _Table:
+        """Return what this bin can take as the first one or a later one, from this slot on at least."""
         key = (self.twins[index], first)
-        if key not in self._by_role:
+        if key not in self._by_role or self._by_role[key].lowest > lowest:
             bin_ = self._problem.bins[index]
-            self._by_role[key] = _Table(self._problem, bin_, self._reads, self._most_extra_s(bin_), first=first)
+            most_extra_s = self._most_extra_s(bin_)
+            self._by_role[key] = _Table(self._problem, bin_, self._reads, most_extra_s, lowest, first=first)
         return self._by_role[key]
 
     def _most_extra_s(self, bin_: Bin) -> float:
@@ -281,8 +282,11 @@ def bound_s(problem: Problem) -> float:
 class _Table:
     """What one bin can take and what that costs, in the role of the first or of a later one."""
 
-    def __init__(self, problem: Problem, bin_: Bin, reads: list[float], most_extra_s: float, *, first: bool) -> None:
+    def __init__(
+        self, problem: Problem, bin_: Bin, reads: list[float], most_extra_s: float, lowest: int, *, first: bool
+    ) -> None:
         self._problem, self._bin, self._first, self._most_extra_s = problem, bin_, first, most_extra_s
+        self.lowest = lowest
         self._crossings_s = 2 * bin_.crossing_s
         self._minus_reads_s = [-read / bin_.bytes_per_s for read in reads]
         self._sizes = [0, *accumulate(bin_.sizes)]
@@ -298,7 +302,7 @@ class _Table:
             bisect_left(self._sizes, size - self._bin.room(first=first, output=False)) for size in self._sizes
         ]
         self._wholes[-1] = bisect_left(self._sizes, self._sizes[-1] - self._room(len(bin_.sizes)))
-        self._rows: list[_Row | None] = [None, *map(self._row, range(1, len(reads)))]
+        self._rows = [None if end <= lowest else self._row(end) for end in range(len(reads))]
 
     def take(self, state: list[float], starts: range, into: list[float]) -> None:
         """Take slots from one of these starts of a state, as many as there is room for, to any end."""
@@ -356,7 +360,7 @@ class _Table:
         first_part, slots_until = self._first_part, self._slots_until
         last_part, lacking, most_extra_s = first_part[end], sizes[end] - self._room(end), self._most_extra_s
         extra: list[float] = []
-        for start in range(min(whole, end) - 1, -1, -1):
+        for start in range(min(whole, end) - 1, self.lowest - 1, -1):
             begin = first_part[start]
             until = bisect_left(spill_sizes, spill_sizes[begin] + lacking - sizes[start])
             if until > last_part or slots_until[until] - slots_until[begin] > most:
