@@ -241,7 +241,7 @@ def test_unknown_words_are_wrong_usage(planner: Any, words: Sequence[str]) -> No
 
 def test_several_models_are_one_question(planner: Any, chat_model: Path, endless_model: Path) -> None:
     """The documents come in the order of the words; what fits alone need not fit beside another."""
-    words = ("explain", str(endless_model), str(chat_model), "-ngl", "all", "-c", "1024", "--json")
+    words = ("explain", str(endless_model), str(chat_model), "-ngl", "all", "-c", "1024", "-ub", "512", "--json")
     roomy = planner(*words, "--device", "RPC0=64MiB")
     assert (roomy.returncode, document(roomy)["fits"]) == (0, True)
     assert [plan["model"]["path"] for plan in document(roomy)["plans"]] == [str(endless_model), str(chat_model)]
@@ -252,7 +252,7 @@ def test_several_models_are_one_question(planner: Any, chat_model: Path, endless
 
 
 def test_everything_on_devices_can_be_required(planner: Any, endless_model: Path) -> None:
-    words = ("explain", str(endless_model), "--require", "gpu", "-c", "1024", "--json")
+    words = ("explain", str(endless_model), "--require", "gpu", "-c", "1024", "-ub", "512", "--json")
     assert planner(*words, "--device", "RPC0=64MiB").returncode == 0
     tight = planner(*words, "--device", "RPC0=10MiB")
     assert tight.returncode == 3

@@ -51,7 +51,7 @@ def total(result: Together, name: str) -> int:
     return sum(usage.known_bytes for plan in plans for usage in plan.usages if usage.name == name)
 
 
-WHOLE = PlanRequest(n_ctx=1024, n_gpu_layers="all")
+WHOLE = PlanRequest(n_ctx=1024, n_ubatch=512, n_gpu_layers="all")  # nothing is left that could give way
 
 
 @pytest.fixture
