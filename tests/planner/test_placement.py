@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from planner import flags
 from planner.build import PINNED_BUILD
 from planner.errors import InvalidRequest
-from planner.explain import headline
 from planner.model import ModelFacts, read_model
 from planner.search import knobs
 from planner.search.longest import STEP
@@ -23,7 +22,6 @@ from planner.search.placement import search
 from planner.types import (
     HOST,
     HOST_POOL,
-    UNKNOWN_FIGURE,
     Device,
     DeviceKind,
     DeviceName,
@@ -383,19 +381,17 @@ def test_what_nobody_can_say_is_left_to_llama_cpp_and_said_so(model: ModelFacts)
 def test_what_the_flags_place_is_launched_so_and_keeps_its_known_figures(
     unknown_graph: ModelFacts, words: str, sizes: tuple[int, ...], devices: tuple[str, ...]
 ) -> None:
-    """Only the compute buffers have no rule then: weights and caches are exact, and nothing is left to llama.cpp."""
+    """Only the compute buffers are bounds then: weights and caches are exact, and nothing is left to llama.cpp."""
     outcome = plan(unknown_graph, flags.parse(words.split()).request, machine(*sizes))
     assert isinstance(outcome, Plan)
     assert not outcome.fit_by_llama
-    assert not outcome.is_known
+    assert outcome.is_known
     assert outcome.placement.devices == devices
     assert outcome.launch.argv[outcome.launch.argv.index("--fit") + 1] == "off"
     for usage in (usage for usage in outcome.usages if usage.layers):
         assert usage.model.source is usage.context.source is Source.EXACT
-        assert usage.compute == UNKNOWN_FIGURE
-        assert usage.planned_bytes is None
-    assert any("the compute graph of" in warning for warning in outcome.warnings)
-    assert "not known" in headline(outcome)
+        assert usage.compute.source is Source.ESTIMATED
+        assert usage.planned_bytes is not None
 
 
 def test_what_is_known_to_be_too_much_is_refused(unknown_graph: ModelFacts) -> None:
