@@ -247,7 +247,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "starcoder": Shape(norm="norm", rope=Rope.NONE, learned_positions=True, ffn=_GELU),
     "starcoder2": Shape(norm="norm", ffn=_GELU),
     "t5": Shape(rope=Rope.NONE, output_norm="dec.output_norm", carries_more=True),
-    "t5encoder": Shape(rope=Rope.NONE, output_norm="enc.output_norm"),
+    "t5encoder": Shape(rope=Rope.NONE, output_norm="enc.output_norm", carries_more=True),
     "talkie": Shape(carries_more=True, query_norm=QueryNorm.AFTER_ROPE, logit_scale=When.ALWAYS),
     "xverse": Shape(),
 }
