@@ -76,7 +76,7 @@ async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, tell: Tell)
     async def source(span: str) -> AsyncIterator[aiohttp.ClientResponse]:
         same = {} if not file.etag or file.etag.startswith("W/") else {"If-Range": file.etag}
         async with fetcher.get(url, {"Range": span, **same}) as answer:
-            await check(answer.response, str(url.with_query(None)))
+            await check(answer.response, _shown(url))
             yield answer.response
 
     digest = None if file.sha256 is None else f"sha256:{file.sha256}"
@@ -93,7 +93,7 @@ async def _ask(fetcher: Fetcher, url: URL) -> _File:
     """Ask for the first byte, which tells how many there are. Raises Transient, RegistryFailed."""
     async with fetcher.get(url, {"Range": "bytes=0-0"}) as answer:
         response = answer.response
-        await check(response, str(url.with_query(None)))
+        await check(response, _shown(url))
         ranged = _LENGTH.fullmatch(response.headers.get("Content-Range", ""))
         size_bytes = int(ranged[1]) if ranged is not None else response.content_length
         etag = response.headers.get("ETag", "")
@@ -102,6 +102,11 @@ async def _ask(fetcher: Fetcher, url: URL) -> _File:
         raise RegistryFailed(f"{url.host} does not say how long {url.name} is")
     sha256 = next((tag.strip('"') for tag in tags if _SHA256.fullmatch(tag.strip('"'))), None)
     return _File(size_bytes, etag, sha256)
+
+
+def _shown(url: URL) -> str:
+    """Return an address for an error line: without the secrets that user and query may be."""
+    return str(url.with_user(None).with_query(None))
 
 
 def _keep(folder: StoreFolder, name: ModelName, digest: str) -> set[str]:

@@ -54,7 +54,7 @@ _PARAMETERS: Final[Mapping[str, tuple[str, re.Pattern[str], Callable[[str], Any]
 }
 # Ollama takes these still, and does nothing with them.
 _FORGOTTEN: Final = frozenset(
-    {
+    [
         "f16_kv",
         "logits_all",
         "low_vram",
@@ -66,7 +66,7 @@ _FORGOTTEN: Final = frozenset(
         "tfs_z",
         "use_mlock",
         "vocab_only",
-    }
+    ]
 )
 
 

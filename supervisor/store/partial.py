@@ -54,9 +54,14 @@ class Partial:
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._take_lock()
+        except BaseException:
+            self.__exit__()
+            raise
+        try:
             self._counts = os.open(self._counts_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             self._resume()
-        except BaseException:
+        except OSError:
+            self.discard()
             self.__exit__()
             raise
         return self
@@ -115,8 +120,10 @@ class Partial:
         sync_folder(path.parent)
 
     def discard(self) -> None:
-        """Leave nothing of it behind."""
-        for path in (self._path, self._counts_path):
+        """Leave nothing of it behind, where the lock is ours."""
+        if self._file < 0:
+            return
+        for path in (self._counts_path, self._path):
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -153,7 +160,8 @@ class Partial:
         with suppress(ValueError, KeyError, TypeError):
             counts = json.loads(os.pread(self._counts, os.fstat(self._counts).st_size, 0))
             done, part_bytes = counts["done"], counts["part"]
-            if counts["total"] == self.total_bytes and part_bytes > 0:
+            same = counts["total"] == self.total_bytes == os.fstat(self._file).st_size
+            if same and part_bytes > 0:
                 self.part_bytes = part_bytes
                 self.done = [min(int(count), part_bytes) for count in done]
                 if len(done) == self._n_parts():

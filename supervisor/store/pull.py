@@ -29,9 +29,7 @@ async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: T
     except Transient as error:
         raise RegistryFailed(f"pull model manifest: {error}") from error
     if not manifest.of_kind(manifests.MODEL):
-        raise RegistryFailed(
-            f"{name} holds no GGUF model, so that llama-server could not serve it: nothing was fetched"
-        )
+        raise RegistryFailed(f"{name} holds no GGUF model: llama-server could not serve it, and nothing was fetched")
     wanted = [Wanted(blob.size_bytes, bind(registry.blob, blob.digest), blob.digest) for blob in manifest.blobs]
     async with Fetch(folder, tell) as fetch:
         await fetch.blobs(wanted)

@@ -113,3 +113,14 @@ def test_the_name_of_a_file_comes_from_its_address_and_is_always_one(address: st
 def test_a_part_of_a_split_model_is_refused_by_its_name() -> None:
     with pytest.raises(BadModelName, match="one part of a split model"):
         hub.name_of(URL("https://h.org/user/repo/resolve/main/big-00001-of-00003.gguf"))
+
+
+async def test_what_may_be_secret_in_an_address_is_not_told(store: ModelStore) -> None:
+    async def answer(_request: web.Request) -> web.StreamResponse:
+        return web.Response(status=404)
+
+    async with web_server(answer) as server:
+        address = f"http://me:hidden@{server.host}/a.gguf?token=hidden"
+        with pytest.raises(RegistryFailed, match="file does not exist") as caught:
+            await said(store.pull(address, insecure=True))
+    assert "hidden" not in str(caught.value)

@@ -94,14 +94,30 @@ async def test_a_redirect_is_followed_and_takes_no_token_along(tmp_path: Path) -
     assert StoreFolder(tmp_path).blob(digest_of(MODEL)).read_bytes() == MODEL
 
 
-async def test_a_server_that_knows_no_ranges_is_read_from_the_start(tmp_path: Path) -> None:
-    async def answers(request: web.Request) -> web.StreamResponse | None:
-        name = request.path.rpartition("/")[2]
-        return web.Response(body=BLOBS[name]) if name in BLOBS else None
+@pytest.mark.parametrize("model", [MODEL, MODEL * 33], ids=["one part", "parts at once"])
+async def test_a_server_that_knows_no_ranges_is_read_from_the_start(model: bytes, tmp_path: Path) -> None:
+    digest = digest_of(model)
 
-    async with web_server(registry_that(answers)) as server:
+    async def answers(request: web.Request) -> web.StreamResponse | None:
+        return web.Response(body=model) if request.path.endswith(digest) else None
+
+    document = manifest(size_bytes=len(model), digest=digest)
+    async with web_server(registry_that(answers, document)) as server:
         assert (await pulled(server, tmp_path))[-1] == "success"
-    assert StoreFolder(tmp_path).blob(digest_of(MODEL)).read_bytes() == MODEL
+    assert StoreFolder(tmp_path).blob(digest).read_bytes() == model
+
+
+async def test_counts_without_their_bytes_are_not_believed(tmp_path: Path) -> None:
+    """As a power cut, or a kill between two renames, may leave them."""
+    folder = StoreFolder(tmp_path)
+    folder.blobs.mkdir()
+    counts = {"total": len(MODEL), "part": len(MODEL), "done": [len(MODEL)]}
+    partial = folder.blobs / f"partial-{digest_of(MODEL).replace(':', '-')}"
+    for text in (json.dumps(counts), "{", "[]", '{"total": 1, "part": 0, "done": ["x"]}'):
+        partial.with_name(f"{partial.name}.parts").write_text(text)
+        async with web_server(registry_that(nothing)) as server:
+            assert (await pulled(server, tmp_path))[-1] == "success"
+        folder.blob(digest_of(MODEL)).unlink()
 
 
 async def test_an_answer_that_breaks_off_is_taken_up_where_it_ended(tmp_path: Path) -> None:
