@@ -8,7 +8,7 @@ from typing import Final
 
 from planner.requirement import left_on_host
 from planner.text import rate, size
-from planner.types import HOST, Device, DeviceKind, DeviceName, Machine, Plan, PlanOutcome
+from planner.types import HOST, DecodeEstimate, Device, DeviceKind, DeviceName, Machine, Plan, PlanOutcome
 from planner.units import GIB
 
 MAX_DEVICES_TRIED: Final = 3  # each takes one more search, and somebody waits for the answer
@@ -21,16 +21,30 @@ def limits(plan: Plan) -> Iterator[str]:
     if plan.fit_by_llama:
         return
     if plan.decode is not None and len(plan.decode.parts) > 1:
-        whole = 1 / plan.decode.tokens_per_second
-        slowest = max(plan.decode.parts, key=lambda part: part.seconds)
-        place = "the CPU, from this machine's own memory" if slowest.place == HOST else slowest.place
-        yield f"speed: {100 * slowest.seconds / whole:.0f} % of a token's time is spent reading on {place}"
+        yield from _of_speed(plan, plan.decode)
     if is_short(plan):
         on_devices = [usage for usage in plan.usages if usage.layers and usage.kind is not DeviceKind.HOST]
         full = [usage for usage in on_devices if usage.headroom_bytes is not None and usage.headroom_bytes < FULL_BELOW]
         if full:
             left = ", ".join(f"{usage.name} ({size(usage.headroom_bytes)} left)" for usage in full)
             yield f"memory: no more fits on {left}"
+
+
+def _of_speed(plan: Plan, decode: DecodeEstimate) -> Iterator[str]:
+    """Yield where most of a token's time goes, and why a device has most of the model."""
+    slowest = max(decode.parts, key=lambda part: part.seconds)
+    share = f"{100 * slowest.seconds * decode.tokens_per_second:.0f} % of a token's time is spent reading"
+    if slowest.place == HOST:
+        held = next((usage.model.bytes for usage in plan.usages if usage.kind is DeviceKind.HOST), None)
+        read = f"{size(slowest.read_bytes)} of the {size(held)} that this machine's memory holds"
+        yield f"speed: {share} on the CPU, {read}"
+    else:
+        yield f"speed: {share} on {slowest.place}"
+    on_devices = [part for part in decode.parts if part.place != HOST]
+    most = max(on_devices, key=lambda part: part.read_bytes, default=None)
+    others = [part.bytes_per_second for part in on_devices if part is not most]
+    if most is not None and others and most.bytes_per_second > max(others) * (1 + WORTH_SAYING):
+        yield f"{most.place} holds most of it because it reads fastest: {most.bytes_per_second / 1e9:,.0f} GB/s"
 
 
 def is_short(plan: Plan) -> bool:

@@ -70,6 +70,16 @@ def test_layers_that_did_not_fit_come_to_the_device(model: ModelFacts) -> None:
     assert any("reading on the CPU" in line for line in limits(plan))
 
 
+def test_the_card_that_has_most_because_it_is_fast_is_named(model: ModelFacts) -> None:
+    plans = planning(model, PlanRequest(n_ctx=16_384, n_gpu_layers="all"))
+    needed = planned(plans, machine(GIB)).usages[0].known_bytes
+    slow, fast = machine(needed * 2 // 3, needed * 9 // 10).devices
+    cards = (replace(slow, bandwidth_bytes_per_s=10**11), replace(fast, bandwidth_bytes_per_s=10**12))
+    plan = planned(plans, replace(machine(), devices=cards))
+    assert set(plan.placement.devices) == {"RPC0", "RPC1"}
+    assert "RPC1 holds most of it because it reads fastest: 1,000 GB/s" in limits(plan)
+
+
 def test_where_everything_fits_nothing_is_bought_and_nothing_planned(model: ModelFacts) -> None:
     where = machine(2 * GIB)
     plan = planned(planning(model, PlanRequest()), where)
