@@ -48,6 +48,8 @@ class Settings(BaseSettings):
     cards: Path
     max_loaded_models: int
     max_queue: int
+    client_queue: int | None
+    queue_timeout: float
     keep_alive: float
     load_timeout: float
     drain_timeout: float

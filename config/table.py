@@ -319,6 +319,20 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         ollama=True,
     ),
     Setting(
+        "CLIENT_QUEUE",
+        optional(whole_number(1, MAX_QUEUE), none="0", meaning="as many as MAX_QUEUE"),
+        None,
+        "Requests of one client (its key, else its address) that may wait; one more is answered 429.",
+        unit="requests",
+    ),
+    Setting(
+        "QUEUE_TIMEOUT",
+        duration(forever="wait for ever", zero_is_forever=True),
+        600.0,
+        "How long a request may wait for its model in all; then it is answered 503.",
+        unit="seconds",
+    ),
+    Setting(
         "KEEP_ALIVE",
         duration(forever="never unload"),
         300.0,

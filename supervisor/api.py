@@ -13,7 +13,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from planner.types import Machine, Role, Shortfall
+from planner.types import Decision, Machine, Role, Shortfall
 
 
 class Fault(StrEnum):
@@ -209,10 +209,30 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceLedger:
+    """One device's account: what its driver calls free, and what of it is or was our runners'.
+
+    ``held_bytes`` is what our runners hold, ``promised_bytes`` the part of it that loads are about to take,
+    ``settling_bytes`` what was given back so lately that the driver may still show it as used, ``cap_bytes`` the most
+    that they may hold while memory is another program's (None: no limit), ``difference_bytes`` what they turned out to
+    hold beyond their plans (None: not measured).
+    """
+
+    device: str
+    free_bytes: int | None
+    held_bytes: int
+    promised_bytes: int
+    settling_bytes: int
+    cap_bytes: int | None
+    difference_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunnerView:
     """One runner as it is at this moment. ``state`` is a value of ``supervisor.core.runner.RunnerState``.
 
-    ``plan`` is what ``planner explain --json`` prints. Times are seconds since the epoch.
+    ``plan`` is what ``planner explain --json`` prints, ``remedies`` what was changed since it ran out of memory. Times
+    are seconds since the epoch.
     """
 
     id: str
@@ -233,6 +253,7 @@ class RunnerView:
     plan: Mapping[str, Any] | None
     uses: tuple[DeviceUse, ...]
     last_failure: FailureView | None
+    remedies: tuple[Decision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +324,7 @@ class Snapshot:
     queue_limit: int
     counters: Mapping[str, ModelCounters] = field(default_factory=lambda: MappingProxyType({}))
     warnings: tuple[str, ...] = ()
+    ledger: tuple[DeviceLedger, ...] = ()
 
 
 class Runtime(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from supervisor.gateway.access import Clients
 from supervisor.gateway.app import CLIENTS, build_app, make_runner
 from supervisor.gateway.options import GatewayOptions
 from supervisor.inventory import Inventory
+from supervisor.learned import Learned
 from supervisor.notify import Notifier
 from supervisor.operator_files import OperatorFiles
 from supervisor.planning import PlanningProcess
@@ -83,6 +83,7 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
             planning,
             store=folder,
             folder_optional=models_origin == DEFAULT_ORIGIN,
+            learned=Learned(settings.state_dir),
         )
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
@@ -162,7 +163,9 @@ def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptio
     limits = Limits(
         max_loaded_models=settings.max_loaded_models or None,
         max_queue=max(1, settings.max_queue),  # the request that causes a load waits for it
-        keep_alive_s=None if math.isinf(settings.keep_alive) else settings.keep_alive,
+        client_queue=settings.client_queue,
+        queue_timeout_s=settings.queue_timeout,
+        keep_alive_s=settings.keep_alive,
         load_timeout_s=settings.load_timeout,
         drain_timeout_s=settings.drain_timeout,
     )

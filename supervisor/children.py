@@ -104,7 +104,7 @@ class Children:
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
         about = {"model": command.model, "runner": command.runner, "generation": command.generation}
-        launch = command.plan.plan.launch
+        launch = command.plan.launch
         api_key = secrets.token_urlsafe(KEY_BYTES)
         env = {**self._environ, **launch.env, "LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
         # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.

@@ -11,6 +11,8 @@ import anyio
 import structlog
 from anyio import to_thread
 
+from config.model_settings import ModelSettings
+from planner.errors import InvalidRequest
 from planner.types import LlamaBuild, Machine, Role
 from supervisor import catalogue
 from supervisor.api import BadModel, PlannerFailed, UnknownModel, WrongRole
@@ -18,6 +20,8 @@ from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import PlanProblem
+from supervisor.learned import Learned
+from supervisor.model_request import request_of
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import (
     Details,
@@ -57,12 +61,14 @@ class Inventory:
         *,
         store: StoreFolder | None = None,
         folder_optional: bool = False,
+        learned: Learned | None = None,
         rescan_every_s: float = RESCAN_EVERY_S,
     ) -> None:
         self._places = ScanModels(models, store, folder_optional)
         self._stamp = 0
         self._rescan_every_s = rescan_every_s
         self._planning = planning
+        self._learned = learned or Learned()
         self._catalogue = Catalogue()
         self._scanning = anyio.Lock()
         self._scanned_at = -math.inf
@@ -200,9 +206,22 @@ class Inventory:
         missing = self._problems.get(LLAMA_SERVER)
         if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:
             return Planned(command.model, command.revision, PlanProblem(missing, ours=True))
-        situation = Situation(self.machine, command.held, command.promised, command.gone)
+        settings = command.launch if isinstance(command.launch, ModelSettings) else ModelSettings()
+        try:
+            request = request_of(entry, settings, command.options)
+        except InvalidRequest as error:
+            return Planned(command.model, command.revision, PlanProblem(str(error)))
+        held, promised = command.held_bytes(), command.held_bytes(loading=True)
         question = MakePlan(
-            entry.path, entry.role, entry.mmproj, entry.adapters, situation, assume_empty=command.assume_empty
+            model=command.model,
+            path=entry.path,
+            request=request,
+            situation=Situation(self.machine, held, promised, command.gone),
+            neighbours=command.neighbours,
+            surplus=command.surplus,
+            caps=command.caps,
+            margins=command.margins,
+            learned=self._learned.by_device(self.machine),
         )
         try:
             answer = await self._planning.ask(question)
@@ -215,6 +234,10 @@ class Inventory:
             case _:
                 reason = answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}"
                 return Planned(command.model, command.revision, PlanProblem(reason, ours=True))
+
+    def learn(self, device: str, size_bytes: int, model: str) -> None:
+        """Remember that a runner takes so much on a device beside llama.cpp's buffers."""
+        self._learned.learn(self.machine, device, size_bytes, model)
 
     def _take(self, found: Surroundings) -> None:
         """Remember what was found, and log what is new about it."""

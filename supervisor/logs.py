@@ -10,7 +10,7 @@ import anyio
 import structlog
 
 from supervisor.core import loglines
-from supervisor.core.loglines import BufferKind, BufferSize, ErrorLine, Fact
+from supervisor.core.loglines import BufferKind, BufferSize, ErrorLine, Fact, Shortage
 
 MAX_LINE_BYTES: Final = 4096  # longer lines are metadata dumps (chat templates); their beginning tells all
 KEPT_LINES: Final = 200  # a load prints about 170 lines, so the ring holds the story of a failed one
@@ -62,8 +62,8 @@ class ChildLog:
         return loglines.last_words(self._errors)
 
     @property
-    def shortage(self) -> str | None:
-        """Return in words whose memory ran out, None where the child did not die of that."""
+    def shortage(self) -> Shortage | None:
+        """Return whose memory ran out, None where the child did not die of that."""
         return loglines.shortage(self._errors, self._buffer_devices)
 
     async def lines(self, *, follow: bool) -> AsyncGenerator[str, None]:

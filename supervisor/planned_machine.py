@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -40,12 +40,12 @@ def _grown(memory: Memory, given_back: int) -> Memory:
     return replace(memory, free_bytes=free_bytes if memory.total_bytes is None else min(free_bytes, memory.total_bytes))
 
 
-def without_workers(machine: Machine, leased: frozenset[str]) -> Machine:
-    """Return the machine without the workers that serve a runner: each serves one client at a time."""
-
-    def free_for_us(device: Device) -> Device:
-        if device.endpoint not in leased:
-            return device
-        return replace(device, usable=False, why_not=f"the worker {device.endpoint} serves another runner")
-
-    return replace(machine, devices=tuple(free_for_us(device) for device in machine.devices))
+def without(machine: Machine, leaves_out: Callable[[Device], bool], why_not: str) -> Machine:
+    """Return the machine on which these devices, as ``leaves_out`` says, cannot be used, and why not."""
+    return replace(
+        machine,
+        devices=tuple(
+            replace(device, usable=False, why_not=why_not) if leaves_out(device) else device
+            for device in machine.devices
+        ),
+    )

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
-from planner.types import LlamaBuild, Machine, Role
+from planner.types import LearnedOverhead, LlamaBuild, Machine, PlanRequest
 from supervisor.catalogue import ModelEntry
-from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.core.types import ModelId, Neighbour, PlanOutcome
 from supervisor.store.folder import StoreFolder
 
 LENGTH_BYTES: Final = 8
@@ -21,7 +21,7 @@ LENGTH_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What our runners do to the machine that is looked at, in the terms of ``supervisor.core.commands.PlanModel``.
+    """What our runners do to the machine that is looked at: hold by device, part of it ``promised``, or ``gone``.
 
     ``known`` is the machine as it was last told: a worker that had to be replaced learns the names of what is in use.
     """
@@ -77,21 +77,27 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``."""
+    """Ask for a plan; answered by ``PlanAnswer``. See ``supervisor.core.commands.PlanModel``.
 
+    ``learned`` is what runners turned out to take beside llama.cpp's buffers, by device.
+    """
+
+    model: ModelId
     path: str
-    role: Role
-    mmproj: str | None
-    adapters: tuple[str, ...]
+    request: PlanRequest
     situation: Situation
-    assume_empty: bool
+    neighbours: tuple[Neighbour, ...]
+    surplus: int
+    caps: Mapping[str, int]
+    margins: Mapping[str, int]
+    learned: Mapping[str, LearnedOverhead]
 
 
 @dataclass(frozen=True, slots=True)
 class PlanAnswer:
     """A plan or why there is none, and what it was made for."""
 
-    outcome: LoadPlan | DoesNotFit | PlanProblem
+    outcome: PlanOutcome
     surroundings: Surroundings
 
 

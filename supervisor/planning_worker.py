@@ -15,30 +15,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 from config import light
 from gpu.detect import Detected, detect
 from gpu.llama import Search
-from planner import budget, companions, explain, gguf, launch, oracle
+from planner import companions, gguf, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.search import placement
-from planner.types import (
-    DeviceKind,
-    Machine,
-    NoFit,
-    Plan,
-    PlanRequest,
-    Refused,
-)
+from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
 from supervisor.catalogue import scan
-from supervisor.core.pinning import PinnedDevice
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
-from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
-from supervisor.planned_machine import emptied, without_workers
+from supervisor.core.types import PlanOutcome, PlanProblem
+from supervisor.placing import Placing
 from supervisor.planning_messages import (
     Answer,
     Details,
@@ -150,36 +141,25 @@ class Worker:
             time.sleep(SETTLE_POLL_S)
 
     def _plan(self, question: MakePlan) -> PlanAnswer:
-        leased = self._leased(question.situation)
-        detected = self._look(question.situation, leased)
-        return PlanAnswer(self._search(question, detected, leased), _surroundings(detected))
+        detected = self._look(question.situation, self._leased(question.situation))
+        return PlanAnswer(self._outcome(question, detected), _surroundings(detected))
 
-    def _search(
-        self, question: MakePlan, detected: Detected, leased: frozenset[str]
-    ) -> LoadPlan | DoesNotFit | PlanProblem:
+    def _outcome(self, question: MakePlan, detected: Detected) -> PlanOutcome:
         if (not_found := detected.llama.not_found()) is not None:
             return PlanProblem(not_found, ours=True)
-        situation = question.situation
-        if question.assume_empty:
-            machine, policy = emptied(detected.machine, situation.held), from_settings(self._settings)
-        else:
-            machine = without_workers(detected.machine, leased)
-            policy = from_settings(self._settings, held=situation.held, promised=situation.promised)
-        request = PlanRequest(role=question.role, mmproj=question.mmproj, lora=question.adapters or None)
+        request = question.request
         try:
             facts = companions.attach(self._read(question.path), request)
-            build = detected.llama.build
-            machine = budget.with_overheads(machine, policy)
-            outcome = placement.search(facts, request, machine, policy, build, oracle.ask(build))
         except PlannerError as error:
             return PlanProblem(str(error))
-        match outcome:
-            case Plan():
-                return _load_plan(outcome, machine)
-            case NoFit(causes=causes):
-                return DoesNotFit(explain.headline(outcome), causes)
-            case Refused():
-                return PlanProblem(explain.headline(outcome))
+        build = detected.llama.build
+        policy = from_settings(self._settings, learned=question.learned)
+        asking = oracle.ask(build)
+
+        def search(machine: Machine, policy: Policy) -> Plan | NoFit | Refused:
+            return placement.search(facts, request, machine, policy, build, asking)
+
+        return Placing(question, detected.machine, policy, search).outcome()
 
 
 def _unreadable(folder: Path, error: OSError) -> Failed:
@@ -222,29 +202,6 @@ def _stamp(search: Search) -> tuple[int, int] | None:
         status = Path(search.build.path or "").stat()
         return status.st_mtime_ns, status.st_size
     return None
-
-
-def _load_plan(plan: Plan, machine: Machine) -> LoadPlan:
-    names = launch.buffer_names(plan.placement.devices, machine)
-    return LoadPlan(
-        plan=plan,
-        document=explain.to_json(plan),
-        buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
-        pinned=_pinned(plan, machine),
-    )
-
-
-def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
-    """Return the devices of the launch line, by the runner's names for them and by what tells them from others."""
-    argv, request = plan.launch.argv, plan.request
-    if "--device" not in argv or request.split_mode == "tensor":  # its one "meta" device stands for all
-        return ()
-    names = argv[argv.index("--device") + 1].split(",")
-    pairs = list(zip(plan.placement.devices, names, strict=False))
-    if request.split_mode == "none":
-        pairs = pairs[request.main_gpu or 0 :][:1]
-    devices = [(machine.device(name), child_name) for name, child_name in pairs]
-    return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
 
 
 def main() -> None:

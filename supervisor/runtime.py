@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, assert_never
@@ -25,18 +25,22 @@ from supervisor import views
 from supervisor.api import (
     NO_NEED,
     Endpoint,
+    LoadOptions,
     LoadProgress,
     ModelCounters,
     Need,
     Snapshot,
+    UnknownDevice,
     UnknownModel,
     YieldResult,
 )
+from supervisor.catalogue import ModelEntry
 from supervisor.children import Children
-from supervisor.core import scheduler
+from supervisor.core import ledger, scheduler
 from supervisor.core.commands import (
     Command,
     Grant,
+    Learn,
     LoseLeases,
     PlanModel,
     ReadMachine,
@@ -54,6 +58,7 @@ from supervisor.core.events import (
     ShutdownRequested,
     StopRequested,
     TimePassed,
+    YieldRequested,
 )
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner
@@ -143,6 +148,7 @@ class Supervisor:
             llama_server=None if inventory.llama is None else inventory.llama.path,
             llama_version=None if inventory.llama is None else inventory.llama.version,
             machine=inventory.machine,
+            ledger=views.ledger_views(pool, inventory.machine, now),
             runners=views.runner_views(pool, clock),
             models=views.model_views(inventory.entries, pool, self._options.n_ctx_per_slot),
             queue_length=len(pool.waiting),
@@ -158,13 +164,13 @@ class Supervisor:
     @asynccontextmanager
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[ChildLease]:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
-        del need  # nothing asks for anything yet
         entry = await self._inventory.find(model, role)
         ticket = TicketId(self._next_ticket)
         self._next_ticket += 1
         waiter = self._waiters[ticket] = Waiter()
         try:
-            self._post(RequestArrived(ticket, entry.id))
+            options = _possible(need.load, entry, self._options.n_ctx_per_slot)
+            self._post(RequestArrived(ticket, entry.id, need.client, options, need.keep_alive_s))
             await waiter.wait_settled()
             if waiter.refusal is not None:
                 raise error_of(waiter.refusal)
@@ -173,7 +179,7 @@ class Supervisor:
         finally:
             del self._waiters[ticket]
             if waiter.lease is not None:
-                self._give_back(entry.id, waiter.lease)
+                self._give_back(entry.id, waiter.lease, need.client)
             elif waiter.refusal is None:
                 self._post(RequestAbandoned(ticket))
 
@@ -199,8 +205,29 @@ class Supervisor:
         return views.progress(self._pool, ModelId(model), anyio.current_time())
 
     async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
-        """Stop idle runners until so much is free on a device, and place nothing there for so long."""
-        raise NotImplementedError
+        """Stop idle runners until so much is free on a device, and place nothing there for so long.
+
+        Raises UnknownDevice.
+        """
+        before = ledger.held_bytes(self._pool)
+        await self._inventory.refresh(before, {})
+        free_bytes = self._free_bytes(device)
+        until = anyio.current_time() + for_s
+        self._post(YieldRequested(device, wanted_bytes, free_bytes or 0, until))
+        await self._until(lambda pool: not any(one.held_bytes().get(device) for one in pool.leaving))
+        after = ledger.held_bytes(self._pool)
+        await self._inventory.refresh(after, ledger.gone_bytes(self._pool, anyio.current_time()))
+        freed_bytes = max(0, before.get(device, 0) - after.get(device, 0))
+        return YieldResult(device, freed_bytes, self._free_bytes(device), self._clock.at(until))
+
+    def _free_bytes(self, device: str) -> int | None:
+        machine = self._inventory.machine
+        names = [] if machine is None else [str(one.name) for one in (*machine.devices, machine.host)]
+        if machine is None or device not in names:
+            raise UnknownDevice(
+                f"there is no device {device!r} here; there are: {', '.join(names) or 'none known yet'}"
+            )
+        return machine.device(device).free_bytes
 
     async def rescan(self) -> None:
         """Read the models again, now."""
@@ -232,12 +259,12 @@ class Supervisor:
         while not holds(self._pool):
             await self._changed.wait()
 
-    def _give_back(self, model: ModelId, lease: ChildLease) -> None:
+    def _give_back(self, model: ModelId, lease: ChildLease, client: str) -> None:
         holders = self._leases.get((model, lease.generation), set())
         holders.discard(lease)
         if not holders:
             self._leases.pop((model, lease.generation), None)
-        self._post(RequestFinished(model, lease.generation))
+        self._post(RequestFinished(model, lease.generation, client))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Events in, commands out
@@ -279,9 +306,21 @@ class Supervisor:
                 self._tasks.start_soon(self._inventory.refresh, held, gone)
             case Spawn():
                 self._children.spawn(command, self._tasks)
+            case Learn(model, device, size_bytes):
+                self._inventory.learn(device, size_bytes, model)
             case StopProcess(model, generation, reason, at_once):
                 _log.info("runner.stop", model=model, generation=generation, reason=reason)
                 self._tasks.start_soon(self._children.stop, model, generation, at_once)
+            case Grant() | Reject() | LoseLeases():
+                self._tell(command)
+            case ReportFailure():
+                _report(command)
+            case _:
+                assert_never(command)
+
+    def _tell(self, command: Grant | Reject | LoseLeases) -> None:
+        """Tell those who wait for a lease, or hold one."""
+        match command:
             case Grant(ticket, model, generation, url):
                 lease = ChildLease(model, generation, Endpoint(url, self._children.api_key(model, generation)))
                 self._leases.setdefault((model, generation), set()).add(lease)
@@ -291,11 +330,6 @@ class Supervisor:
             case LoseLeases(model, generation, story):
                 for lease in self._leases.pop((model, generation), set()):
                     lease.lose(story)
-            case ReportFailure(model, generation, failure, while_loading):
-                event = "load.failed" if while_loading else "runner.crashed"
-                _log.error(event, model=model, generation=generation, reason=failure.reason)
-            case _:
-                assert_never(command)
 
     async def _plan(self, command: PlanModel) -> None:
         self._post(await self._inventory.plan(command))
@@ -309,3 +343,24 @@ class Supervisor:
 def _is_gone(runner: Runner, generation: int) -> bool:
     """Say whether the child of this generation is gone, whatever came after it."""
     return runner.generation != generation or runner.state not in HAS_CHILD
+
+
+def _report(command: ReportFailure) -> None:
+    model, failure = command.model, command.failure
+    event = "load.failed" if command.while_loading else "runner.crashed"
+    _log.error(event, model=model, generation=command.generation, reason=failure.reason)
+    if (remedy := failure.remedy) is not None:
+        _log.warning("load.again", model=model, chosen=remedy.chosen, because=remedy.because)
+
+
+def _possible(options: LoadOptions, entry: ModelEntry, n_ctx_per_slot: int | None) -> LoadOptions:
+    """Return the options that a runner can be loaded with, for this request and for those to come.
+
+    No longer a context than the model was trained for, no shorter one than every conversation was promised. Ollama's
+    clients write a negative number of layers for as many as fit.
+    """
+    n_ctx, n_gpu_layers = options.n_ctx, options.n_gpu_layers
+    if n_ctx is not None:
+        n_ctx = max(n_ctx, n_ctx_per_slot or 0)
+        n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)
+    return replace(options, n_ctx=n_ctx, n_gpu_layers=None if (n_gpu_layers or 0) < 0 else n_gpu_layers)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import MappingProxyType
 from typing import Final, assert_never
 
-from planner.types import HOST
-from supervisor.api import DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
+from planner.types import Machine
+from supervisor.api import DeviceLedger, DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
 from supervisor.catalogue import ModelEntry
+from supervisor.core import ledger
 from supervisor.core.commands import (
     Command,
     Grant,
+    Learn,
     LoseLeases,
     PlanModel,
     ReadMachine,
@@ -66,7 +68,7 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
             after = replace(before, crashes=before.crashes + 1)
         case StopProcess():
             after = replace(before, unloads=before.unloads + 1)
-        case PlanModel() | ReadMachine() | LoseLeases():
+        case PlanModel() | ReadMachine() | LoseLeases() | Learn():
             return counters
         case _:
             assert_never(command)
@@ -86,7 +88,7 @@ def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> Run
     return RunnerView(
         id=one.id,
         model=one.model,
-        role=plan.plan.request.role,
+        role=plan.role,
         state=str(one.state),
         pid=one.pid,
         url=one.url,
@@ -94,7 +96,7 @@ def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> Run
         in_flight=one.in_flight,
         waiting=waiting,
         restarts=one.restarts,
-        n_ctx_per_slot=plan.plan.n_ctx_per_slot,
+        n_ctx_per_slot=plan.n_ctx_per_slot,
         n_parallel=plan.n_parallel,
         expires_at=_deadline(one, clock, RunnerState.READY),
         retry_at=_deadline(one, clock, RunnerState.BACKOFF, RunnerState.FAILED),
@@ -102,17 +104,25 @@ def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> Run
         plan=plan.document,
         uses=_uses(one, plan),
         last_failure=_failure(one, clock),
+        remedies=one.remedies,
     )
 
 
 def progress(pool: Pool, model: ModelId, now: float) -> LoadProgress | None:
     """Return where the load of this model stands, None where none is under way."""
-    runner, load = pool.runner(model), pool.load
+    runner, load = pool.runner(model), pool.loads.get(model)
     if runner.state in IS_LOADING:
         return LoadProgress(str(runner.state), runner.load_fraction, now - runner.load_started_at)
-    if load is not None and load.model == model:
+    if load is not None:
         return LoadProgress(str(load.phase).replace("_", " "), None, now - load.started_at)
     return None
+
+
+def ledger_views(pool: Pool, machine: Machine | None, now: float) -> tuple[DeviceLedger, ...]:
+    """Return the account of every device of the machine."""
+    devices = () if machine is None else (*machine.devices, machine.host)
+    rows = ledger.rows(pool, {device.name: device.free_bytes for device in devices}, now)
+    return tuple(DeviceLedger(**asdict(row)) for row in rows)
 
 
 def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int | None) -> tuple[ModelView, ...]:
@@ -126,7 +136,7 @@ def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int
             file_bytes=entry.file_bytes,
             modified_at=entry.modified_at,
             n_ctx_train=entry.n_ctx_train,
-            n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.plan.n_ctx_per_slot,
+            n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.n_ctx_per_slot,
             problem=entry.problem,
             digest=entry.digest,
             quantization=entry.quantization,
@@ -154,12 +164,7 @@ def _uses(one: Runner, plan: LoadPlan) -> tuple[DeviceUse, ...]:
     """Return what the runner takes, device by device; nothing where no child of it can hold anything."""
     if one.state not in HAS_CHILD:
         return ()
-    used = {*plan.plan.placement.devices, HOST}
-    return tuple(
-        DeviceUse(usage.name, usage.planned_bytes, one.measured_bytes.get(usage.name))
-        for usage in plan.plan.usages
-        if usage.name in used
-    )
+    return tuple(DeviceUse(use.device, use.planned_bytes, one.measured_bytes.get(use.device)) for use in plan.uses)
 
 
 def _failure(one: Runner, clock: Clock) -> FailureView | None:

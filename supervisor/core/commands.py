@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from supervisor.core.types import Failure, LoadPlan, ModelId, Refusal, RunnerId, TicketId
+from supervisor.api import LoadOptions
+from supervisor.core.types import NO_OPTIONS, Failure, LoadPlan, ModelId, Neighbour, Refusal, RunnerId, TicketId
 
 
 @dataclass(frozen=True, slots=True)
 class PlanModel:
-    """Plan this model on a fresh snapshot of the machine; ends in ``Planned``.
+    """Plan this model on a fresh snapshot of the machine, beside these neighbours; ends in ``Planned``.
 
-    ``held`` is what our runners hold on each device, ``promised`` the part of it that the driver need not show yet.
-    ``gone`` is what runners held that have just gone: a driver may still show it as used.
-    ``assume_empty`` asks for the plan as if none of our runners were there.
+    ``options`` is what the request asks of the load, ``launch`` what the settings of the model say. At least
+    ``surplus`` neighbours have to go. ``gone`` is what runners held that have just gone: a driver may still show it as
+    used. ``caps`` is the most that all our runners may hold on a device, ``margins`` what this model has to leave free.
     """
 
     model: ModelId
     revision: int
-    held: Mapping[str, int]
-    promised: Mapping[str, int]
+    options: LoadOptions = NO_OPTIONS
+    launch: object = None
+    neighbours: tuple[Neighbour, ...] = ()
+    surplus: int = 0
     gone: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    assume_empty: bool = False
+    caps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    margins: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def held_bytes(self, *, loading: bool = False) -> dict[str, int]:
+        """Return what all neighbours hold on each device, or only those that still load."""
+        total: Counter[str] = Counter()
+        for one in self.neighbours:
+            if one.loading or not loading:
+                total.update(one.held_bytes)
+        return dict(total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +99,23 @@ class ReportFailure:
 
 @dataclass(frozen=True, slots=True)
 class ReadMachine:
-    """Read the machine again: a child of this model has taken its memory or given it back. See ``PlanModel``."""
+    """Read the machine again: a child of this model has taken its memory or given it back. See ``PlanModel``.
+
+    ``held`` is what our runners hold on each device.
+    """
 
     model: ModelId
     held: Mapping[str, int]
     gone: Mapping[str, int]
 
 
-Command = PlanModel | ReadMachine | Spawn | StopProcess | Grant | Reject | LoseLeases | ReportFailure
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """Remember, beyond the service's own life, that a runner takes so much on a device beside llama.cpp's buffers."""
+
+    model: ModelId
+    device: str
+    size_bytes: int
+
+
+Command = PlanModel | ReadMachine | Spawn | StopProcess | Grant | Reject | LoseLeases | ReportFailure | Learn

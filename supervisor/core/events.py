@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from supervisor.core.types import DoesNotFit, LoadPlan, ModelId, PlanProblem, TicketId
+from supervisor.api import LoadOptions
+from supervisor.core.loglines import Shortage
+from supervisor.core.types import NO_OPTIONS, LoadPlan, ModelId, ModelSettings, PlanOutcome, TicketId
 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A client wants a lease on a runner of this model, which is known to be in the folder."""
+    """A client wants a lease on a runner of this model, which is known to be in the folder. See ``api.Need``."""
 
     ticket: TicketId
     model: ModelId
+    client: str = ""
+    options: LoadOptions = NO_OPTIONS
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,24 @@ class Planned:
 
     model: ModelId
     revision: int
-    outcome: LoadPlan | DoesNotFit | PlanProblem
+    outcome: PlanOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChanged:
+    """What holds for single models from now on; those that are not named are as all. Asks for the preloads too."""
+
+    by_model: Mapping[ModelId, ModelSettings]
+
+
+@dataclass(frozen=True, slots=True)
+class YieldRequested:
+    """``wanted_bytes`` of a device, of which ``free_bytes`` are free now, are another program's until that moment."""
+
+    device: str
+    wanted_bytes: int
+    free_bytes: int
+    until: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +75,11 @@ class RunnerEvent:
 
 @dataclass(frozen=True, slots=True)
 class StartRequested(RunnerEvent):
-    """The runner is to be launched with this plan, as this new generation."""
+    """The runner is to be launched with this plan, as this new generation. See ``PlanModel``."""
 
     plan: LoadPlan
+    options: LoadOptions = NO_OPTIONS
+    launch: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +122,40 @@ class BecameReady(RunnerEvent):
 class ProcessExited(RunnerEvent):
     """The child is gone and reaped. ``last_error`` is the line of its log that says most about why.
 
-    ``shortage`` says in words whose memory ran out, where that ended it.
+    ``shortage`` says whose memory ran out, where that ended it.
     """
 
     exit: str
     last_error: str | None
     log_tail: tuple[str, ...] = ()
-    shortage: str | None = None
+    shortage: Shortage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestGranted(RunnerEvent):
-    """A lease was given out."""
+    """A lease was given out. ``keep_alive_s`` None: as the runner has it."""
+
+    client: str = ""
+    keep_alive_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished(RunnerEvent):
     """A lease came back."""
 
+    client: str = ""
+
 
 @dataclass(frozen=True, slots=True)
 class StopRequested(RunnerEvent):
-    """The runner is to stop; what it serves may finish until ``drain_until`` (None: now)."""
+    """The runner is to stop; what it serves may finish until ``drain_until`` (None: now).
+
+    ``reason`` is what those are told whom it cuts short; ``come_back``: it is wanted again afterwards.
+    """
 
     drain_until: float | None = None
+    reason: str = "it was asked to stop"
+    come_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +171,27 @@ class ResetRequested(RunnerEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class NoRoomLeft(RunnerEvent):
+    """With the margins that it needs since it ran out of memory, the model does not fit any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAliveChanged(RunnerEvent):
+    """The settings say something else of how long it stays once it is idle."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed(RunnerEvent):
     """The runner's own deadline, whatever it means in its state, has passed."""
 
 
-Event = RequestArrived | RequestAbandoned | Planned | ShutdownRequested | TimePassed | RunnerEvent
+Event = (
+    RequestArrived
+    | RequestAbandoned
+    | Planned
+    | SettingsChanged
+    | YieldRequested
+    | ShutdownRequested
+    | TimePassed
+    | RunnerEvent
+)

@@ -69,6 +69,17 @@ class ErrorLine:
     buffer: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Memory ran out on this device; None: it was not said where."""
+
+    device: str | None
+
+    def __str__(self) -> str:
+        """Return the words that a failure's reason has for it."""
+        return "out of memory" if self.device is None else f"out of memory on {self.device}"
+
+
 Fact = BufferSize | UsingDevice | Listening | ErrorLine
 
 MIB: Final = 1024 * 1024
@@ -152,14 +163,14 @@ def last_words(errors: Iterable[ErrorLine]) -> str | None:
     return None
 
 
-def shortage(errors: Iterable[ErrorLine], buffer_devices: Mapping[str, str]) -> str | None:
-    """Return in words whose memory ran out, where that is what the server died of."""
+def shortage(errors: Iterable[ErrorLine], buffer_devices: Mapping[str, str]) -> Shortage | None:
+    """Return whose memory ran out, where that is what the server died of."""
     told = list(errors)[-LAST_WORDS:]
     failed = [one for one in told if one.out_of_memory]
     buffers = [one.buffer for one in failed if one.buffer is not None] or _at_run_time(told)
     if buffers:
-        return f"out of memory on {device_of(buffers[0], buffer_devices)}"
-    return "out of memory" if failed else None
+        return Shortage(device_of(buffers[0], buffer_devices))
+    return Shortage(None) if failed else None
 
 
 def _at_run_time(errors: Sequence[ErrorLine]) -> list[str]:

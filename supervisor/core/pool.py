@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Any
 
-from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner
+from supervisor.api import LoadOptions
+from supervisor.core.runner import HAS_CHILD, IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
-from supervisor.core.types import Limits, LoadPlan, ModelId, RunnerId, Ticket, TicketId
+from supervisor.core.types import AS_FOR_ALL, NO_OPTIONS, Limits, ModelId, ModelSettings, RunnerId, Ticket, TicketId
 
 
 class LoadPhase(StrEnum):
-    """Where the one load in progress stands."""
+    """Where a load stands."""
 
-    PLANNING = "planning"  # asked whether it fits beside what is loaded
-    PLANNING_ALONE = "planning_alone"  # it does not, or worse: asked whether it would with nothing else loaded
-    MAKING_ROOM = "making_room"  # it would: runners have to go first
+    QUEUED = "queued"  # to be planned, once the planner is free
+    PLANNING = "planning"  # the one question that is asked at a time
+    WAITING = "waiting"  # for another load on a device that it needs
+    MAKING_ROOM = "making_room"  # runners have to go first
     LAUNCHING = "launching"  # its child loads
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The one load in progress.
+    """A load in progress, for ``options``.
 
-    ``beside`` is the plan that fits beside the others, where a better one was sought; ``best_layers`` how many layers
-    would lie on devices if the others were gone, once that was asked.
+    ``victims`` are the runners that go for it, ``alternatives`` those whose memory might do as well, ``tried`` those
+    that were idle when it was planned. ``behind`` are the models that it waits for.
     """
 
     model: ModelId
-    phase: LoadPhase
-    revision: int
     started_at: float
-    beside: LoadPlan | None = None
-    best_layers: int | None = None
+    phase: LoadPhase = LoadPhase.QUEUED
+    options: LoadOptions = NO_OPTIONS
+    victims: frozenset[ModelId] = frozenset()
+    alternatives: frozenset[ModelId] = frozenset()
+    tried: frozenset[ModelId] = frozenset()
+    behind: frozenset[ModelId] = frozenset()
     deadline: float | None = None  # of making room
 
 
@@ -48,17 +53,30 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """Every runner, the queue, and the one load in progress.
+class Yielded:
+    """Memory that is another program's for a while: our runners together may hold ``cap_bytes`` of the device."""
 
-    ``revision`` grows with every question to the planner; a child that comes or goes meanwhile makes it be asked anew.
+    device: str
+    cap_bytes: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Every runner, the queue in the order of arrival, and the loads in progress in the order in which they began.
+
+    ``turns`` tells in which order the clients that wait were last served, those that were not left out. ``revision``
+    grows with every question to the planner: the answer to an earlier one is not listened to.
     """
 
     limits: Limits
+    settings: Mapping[ModelId, ModelSettings] = field(default_factory=lambda: MappingProxyType({}))
     runners: Mapping[ModelId, Runner] = field(default_factory=lambda: MappingProxyType({}))
     waiting: tuple[Ticket, ...] = ()
-    load: Load | None = None
+    turns: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    loads: Mapping[ModelId, Load] = field(default_factory=lambda: MappingProxyType({}))
     gone: tuple[Gone, ...] = ()  # of late
+    yields: tuple[Yielded, ...] = ()
     revision: int = 0
     draining: bool = False
 
@@ -66,58 +84,86 @@ class Pool:
         """Return the model's runner, a new one in state STOPPED where it never had one."""
         return self.runners.get(model) or Runner(id=RunnerId(f"r{len(self.runners) + 1}"), model=model)
 
+    def settings_of(self, model: ModelId) -> ModelSettings:
+        """Return what the operator says of this model."""
+        return self.settings.get(model, AS_FOR_ALL)
+
+    def limits_of(self, model: ModelId) -> Limits:
+        """Return the limits with this model's own keep-alive; a pinned model stays for ever unless it says else."""
+        settings = self.settings_of(model)
+        if settings.keep_alive_s is not None:
+            return replace(self.limits, keep_alive_s=settings.keep_alive_s)
+        return replace(self.limits, keep_alive_s=float("inf")) if settings.pinned else self.limits
+
     def with_runner(self, runner: Runner) -> Pool:
         """Return the pool with this runner in its place."""
         return replace(self, runners=MappingProxyType({**self.runners, runner.model: runner}))
 
-    def without_ticket(self, ticket: TicketId) -> Pool:
-        """Return the pool with this ticket no longer waiting."""
-        return replace(self, waiting=tuple(one for one in self.waiting if one.id != ticket))
+    def with_load(self, load: Load, **changes: Any) -> Pool:
+        """Return the pool with this load in its place, or behind all others where it is new, with these changes."""
+        load = replace(load, **changes)
+        return replace(self, loads=MappingProxyType({**self.loads, load.model: load}))
 
-    def waiting_for(self, model: ModelId) -> tuple[Ticket, ...]:
-        """Return the tickets that wait for this model, oldest first."""
-        return tuple(ticket for ticket in self.waiting if ticket.model == model)
+    def without_load(self, model: ModelId) -> Pool:
+        """Return the pool with no load of this model."""
+        return replace(self, loads=MappingProxyType({one: load for one, load in self.loads.items() if one != model}))
 
-    def others(self, model: ModelId) -> tuple[Runner, ...]:
-        """Return the runners of other models that have a child."""
-        return tuple(one for one in self.runners.values() if one.model != model and one.state in HAS_CHILD)
+    def without_tickets(self, tickets: frozenset[TicketId]) -> Pool:
+        """Return the pool with these tickets no longer waiting."""
+        return replace(self, waiting=tuple(one for one in self.waiting if one.id not in tickets))
 
-    def held_bytes(self) -> dict[str, int]:
-        """Return what our runners hold on each device."""
-        return _sum_by_device(one.held_bytes() for one in self.runners.values())
-
-    def promised_bytes(self) -> dict[str, int]:
-        """Return the part of it that belongs to runners which have not finished loading."""
-        return _sum_by_device(one.held_bytes() for one in self.runners.values() if one.state in IS_LOADING)
+    def with_turn(self, client: str) -> Pool:
+        """Return the pool in which this client is the one that was served last."""
+        waiting = {ticket.client for ticket in self.waiting}
+        turns = {one: turn for one, turn in self.turns.items() if one in waiting}
+        turns[client] = max(turns.values(), default=0) + 1
+        return replace(self, turns=MappingProxyType(turns))
 
     def with_gone(self, runner: Runner, now: float) -> Pool:
         """Return the pool that remembers what this runner held, whose child has just gone."""
         recent = tuple(one for one in self.gone if one.at > now - SETTLE_WITHIN_S)
         return replace(self, gone=(*recent, Gone(now, runner.held_bytes())))
 
-    def gone_bytes(self, now: float) -> dict[str, int]:
-        """Return what was held on each device by children that have just gone."""
-        return _sum_by_device(one.held_bytes for one in self.gone if one.at > now - SETTLE_WITHIN_S)
+    def waiting_for(self, model: ModelId) -> tuple[Ticket, ...]:
+        """Return the tickets that wait for this model, oldest first."""
+        return tuple(ticket for ticket in self.waiting if ticket.model == model)
+
+    def stranded(self, model: ModelId) -> tuple[Ticket, ...]:
+        """Return the tickets that wait for this model and that its present child, if any, cannot serve."""
+        runner = self.runner(model)
+        is_ready = runner.state is RunnerState.READY
+        return tuple(one for one in self.waiting_for(model) if not (is_ready and runner.can_serve(one.options)))
+
+    def others(self, model: ModelId) -> tuple[Runner, ...]:
+        """Return the runners of other models that have a child."""
+        return tuple(one for one in self.runners.values() if one.model != model and one.state in HAS_CHILD)
+
+    def in_flight_of(self) -> Mapping[str, int]:
+        """Return how many requests are being served, by client."""
+        total: Counter[str] = Counter()
+        for one in self.runners.values():
+            total.update(one.serving)
+        return total
 
     def deadlines(self) -> Iterator[float]:
         """Yield the moments at which something has to be decided without anybody asking."""
         yield from (one.deadline for one in self.runners.values() if one.deadline is not None)
-        if self.load is not None and self.load.deadline is not None:
-            yield self.load.deadline
+        yield from (load.deadline for load in self.loads.values() if load.deadline is not None)
+        yield from (one.until for one in self.yields)
+        if self.waiting:
+            yield self.waiting[0].arrived_at + self.limits.queue_timeout_s
 
     @property
-    def holds_back(self) -> Load | None:
-        """Return the load that waits for room: tickets younger than its own wait behind it."""
-        return self.load if self.load is not None and self.load.phase is LoadPhase.MAKING_ROOM else None
+    def loading(self) -> tuple[Runner, ...]:
+        """Return the runners whose child loads."""
+        return tuple(one for one in self.runners.values() if one.state in IS_LOADING)
+
+    @property
+    def leaving(self) -> tuple[Runner, ...]:
+        """Return the runners whose child drains or stops."""
+        return tuple(one for one in self.runners.values() if one.state in IS_LEAVING)
 
     @property
     def has_children(self) -> bool:
         """Say whether any child may be alive."""
         return any(one.state in HAS_CHILD for one in self.runners.values())
-
-
-def _sum_by_device(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return dict(total)

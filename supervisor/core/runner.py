@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from supervisor.core.types import Failure, LoadPlan, ModelId, RunnerId
+from planner.types import HOST, Decision
+from supervisor.api import LoadOptions
+from supervisor.core.types import NO_OPTIONS, Failure, LoadPlan, ModelId, RunnerId
 
 
 class RunnerState(StrEnum):
@@ -25,12 +27,18 @@ class RunnerState(StrEnum):
 
 
 IS_LOADING: Final = frozenset({RunnerState.STARTING, RunnerState.LOADING})
-HAS_CHILD: Final = frozenset({*IS_LOADING, RunnerState.READY, RunnerState.DRAINING, RunnerState.STOPPING})
+IS_LEAVING: Final = frozenset({RunnerState.DRAINING, RunnerState.STOPPING})
+HAS_CHILD: Final = frozenset({*IS_LOADING, RunnerState.READY, *IS_LEAVING})
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """One model's runner. ``plan`` is the plan of the present child, or of the last one."""
+    """One model's runner. ``plan``, ``options`` and ``launch`` are those of the present child, or of the last one.
+
+    ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of this child, None
+    where none did. ``reload_s`` is how long the last load took. ``margins`` is what it has to leave free by device,
+    having run out of memory there, and ``remedies`` the steps that led to that.
+    """
 
     id: RunnerId
     model: ModelId
@@ -38,38 +46,75 @@ class Runner:
     since: float = 0.0
     generation: int = 0
     plan: LoadPlan | None = None
+    options: LoadOptions = NO_OPTIONS
+    launch: object = None
     pid: int | None = None
     url: str | None = None
     measured_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    in_flight: int = 0
+    serving: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    keep_alive_s: float | None = None
     deadline: float | None = None
+    stop_reason: str = ""
     last_used: float = 0.0
     load_started_at: float = 0.0
     load_seconds: float | None = None
     load_fraction: float | None = None
+    reload_s: float | None = None
     crashes: tuple[float, ...] = ()  # when, within the crash window
     restarts: int = 0
     last_failure: Failure | None = None
     failed_last: bool = False  # the last child ended by failing
     pending_failure: Failure | None = None
-    wanted_back: bool = False  # it crashed while people used it: load it again without being asked
+    margins: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    remedies: tuple[Decision, ...] = ()
+    wanted_back: bool = False  # load it without being asked
+
+    @property
+    def in_flight(self) -> int:
+        """Return how many requests it serves."""
+        return sum(self.serving.values())
 
     @property
     def idle(self) -> bool:
         """Say whether it is ready and serves nobody."""
-        return self.state is RunnerState.READY and self.in_flight == 0
+        return self.state is RunnerState.READY and not self.serving
 
     @property
     def has_free_slot(self) -> bool:
         """Say whether one more request would be served at once."""
         return self.state is RunnerState.READY and self.plan is not None and self.in_flight < self.plan.n_parallel
 
+    def can_serve(self, options: LoadOptions) -> bool:
+        """Say whether its child has what a request asks of the load: no option, or as much, or just that.
+
+        What it was loaded for it can serve, whatever came of it: else it would be loaded again and again.
+        """
+        if self.plan is None:
+            return False
+        everything = self.plan.is_best_possible and self.plan.serves.n_gpu_layers
+        if everything and options.n_gpu_layers is not None and options.n_gpu_layers >= everything:
+            options = replace(options, n_gpu_layers=None)  # more layers than there are
+        contexts = [one.n_ctx for one in (self.plan.serves, self.options) if one.n_ctx is not None]
+        if options.n_ctx is not None and options.n_ctx > max(contexts, default=0):
+            return False
+        return all(
+            asked is None or asked in {getattr(self.plan.serves, name), getattr(self.options, name)}
+            for name in ("n_gpu_layers", "main_gpu", "n_batch", "use_mmap")
+            for asked in [getattr(options, name)]
+        )
+
     def held_bytes(self) -> dict[str, int]:
-        """Return what its child holds on each device: the larger of what was planned and what was measured."""
+        """Return what its child holds on each device: the larger of what was planned and what was measured.
+
+        On the host it is what was planned: what is measured there counts mapped files, which are page cache.
+        """
         if self.state not in HAS_CHILD or self.plan is None:
             return {}
-        planned = self.plan.planned_bytes()
+        planned = self.plan.taken_bytes()
+        beside = {use.device: use.overhead_bytes for use in self.plan.uses}
+        measured = {
+            device: size + beside.get(device, 0) for device, size in self.measured_bytes.items() if device != HOST
+        }
         return {
-            device: max(planned.get(device, 0), self.measured_bytes.get(device, 0))
-            for device in planned.keys() | self.measured_bytes.keys()
+            device: max(planned.get(device, 0), measured.get(device, 0)) for device in planned.keys() | measured.keys()
         }

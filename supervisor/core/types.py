@@ -2,85 +2,143 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, NewType
+from typing import Any, Final, NewType
 
-from planner.types import HOST, DeviceKind, Plan, Shortfall
+from planner.types import HOST, Decision, LaunchSpec, Role, Shortfall
+from supervisor.api import LoadOptions
+from supervisor.core.loglines import Shortage
 from supervisor.core.pinning import PinnedDevice
 
 ModelId = NewType("ModelId", str)
 RunnerId = NewType("RunnerId", str)
-TicketId = NewType("TicketId", int)
+TicketId = NewType("TicketId", int)  # grows with each arrival
+
+NO_OPTIONS: Final = LoadOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the operator allows the core to do.
+    """What the operator allows the core to do. A time of ``math.inf`` is for ever.
 
-    ``max_loaded_models`` None leaves it to the memory.
-    ``keep_alive_s`` counts from the end of the last request; None keeps a model for ever, 0 unloads at once.
-    ``load_timeout_s`` is how long a load may go without any sign of progress.
+    ``max_loaded_models`` None leaves it to the memory. ``client_queue`` is how many requests of one client may wait,
+    None: as many as anybody's. ``keep_alive_s`` counts from the end of the last request, 0 unloads at once.
+    ``load_timeout_s`` is how long a load may go without any sign of progress, ``queue_timeout_s`` how long a request
+    may wait in all.
     """
 
     max_loaded_models: int | None
     max_queue: int
-    keep_alive_s: float | None
+    keep_alive_s: float
     load_timeout_s: float
     drain_timeout_s: float
+    client_queue: int | None = None
+    queue_timeout_s: float = math.inf
     backoff_cap_s: float = 30.0  # longer than a driver's reset takes, shorter than a user's patience
     max_crashes: int = 5  # so many crashes within the window mean that the next one would follow too
     crash_window_s: float = 300.0
-    memory_pause_s: float = 30.0  # after a load that ran out of memory: whoever took it keeps it for a while
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What the operator says of one model, as far as it concerns the core.
+
+    ``keep_alive_s`` None: as for all. ``pinned``: never evicted, and never idle for too long. ``priority``: the higher,
+    the later it is evicted. ``preload``: loaded without being asked for. ``launch`` is whatever else a change of which
+    needs another child; it is compared, and handed to whoever plans.
+    """
+
+    keep_alive_s: float | None = None
+    pinned: bool = False
+    priority: int = 0
+    preload: bool = False
+    launch: object = None
+
+
+AS_FOR_ALL: Final = ModelSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUse:
+    """What a plan takes on one device: in all as llama.cpp counts it (None: not known), and beside its buffers.
+
+    ``taken_bytes`` is what nobody else can have meanwhile, as far as it is known. On the host that leaves out what is
+    mapped, which is page cache.
+    """
+
+    device: str
+    planned_bytes: int | None
+    taken_bytes: int
+    overhead_bytes: int = 0
+    headroom_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A plan that may be launched.
+    """A plan that may be launched, of llama-server or of a program that is not ours.
 
+    ``uses`` are the devices that it uses, the host among them. ``quality`` grows with how well it is placed (blocks on
+    devices); ``is_best_possible`` says that no other state of the machine could give a better one, ``is_known`` that
+    other models can be planned beside it. ``serves`` are the values that the child will really have, by name.
     ``document`` is what ``planner explain --json`` prints. ``buffer_devices`` maps the names that llama.cpp gives to
     the buffers of an RPC worker (``RPC0[host:port]``, an index within that worker) to the planner's device names.
     ``pinned`` are the devices that the runner has to name when it starts; none: not checked.
     """
 
-    plan: Plan
-    document: Mapping[str, Any] = field(repr=False)
+    launch: LaunchSpec
+    uses: tuple[PlannedUse, ...]
+    role: Role = Role.CHAT
+    n_parallel: int = 1
+    serves: LoadOptions = NO_OPTIONS
+    quality: int = 0
+    is_best_possible: bool = True
+    is_known: bool = True
+    document: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     buffer_devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     pinned: tuple[PinnedDevice, ...] = ()
 
     @property
-    def n_parallel(self) -> int:
-        """Return how many conversations the runner serves at once."""
-        return self.plan.request.n_parallel or 1
+    def n_ctx_per_slot(self) -> int | None:
+        """Return how many tokens one conversation may have, None where that is not known."""
+        return self.serves.n_ctx
 
-    @property
-    def layers_on_devices(self) -> int:
-        """Return how many blocks, the output layer among them, do not stay on the host."""
-        placement = self.plan.placement
-        return sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
-
-    @property
-    def is_best_possible(self) -> bool:
-        """Say whether no other state of the machine could give a better plan: all on devices, or no device at all."""
-        if not self.plan.is_known:
-            return False
-        has_devices = any(usage.kind is not DeviceKind.HOST for usage in self.plan.usages)
-        return not has_devices or self.layers_on_devices == len(self.plan.placement.layer_devices) + 1
-
-    def planned_bytes(self) -> dict[str, int]:
+    def taken_bytes(self) -> dict[str, int]:
         """Return what the plan takes on each device that it uses and on the host, as far as that is known."""
-        used = {*self.plan.placement.devices, HOST}
-        return {usage.name: usage.known_bytes for usage in self.plan.usages if usage.name in used}
+        return {use.device: use.taken_bytes for use in self.uses}
+
+    @property
+    def contended(self) -> frozenset[str]:
+        """Return the devices over which it may quarrel with another load: the host where it uses no other."""
+        return frozenset(use.device for use in self.uses if use.device != HOST) or frozenset({HOST})
+
+    def shares_device_with(self, other: LoadPlan) -> bool:
+        """Say whether both use the same device, the host left aside."""
+        return bool(self.contended & other.contended - {HOST})
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoom:
+    """The model fits as well as it can once these have gone: the cheapest such set.
+
+    ``alternatives`` are the runners whose memory might do as well. ``contended`` as in ``LoadPlan``.
+    """
+
+    victims: frozenset[ModelId]
+    alternatives: frozenset[ModelId] = frozenset()
+    contended: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class DoesNotFit:
-    """No placement fits on the machine that was asked about. ``headline`` is one sentence that says so."""
+    """No placement fits. ``headline`` is one sentence that says so; ``never``: not on an empty machine either."""
 
     headline: str
     causes: tuple[Shortfall, ...] = ()
+    never: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +147,33 @@ class PlanProblem:
 
     reason: str
     ours: bool = False
+
+
+PlanOutcome = LoadPlan | MakeRoom | DoesNotFit | PlanProblem
+
+
+class Standing(StrEnum):
+    """Whether a runner's memory can be had."""
+
+    LEAVING = "leaving"  # it stops already
+    IDLE = "idle"  # at once
+    BUSY = "busy"  # once it has served whom it serves
+    FIXED = "fixed"  # never: it is pinned
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A runner beside which a model is to be planned. ``loading``: drivers need not show yet what it holds.
+
+    ``cost_s`` is about how many seconds its going would cost, ``priority`` as in ``ModelSettings``.
+    """
+
+    model: ModelId
+    standing: Standing
+    held_bytes: Mapping[str, int]
+    cost_s: float
+    priority: int = 0
+    loading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +185,8 @@ class Failure:
     exit: str | None = None
     log_tail: tuple[str, ...] = ()
     timed_out: bool = False
-    out_of_memory: bool = False
+    shortage: Shortage | None = None
+    remedy: Decision | None = None  # what the next load does about it
 
 
 class RefusalKind(StrEnum):
@@ -128,8 +214,15 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A request that waits for a lease."""
+    """A request that waits for a lease. ``keep_alive_s`` None: as the runner has it.
+
+    ``owed``: its runner became ready while it waited, and is not evicted before it was served.
+    """
 
     id: TicketId
     model: ModelId
     arrived_at: float
+    client: str = ""
+    options: LoadOptions = NO_OPTIONS
+    keep_alive_s: float | None = None
+    owed: bool = False

@@ -111,7 +111,7 @@ def test_out_of_memory_is_recognized(line: str) -> None:
 def test_whose_memory_ran_out_is_said_in_the_plan_s_words(lines: list[str], words: str) -> None:
     errors = [fact for line in lines if isinstance(fact := read(f"0.01.000.000 E {line}"), ErrorLine)]
     said = shortage(errors, {"CUDA0": "CUDA1", "RPC0[10.0.0.2:50052]": "RPC3"})
-    assert said == f"out of memory {words}".strip()
+    assert str(said) == f"out of memory {words}".strip()
 
 
 def test_an_allocation_that_failed_long_ago_is_not_what_it_died_of() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
-from making_plans import make_plan
+from making_plans import LIMITS, make_plan
 
 from supervisor.core import events
-from supervisor.core.commands import LoseLeases, ReportFailure, Spawn, StopProcess
+from supervisor.core.commands import Learn, LoseLeases, ReportFailure, Spawn, StopProcess
 from supervisor.core.events import (
     BecameReady,
     ChildHung,
     DeadlinePassed,
+    KeepAliveChanged,
     LoadProgressed,
+    NoRoomLeft,
     ProcessExited,
     ProcessSpawned,
     RequestFinished,
@@ -26,12 +29,14 @@ from supervisor.core.events import (
     StopRequested,
     WrongDevices,
 )
+from supervisor.core.loglines import Shortage
 from supervisor.core.runner import Runner, RunnerState
 from supervisor.core.runner_table import IGNORED, TRANSITIONS, IllegalTransition, step
-from supervisor.core.types import Limits, ModelId, RunnerId
+from supervisor.core.types import ModelId, PlannedUse, RunnerId
 
 MODEL = ModelId("m")
-LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=10.0)
+MIB = 1024 * 1024
+OUT_OF_MEMORY = ProcessExited(MODEL, 1, "exit status 1", "cudaMalloc failed", shortage=Shortage("CUDA0"))
 EVENT_TYPES = tuple(
     kind for kind in vars(events).values() if isinstance(kind, type) and RunnerEvent in kind.__mro__[1:]
 )
@@ -46,6 +51,8 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
     RequestGranted: RequestGranted(MODEL, 1),
     RequestFinished: RequestFinished(MODEL, 1),
     StopRequested: StopRequested(MODEL, 1),
+    KeepAliveChanged: KeepAliveChanged(MODEL, 1),
+    NoRoomLeft: NoRoomLeft(MODEL, 1),
     ChildHung: ChildHung(MODEL, 1, "it did not answer"),
     ResetRequested: ResetRequested(MODEL, 1),
     DeadlinePassed: DeadlinePassed(MODEL, 1),
@@ -53,7 +60,9 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
 
 # What the shell can only send by mistake, and why it cannot happen.
 ILLEGAL = {
-    *itertools.product(set(RunnerState) - {RunnerState.STOPPED}, [StartRequested]),  # only STOPPED is ever started
+    *itertools.product(
+        set(RunnerState) - {RunnerState.STOPPED}, [StartRequested, NoRoomLeft]
+    ),  # only STOPPED is ever started
     *itertools.product(set(RunnerState) - {RunnerState.READY}, [RequestGranted]),  # only READY has free slots
     *itertools.product(  # a child is spawned once, right after it was asked for
         set(RunnerState) - {RunnerState.STARTING, RunnerState.STOPPING}, [ProcessSpawned, SpawnFailed]
@@ -134,14 +143,32 @@ def test_keep_alive_counts_from_the_end_of_the_last_request() -> None:
 
 
 def test_keep_alive_may_be_for_ever_or_nothing() -> None:
-    for keep_alive_s, deadline in ((None, None), (0.0, 7.0)):
+    for keep_alive_s, deadline in ((math.inf, None), (0.0, 7.0)):
         limits = replace(LIMITS, keep_alive_s=keep_alive_s)
-        runner, _ = step(runner_in(RunnerState.READY, in_flight=1), RequestFinished(MODEL, 1), 7.0, limits)
+        runner, _ = step(runner_in(RunnerState.READY, serving={"": 1}), RequestFinished(MODEL, 1), 7.0, limits)
         assert runner.deadline == deadline
 
 
+def test_a_request_s_keep_alive_holds_until_another_request_says_else_and_not_for_the_next_child() -> None:
+    runner = runner_in(RunnerState.READY)
+    for said_s, deadline in ((5.0, 6.0), (None, 6.0), (math.inf, None), (None, None), (0.0, 1.0)):
+        runner, _ = step(runner, RequestGranted(MODEL, 1, keep_alive_s=said_s), 0.0, LIMITS)
+        runner, _ = step(runner, RequestFinished(MODEL, 1), 1.0, LIMITS)
+        assert runner.deadline == deadline
+    started, _ = step(replace(runner, state=RunnerState.STOPPED), StartRequested(MODEL, 2, make_plan()), 2.0, LIMITS)
+    assert started.keep_alive_s is None
+
+
+def test_another_keep_alive_in_the_settings_holds_for_an_idle_runner_from_its_last_use() -> None:
+    idle = runner_in(RunnerState.READY, last_used=10.0, deadline=70.0)
+    changed, _ = step(idle, KeepAliveChanged(MODEL, 1), 20.0, replace(LIMITS, keep_alive_s=5.0))
+    assert changed.deadline == 15.0
+    busy, _ = step(runner_in(RunnerState.READY, serving={"": 1}), KeepAliveChanged(MODEL, 1), 20.0, LIMITS)
+    assert busy.deadline is None
+
+
 def test_a_crash_while_serving_tells_the_holders_and_backs_off() -> None:
-    ready = runner_in(RunnerState.READY, in_flight=2, load_seconds=1.0, pid=7, url="http://x")
+    ready = runner_in(RunnerState.READY, serving={"": 2}, load_seconds=1.0, pid=7, url="http://x")
     runner, commands = step(ready, EXAMPLES[ProcessExited], 5.0, LIMITS)
     assert runner.state is RunnerState.BACKOFF
     assert (runner.in_flight, runner.pid, runner.url) == (0, None, None)
@@ -189,18 +216,59 @@ def test_only_a_start_after_a_failure_is_a_restart() -> None:
     assert restarts == [1, 1], "the second start followed an unload"
 
 
-@pytest.mark.parametrize("load_seconds, pause_s", [(None, 30.0), (1.0, 0.0)])
-def test_a_load_that_ran_out_of_memory_is_not_tried_again_at_once(load_seconds: float | None, pause_s: float) -> None:
-    """Planned again in the same moment it would get the same plan. A runner that had served is given its chance."""
-    exited = ProcessExited(MODEL, 1, "exit status 1", "cudaMalloc failed", shortage="out of memory on CUDA0")
-    runner, _ = step(runner_in(RunnerState.LOADING, load_seconds=load_seconds), exited, 5.0, LIMITS)
-    assert (runner.state, runner.deadline) == (RunnerState.BACKOFF, 5.0 + pause_s)
-    assert runner.last_failure is not None
-    assert runner.last_failure.reason == "exit status 1: out of memory on CUDA0: cudaMalloc failed"
+def test_a_load_that_ran_out_of_memory_is_tried_again_at_once_with_ever_larger_margins_and_then_given_up() -> None:
+    """Each margin is more than what the failed plan left free there, so no plan comes twice."""
+    use = PlannedUse("CUDA0", 1000 * MIB, 1000 * MIB, headroom_bytes=30 * MIB)
+    plan = replace(make_plan(), uses=(use, PlannedUse("Host", 0, 0)))
+    runner, margins = runner_in(RunnerState.LOADING, plan=plan), []
+    for second in range(4):
+        runner, (report,) = step(runner, OUT_OF_MEMORY, float(second), LIMITS)
+        assert (runner.state, runner.deadline, runner.wanted_back) == (RunnerState.BACKOFF, second, True)
+        assert isinstance(report, ReportFailure)
+        assert report.failure.remedy == runner.remedies[-1]
+        margins.append(runner.margins["CUDA0"] // MIB)
+        runner = replace(runner, state=RunnerState.LOADING)
+    assert margins == [94, 224, 454, 884]
+    assert [step.chosen for step in runner.remedies][-1] == "plan again with 40% more room on CUDA0"
+    failed, _ = step(runner, OUT_OF_MEMORY, 4.0, LIMITS)
+    assert (failed.state, failed.wanted_back) == (RunnerState.FAILED, False)
+    assert failed.last_failure is not None
+    assert failed.last_failure.reason == "exit status 1: out of memory on CUDA0: cudaMalloc failed"
+    forgiven, _ = step(failed, ResetRequested(MODEL, 1), 5.0, LIMITS)
+    assert (forgiven.margins, forgiven.remedies) == ({}, ())
+
+
+def test_where_nobody_knows_whose_memory_ran_out_there_is_more_room_everywhere() -> None:
+    runner, _ = step(runner_in(RunnerState.LOADING), replace(OUT_OF_MEMORY, shortage=Shortage(None)), 0.0, LIMITS)
+    assert set(runner.margins) == {"CUDA0", "Host"}
+
+
+def test_out_of_memory_while_serving_teaches_what_a_runner_takes_there() -> None:
+    use = PlannedUse("CUDA0", 1000, 1000, overhead_bytes=512 * MIB)
+    serving = runner_in(RunnerState.READY, load_seconds=1.0, plan=replace(make_plan(), uses=(use,)))
+    runner, commands = step(serving, OUT_OF_MEMORY, 5.0, LIMITS)
+    assert commands[-1] == Learn(MODEL, "CUDA0", 768 * MIB)
+    assert (runner.state, runner.deadline, runner.margins) == (RunnerState.BACKOFF, 5.0, {})
+
+
+@pytest.mark.parametrize("state", [RunnerState.READY, RunnerState.DRAINING])
+def test_a_child_that_hangs_is_ended_by_force_its_clients_told_and_comes_back(state: RunnerState) -> None:
+    """Unless it was about to go anyway."""
+    draining = {"deadline": 9.0, "stop_reason": "unloaded"} if state is RunnerState.DRAINING else {}
+    busy = runner_in(state, serving={"": 2}, load_seconds=1.0, **draining)
+    stopping, (stop, lost) = step(busy, ChildHung(MODEL, 1, "no answer to GET /health"), 5.0, LIMITS)
+    assert stopping.state is RunnerState.STOPPING
+    assert isinstance(stop, StopProcess)
+    assert stop.at_once
+    assert lost == LoseLeases(MODEL, 1, "it hung: no answer to GET /health")
+    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 6.0, LIMITS)
+    assert isinstance(report, ReportFailure)
+    assert report.failure.reason == "it hung: no answer to GET /health"
+    assert (failed.state, failed.wanted_back) == (RunnerState.BACKOFF, state is RunnerState.READY)
 
 
 def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
-    busy = runner_in(RunnerState.READY, in_flight=2)
+    busy = runner_in(RunnerState.READY, serving={"": 2})
     draining, commands = step(busy, StopRequested(MODEL, 1, drain_until=9.0), 1.0, LIMITS)
     assert (draining.state, draining.deadline, commands) == (RunnerState.DRAINING, 9.0, ())
     one_left, commands = step(draining, RequestFinished(MODEL, 1), 2.0, LIMITS)
@@ -215,7 +283,7 @@ def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
 )
 def test_what_is_cut_short_is_told_at_once_and_not_again(event: RunnerEvent, said: str) -> None:
     """The child may take as long as it likes to go."""
-    draining = runner_in(RunnerState.DRAINING, in_flight=2, deadline=9.0)
+    draining = runner_in(RunnerState.DRAINING, serving={"": 2}, deadline=9.0)
     stopping, commands = step(draining, event, 9.0, LIMITS)
     assert (stopping.state, stopping.in_flight) == (RunnerState.STOPPING, 2)
     stop, lost = commands

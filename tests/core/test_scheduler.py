@@ -1,99 +1,33 @@
-"""Admission, loading and making room: events in, commands out."""
+"""Admission, loading and going: events in, commands out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import replace
-from typing import TypeVar
 
-import pytest
-from making_plans import make_plan
+from making_plans import LIMITS, Bench, granted, make_plan, refusals
 
 from planner.types import Shortfall
 from supervisor.core import scheduler
-from supervisor.core.commands import Command, Grant, PlanModel, ReadMachine, Reject, Spawn, StopProcess
+from supervisor.core.commands import Grant, LoseLeases, PlanModel, ReadMachine, Reject, Spawn, StopProcess
 from supervisor.core.events import (
-    BecameReady,
-    Event,
     Planned,
-    ProcessExited,
     ProcessSpawned,
     RequestAbandoned,
-    RequestArrived,
-    RequestFinished,
+    ResetRequested,
+    SettingsChanged,
     ShutdownRequested,
+    StopRequested,
     TimePassed,
 )
-from supervisor.core.invariants import violations
-from supervisor.core.pool import Pool
+from supervisor.core.loglines import Shortage
 from supervisor.core.runner import RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
-from supervisor.core.types import DoesNotFit, Limits, LoadPlan, ModelId, PlanProblem, RefusalKind, TicketId
+from supervisor.core.types import DoesNotFit, MakeRoom, ModelId, ModelSettings, PlanProblem, RefusalKind
 
-T = TypeVar("T")
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
-LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=10.0)
+ALONE = replace(LIMITS, max_loaded_models=1)
 NO_FIT = DoesNotFit("Does not fit: CUDA0 lacks 5 bytes", (Shortfall("CUDA0", 15, 10),))
-
-
-class Bench:
-    """A pool and the commands that its last event caused; invariants are checked after every step."""
-
-    def __init__(self, limits: Limits = LIMITS) -> None:
-        self.pool = Pool(limits)
-        self.now = 0.0
-        self.commands: tuple[Command, ...] = ()
-        self._ticket = 0
-
-    def post(self, event: Event) -> tuple[Command, ...]:
-        self.pool, self.commands = scheduler.step(self.pool, event, self.now)
-        assert violations(self.pool) == []
-        return self.commands
-
-    def arrive(self, model: ModelId) -> TicketId:
-        self._ticket += 1
-        self.post(RequestArrived(TicketId(self._ticket), model))
-        return TicketId(self._ticket)
-
-    def answer(self, outcome: LoadPlan | DoesNotFit | PlanProblem) -> tuple[Command, ...]:
-        """Answer the question to the planner that the last commands contain."""
-        question = self.one(PlanModel)
-        return self.post(Planned(question.model, question.revision, outcome))
-
-    def bring_up(self, model: ModelId, plan: LoadPlan | None = None) -> TicketId:
-        """Load a model for one request and grant it."""
-        ticket = self.arrive(model)
-        self.answer(plan or make_plan())
-        self.finish_load(model)
-        return ticket
-
-    def finish_load(self, model: ModelId) -> tuple[Command, ...]:
-        generation = self.pool.runner(model).generation
-        self.post(ProcessSpawned(model, generation, 100))
-        return self.post(BecameReady(model, generation, f"http://{model}"))
-
-    def finish(self, model: ModelId) -> tuple[Command, ...]:
-        return self.post(RequestFinished(model, self.pool.runner(model).generation))
-
-    def exit(self, model: ModelId, last_error: str | None = None) -> tuple[Command, ...]:
-        return self.post(ProcessExited(model, self.pool.runner(model).generation, "exit status 1", last_error))
-
-    def one(self, kind: type[T]) -> T:
-        """Return the only command of this kind among the last ones."""
-        found = [command for command in self.commands if isinstance(command, kind)]
-        assert len(found) == 1, self.commands
-        return found[0]
-
-    def state(self, model: ModelId) -> RunnerState:
-        return self.pool.runner(model).state
-
-
-def granted(commands: Iterable[Command]) -> list[int]:
-    return [command.ticket for command in commands if isinstance(command, Grant)]
-
-
-def refusals(commands: Iterable[Command]) -> list[tuple[int, RefusalKind]]:
-    return [(command.ticket, command.refusal.kind) for command in commands if isinstance(command, Reject)]
 
 
 def test_a_request_for_a_model_that_is_not_loaded_loads_it_and_is_granted() -> None:
@@ -116,18 +50,6 @@ def test_a_load_is_joined_and_every_slot_is_used() -> None:
     assert granted(bench.finish(A)) == [third]
 
 
-def test_one_load_at_a_time() -> None:
-    """Two loads that each see the same free bytes would both take them."""
-    bench = Bench()
-    bench.arrive(A)
-    bench.answer(make_plan())
-    bench.arrive(B)
-    assert bench.commands == ()
-    bench.finish_load(A)
-    assert bench.one(PlanModel).model == B
-    assert bench.one(PlanModel).held == {"CUDA0": 10, "Host": 0}
-
-
 def test_a_model_that_is_refused_refuses_everybody_who_waits_for_it() -> None:
     bench = Bench()
     first = bench.arrive(A)
@@ -135,7 +57,7 @@ def test_a_model_that_is_refused_refuses_everybody_who_waits_for_it() -> None:
     second = bench.arrive(A)
     bench.post(Planned(A, question.revision, PlanProblem("is no model")))
     assert refusals(bench.commands) == [(first, RefusalKind.BAD_MODEL), (second, RefusalKind.BAD_MODEL)]
-    assert bench.pool.load is None
+    assert bench.pool.loads == {}
 
 
 def test_what_does_not_fit_on_an_empty_machine_is_refused_for_good() -> None:
@@ -145,94 +67,6 @@ def test_what_does_not_fit_on_an_empty_machine_is_refused_for_good() -> None:
     refusal = bench.one(Reject).refusal
     assert (refusal.kind, refusal.retry_after_s, refusal.causes) == (RefusalKind.CANNOT_FIT, None, NO_FIT.causes)
     assert refusal.message == "a: Does not fit: CUDA0 lacks 5 bytes"
-
-
-def test_what_can_never_fit_is_refused_at_once_although_others_are_loaded() -> None:
-    bench = Bench()
-    bench.bring_up(A)
-    bench.arrive(B)
-    bench.answer(NO_FIT)
-    assert bench.one(PlanModel).assume_empty
-    bench.answer(NO_FIT)
-    assert refusals(bench.commands) == [(2, RefusalKind.CANNOT_FIT)]
-    assert bench.state(A) is RunnerState.READY, "nobody was evicted for it"
-
-
-@pytest.mark.parametrize("beside", [NO_FIT, make_plan(layers=1), make_plan(fit_by_llama=True)])
-def test_room_is_made_where_a_model_would_fit_better_without_the_others(beside: LoadPlan | DoesNotFit) -> None:
-    """Not at all beside them, partly on the CPU, or of unknown size: it waits for the idle runner to be gone."""
-    bench = Bench()
-    bench.bring_up(A)
-    bench.finish(A)
-    bench.arrive(B)
-    bench.answer(beside)
-    bench.answer(make_plan())
-    assert bench.one(StopProcess).model == A
-    bench.exit(A)
-    assert not bench.one(PlanModel).assume_empty
-    bench.answer(make_plan())
-    assert bench.one(Spawn).model == B
-
-
-def test_a_partial_plan_is_launched_where_an_empty_machine_would_give_no_better() -> None:
-    bench = Bench()
-    bench.bring_up(A)
-    bench.finish(A)
-    bench.arrive(B)
-    bench.answer(make_plan(layers=1))
-    bench.answer(make_plan(layers=1))
-    assert bench.one(Spawn).model == B
-    assert bench.state(A) is RunnerState.READY
-
-
-def test_the_least_recently_used_idle_runner_goes_first() -> None:
-    bench = Bench()
-    for model in (A, B):
-        bench.bring_up(model)
-    for moment, model in ((1.0, B), (2.0, A)):
-        bench.now = moment
-        bench.finish(model)
-    bench.arrive(C)
-    bench.answer(make_plan())
-    assert bench.one(StopProcess).model == B, "MAX_LOADED_MODELS is 2"
-
-
-def test_a_busy_runner_is_never_evicted_and_younger_tickets_wait_behind() -> None:
-    bench = Bench(replace(LIMITS, max_loaded_models=1))
-    bench.bring_up(A, make_plan(n_parallel=2))
-    waiting = bench.arrive(B)
-    bench.answer(make_plan())
-    assert bench.commands == ()
-    younger = bench.arrive(A)
-    assert granted(bench.commands) == [], "a free slot, but granting it would keep B waiting for ever"
-    bench.finish(A)
-    assert bench.one(StopProcess).model == A
-    bench.exit(A)
-    bench.answer(make_plan())
-    assert granted(bench.finish_load(B)) == [waiting]
-    assert [ticket.id for ticket in bench.pool.waiting] == [younger]
-
-
-def test_waiting_for_room_ends_after_load_timeout() -> None:
-    bench = Bench(replace(LIMITS, max_loaded_models=1))
-    bench.bring_up(A)
-    ticket = bench.arrive(B)
-    bench.answer(make_plan())
-    assert scheduler.next_deadline(bench.pool) == 30.0
-    bench.now = 30.0
-    bench.post(TimePassed())
-    assert refusals(bench.commands) == [(ticket, RefusalKind.LOAD_TIMEOUT)]
-
-
-def test_nobody_is_evicted_for_a_client_that_has_gone() -> None:
-    bench = Bench(replace(LIMITS, max_loaded_models=1))
-    bench.bring_up(A)
-    ticket = bench.arrive(B)
-    bench.answer(make_plan())
-    bench.post(RequestAbandoned(ticket))
-    bench.finish(A)
-    assert bench.commands == ()
-    assert bench.state(A) is RunnerState.READY
 
 
 def test_a_load_goes_on_when_its_client_has_gone() -> None:
@@ -252,7 +86,7 @@ def test_a_plan_for_a_machine_that_has_changed_is_made_again() -> None:
     bench.exit(A)
     fresh = bench.one(PlanModel)
     assert fresh.revision > stale.revision
-    assert fresh.held == {}
+    assert fresh.neighbours == ()
     assert bench.post(Planned(B, stale.revision, make_plan())) == ()
     bench.post(Planned(B, fresh.revision, make_plan()))
     assert bench.one(Spawn).model == B
@@ -366,12 +200,12 @@ def test_shutting_down_refuses_drains_and_hurries_when_asked_twice() -> None:
 def test_a_plan_made_just_after_a_runner_s_exit_is_told_what_it_held() -> None:
     """A driver may still show it; later on nobody waits for that any more."""
     bench = Bench(replace(LIMITS, keep_alive_s=0.0))
-    bench.bring_up(A, make_plan(size_bytes=10))
+    bench.bring_up(A, make_plan())
     bench.finish(A)
     bench.exit(A)
     bench.arrive(B)
     question = bench.one(PlanModel)
-    assert (question.held, question.gone) == ({}, {"CUDA0": 10, "Host": 0})
+    assert (question.neighbours, question.gone) == ((), {"CUDA0": 10, "Host": 0})
     bench.answer(PlanProblem("no"))
     bench.now += SETTLE_WITHIN_S
     bench.arrive(B)
@@ -380,12 +214,12 @@ def test_a_plan_made_just_after_a_runner_s_exit_is_told_what_it_held() -> None:
 
 def test_the_machine_is_read_again_when_memory_was_taken_or_given_back() -> None:
     """Not where a plan is asked for in the same moment, which reads it anyway."""
-    bench = Bench(replace(LIMITS, max_loaded_models=1))
-    bench.bring_up(A, make_plan(size_bytes=10))
+    bench = Bench(ALONE)
+    bench.bring_up(A, make_plan())
     assert bench.one(ReadMachine) == ReadMachine(A, {"CUDA0": 10, "Host": 0}, {})
     bench.finish(A)
     bench.arrive(B)
-    bench.answer(make_plan())
+    bench.answer(MakeRoom(frozenset({A})))
     assert bench.state(A) is RunnerState.STOPPING
     bench.exit(A)
     assert [type(command) for command in bench.commands] == [PlanModel]
@@ -393,3 +227,125 @@ def test_the_machine_is_read_again_when_memory_was_taken_or_given_back() -> None
     bench.finish_load(B)
     bench.exit(B)
     assert bench.one(ReadMachine).gone["CUDA0"] == 20, "both have just gone"
+
+
+def test_a_request_s_keep_alive_is_the_runner_s_from_then_on_and_counts_from_the_end_of_the_last_request() -> None:
+    bench = Bench()
+    bench.bring_up(A)
+    bench.finish(A)
+    for keep_alive_s, unloaded_at in ((5.0, 15.0), (None, 15.0), (math.inf, None), (0.0, 10.0)):
+        bench.arrive(A, keep_alive_s=keep_alive_s)
+        bench.now = 10.0
+        bench.finish(A)
+        assert scheduler.next_deadline(bench.pool) == unloaded_at
+
+
+def test_the_settings_of_a_model_say_how_long_it_stays_where_no_request_does() -> None:
+    bench = Bench()
+    bench.post(SettingsChanged({A: ModelSettings(keep_alive_s=7.0)}))
+    bench.load_idle(A)
+    assert bench.pool.runner(A).deadline == 7.0
+    bench.post(SettingsChanged({A: ModelSettings(keep_alive_s=9.0)}))
+    assert bench.pool.runner(A).deadline == 9.0
+
+
+def test_a_runner_whose_launch_is_another_now_drains_and_comes_back_and_others_are_not_touched() -> None:
+    bench = Bench()
+    for model in (A, B):
+        bench.bring_up(model)
+    untouched = bench.pool.runner(B)
+    bench.post(SettingsChanged({A: ModelSettings(launch="-c 8192"), B: ModelSettings(priority=1)}))
+    assert (bench.state(A), bench.pool.runner(B)) == (RunnerState.DRAINING, untouched)
+    waiting = bench.arrive(A)
+    bench.finish(A)
+    assert bench.one(StopProcess).reason == "its settings have changed; drained"
+    bench.exit(A)
+    assert bench.one(PlanModel).launch == "-c 8192"
+    bench.answer(make_plan())
+    assert granted(bench.finish_load(A)) == [waiting]
+    assert bench.post(SettingsChanged({A: ModelSettings(launch="-c 8192")})) == ()
+
+
+def test_settings_that_change_while_a_model_loads_load_it_again_for_those_who_wait() -> None:
+    bench = Bench()
+    ticket = bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.post(SettingsChanged({A: ModelSettings(launch="-c 8192")}))
+    assert (bench.state(A), refusals(bench.commands)) == (RunnerState.STOPPING, [])
+    bench.exit(A)
+    bench.answer(make_plan())
+    assert granted(bench.finish_load(A)) == [ticket]
+
+
+def test_a_model_is_preloaded_without_being_asked_for_and_evicts_nobody() -> None:
+    bench = Bench()
+    bench.post(SettingsChanged({A: ModelSettings(preload=True)}))
+    bench.answer(make_plan())
+    bench.finish_load(A)
+    assert (bench.state(A), granted(bench.commands)) == (RunnerState.READY, [])
+    bench.post(SettingsChanged({A: ModelSettings(preload=True), B: ModelSettings(preload=True)}))
+    bench.answer(MakeRoom(frozenset({A})))
+    assert (bench.commands, bench.pool.loads) == ((), {})
+    assert bench.state(A) is RunnerState.READY
+
+
+def test_a_load_that_ran_out_of_memory_is_planned_again_with_more_room_while_its_clients_wait() -> None:
+    """The fifth time in a row it is given up, with its story."""
+    bench = Bench()
+    ticket = bench.arrive(A)
+    for step in range(5):
+        margins = bench.one(PlanModel).margins
+        assert ("CUDA0" in margins) == (step > 0)
+        bench.answer(make_plan())
+        bench.spawn(A)
+        bench.exit(A, "cudaMalloc failed", Shortage("CUDA0"))
+        assert refusals(bench.commands) == ([] if step < 4 else [(ticket, RefusalKind.LOAD_FAILED)])
+        bench.post(TimePassed())
+    assert bench.state(A) is RunnerState.FAILED
+    assert [one.step for one in bench.pool.runner(A).remedies] == ["out of memory"] * 4
+
+
+def test_a_model_that_does_not_fit_with_the_room_that_it_needs_has_failed_with_its_story() -> None:
+    bench = Bench()
+    ticket = bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.exit(A, "cudaMalloc failed", Shortage("CUDA0"))
+    bench.post(TimePassed())
+    bench.answer(NO_FIT)
+    assert refusals(bench.commands) == [(ticket, RefusalKind.LOAD_FAILED)]
+    assert "out of memory on CUDA0: cudaMalloc failed" in bench.one(Reject).refusal.message
+    assert bench.state(A) is RunnerState.FAILED
+
+
+def test_a_runner_that_failed_for_good_may_be_reset() -> None:
+    bench = Bench(replace(LIMITS, max_crashes=1))
+    bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.exit(A, "boom")
+    assert bench.state(A) is RunnerState.FAILED
+    bench.post(ResetRequested(A, 1))
+    bench.arrive(A)
+    assert bench.one(PlanModel).model == A
+
+
+def test_a_runner_that_is_unloaded_finishes_its_streams_and_then_serves_who_waits_with_another_child() -> None:
+    bench = Bench()
+    bench.bring_up(A)
+    bench.post(StopRequested(A, 1, drain_until=10.0, reason="it was unloaded"))
+    waiting = bench.arrive(A)
+    assert granted(bench.commands) == []
+    bench.finish(A)
+    bench.exit(A)
+    bench.answer(make_plan())
+    assert granted(bench.finish_load(A)) == [waiting]
+
+
+def test_a_drain_that_takes_too_long_is_cut_short_and_says_for_what() -> None:
+    bench = Bench()
+    bench.bring_up(A)
+    bench.post(StopRequested(A, 1, drain_until=10.0, reason="it was unloaded"))
+    bench.wait(10.0)
+    assert bench.one(LoseLeases).story == "it was unloaded, and this did not finish in the 10 s of DRAIN_TIMEOUT"

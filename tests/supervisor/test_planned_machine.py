@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
-from supervisor.planned_machine import emptied, without_workers
+from supervisor.planned_machine import emptied, without
 
 HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
 
@@ -54,9 +54,10 @@ def test_what_is_not_known_stays_unknown() -> None:
     assert emptied(machine_of(card), {"Vulkan0": 5}).devices == (card,)
 
 
-def test_a_worker_that_serves_a_runner_is_left_out_and_said_so() -> None:
+def test_a_device_that_is_not_to_be_used_is_left_out_and_said_so() -> None:
     busy = Device(DeviceName("RPC0"), DeviceKind.RPC, 200, 200, PoolId("a"), endpoint="10.0.0.2:1")
     idle = replace(busy, name=DeviceName("RPC1"), endpoint="10.0.0.2:2")
-    first, second = without_workers(machine_of(busy, idle), frozenset({"10.0.0.2:1"})).devices
-    assert (first.usable, first.why_not) == (False, "the worker 10.0.0.2:1 serves another runner")
+    left_out = without(machine_of(busy, idle), lambda device: device.name == "RPC0", "it serves another")
+    first, second = left_out.devices
+    assert (first.usable, first.why_not) == (False, "it serves another")
     assert second == idle

@@ -240,7 +240,7 @@ def write_without_tokenizer(model: Path, broken: Path) -> None:
     broken.write_bytes(model.read_bytes().replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mod_l"))
 
 
-async def test_a_load_that_runs_out_of_memory_says_so_and_waits_before_it_is_tried_again(
+async def test_a_load_that_runs_out_of_memory_is_planned_again_with_more_room_and_where_there_is_none_says_so(
     supervising: Supervising, models: Models, llama_tools: Path, tmp_path: Path
 ) -> None:
     """The server gets less address space than its cache needs, which the machine has to spare."""
@@ -256,9 +256,12 @@ async def test_a_load_that_runs_out_of_memory_says_so_and_waits_before_it_is_tri
         assert refused.value.retry_after_s is not None
         assert refused.value.retry_after_s > 10
         runner = only_runner(supervisor)
-        assert runner.state == "backoff"
+        assert runner.state == "failed"
         assert runner.last_failure is not None
         assert "out of memory on Host" in runner.last_failure.reason
+        assert [step.step for step in runner.remedies] == ["out of memory"]
+        assert supervisor.reset("long")
+        assert supervisor.snapshot().runners[0].remedies == ()
 
 
 async def test_a_runner_that_cannot_be_started_is_said_so(

@@ -19,6 +19,6 @@ def test_an_unloaded_model_tells_the_context_that_a_conversation_will_get(
     promised: int | None, trained: int | None, told: int | None
 ) -> None:
     entry = ModelEntry(id=ModelId("m"), path="/m.gguf", file_bytes=1, modified_at=0.0, n_ctx_train=trained)
-    pool = Pool(Limits(max_loaded_models=None, max_queue=1, keep_alive_s=None, load_timeout_s=1.0, drain_timeout_s=1.0))
+    pool = Pool(Limits(max_loaded_models=None, max_queue=1, keep_alive_s=60.0, load_timeout_s=1.0, drain_timeout_s=1.0))
     (view,) = model_views((entry,), pool, promised)
     assert view.n_ctx_per_slot == told

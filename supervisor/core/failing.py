@@ -1,0 +1,113 @@
+"""What follows from a child's failure: a pause before the next try, a larger margin, or an end to trying.
+
+Out of memory while loading is answered by planning again at once with a larger margin on the device that ran out: the
+planner then takes the next step of its own ladder (micro-batch, cache type, context, experts, layers: what the settings
+allow). Each margin is the failed plan's headroom there and a share of its bytes, so that no plan is tried twice. Out of
+memory while serving says that a runner takes more there than any plan counts: that is learned for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
+
+from planner.types import Decision
+from supervisor.core.commands import Command, Learn, LoseLeases, ReportFailure
+from supervisor.core.events import ProcessExited
+from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.types import Failure, Limits, LoadPlan
+
+MIB: Final = 1024 * 1024
+# What an allocation of llama.cpp's lacks is seldom more than a twentieth; a driver that fragments wants more.
+MARGIN_SHARES: Final = (0.05, 0.10, 0.20, 0.40)
+LEAST_MARGIN_BYTES: Final = 64 * MIB  # less would not move a layer of any model that runs out
+LEARN_BYTES: Final = 256 * MIB  # the pool of a CUDA device grows in steps of about that much
+
+Outcome = tuple[Runner, tuple[Command, ...]]
+
+
+def died(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
+    """Return what becomes of a runner whose child ended without being told to."""
+    shortage = None if event.shortage is None else str(event.shortage)
+    failure = Failure(
+        at=now,
+        reason=": ".join(part for part in (event.exit, shortage, event.last_error) if part is not None),
+        exit=event.exit,
+        log_tail=event.log_tail,
+        shortage=event.shortage,
+    )
+    return fail(runner, failure, now, limits)
+
+
+def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcome:
+    """Wait before the next try: not at all after a first failure, then 1, 2, 4 ... seconds, and at last much longer.
+
+    A load that ran out of memory is tried again at once, as long as there are larger margins to try.
+    """
+    while_loading = runner.load_seconds is None
+    crashes = (*(at for at in runner.crashes if at > now - limits.crash_window_s), now)
+    keep_alive_s = limits.keep_alive_s if runner.keep_alive_s is None else runner.keep_alive_s
+    in_use = not while_loading and not runner.stop_reason and keep_alive_s > 0
+    state, pause_s, wanted_back = RunnerState.BACKOFF, _pause_s(len(crashes), limits), in_use or runner.wanted_back
+    if len(crashes) >= limits.max_crashes:
+        state, pause_s = RunnerState.FAILED, limits.crash_window_s
+    elif while_loading and failure.shortage is not None and runner.plan is not None:
+        runner, failure = _with_larger_margin(runner, runner.plan, failure)
+        state, pause_s, wanted_back = RunnerState.BACKOFF, 0.0, True
+        if failure.remedy is None:
+            state, pause_s = RunnerState.FAILED, limits.crash_window_s
+    failed = replace(
+        runner,
+        state=state,
+        since=now,
+        deadline=now + pause_s,
+        crashes=crashes,
+        last_failure=failure,
+        failed_last=True,
+        wanted_back=wanted_back and state is RunnerState.BACKOFF,
+    )
+    report = ReportFailure(runner.model, runner.generation, failure, while_loading=while_loading)
+    told = runner.pending_failure is not None or not runner.serving
+    lost = () if told else (LoseLeases(runner.model, runner.generation, failure.reason),)
+    return without_child(failed), (report, *lost, *(() if while_loading else _learned(runner, failure)))
+
+
+def without_child(runner: Runner) -> Runner:
+    """Return the runner that has forgotten its child, which is reaped."""
+    nothing: Mapping[str, int] = MappingProxyType({})
+    return replace(runner, pid=None, url=None, serving=nothing, measured_bytes=nothing, pending_failure=None)
+
+
+def _pause_s(n_crashes: int, limits: Limits) -> float:
+    return 0.0 if n_crashes == 1 else min(limits.backoff_cap_s, 2.0 ** (n_crashes - 2))
+
+
+def _with_larger_margin(runner: Runner, plan: LoadPlan, failure: Failure) -> tuple[Runner, Failure]:
+    """Take the next step where there is one: the failure then names its remedy."""
+    if len(runner.remedies) >= len(MARGIN_SHARES):
+        return runner, failure
+    where = None if failure.shortage is None else failure.shortage.device
+    share = MARGIN_SHARES[len(runner.remedies)]
+    margins = dict(runner.margins)
+    for use in plan.uses:
+        if where is None or use.device == where:
+            more = max(LEAST_MARGIN_BYTES, round(share * use.taken_bytes)) + max(0, use.headroom_bytes or 0)
+            margins[use.device] = margins.get(use.device, 0) + more
+    step = Decision(
+        step="out of memory",
+        chosen=f"plan again with {share:.0%} more room on {where or 'every device of the plan'}",
+        because=f"{failure.reason} (step {len(runner.remedies) + 1} of {len(MARGIN_SHARES)})",
+    )
+    remedied = replace(runner, margins=MappingProxyType(margins), remedies=(*runner.remedies, step))
+    return remedied, replace(failure, remedy=step)
+
+
+def _learned(runner: Runner, failure: Failure) -> tuple[Command, ...]:
+    """Return what an out-of-memory while serving teaches about the device, where it is known which."""
+    where = None if failure.shortage is None else failure.shortage.device
+    uses = () if runner.plan is None else runner.plan.uses
+    return tuple(
+        Learn(runner.model, use.device, use.overhead_bytes + LEARN_BYTES) for use in uses if use.device == where
+    )

@@ -1,0 +1,217 @@
+"""What one event does to one runner in one state: a function for each entry of ``runner_table.TRANSITIONS``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from supervisor.core import failing
+from supervisor.core.commands import Command, LoseLeases, Spawn, StopProcess
+from supervisor.core.events import (
+    BecameReady,
+    ChildHung,
+    DeadlinePassed,
+    KeepAliveChanged,
+    LoadProgressed,
+    NoRoomLeft,
+    ProcessExited,
+    ProcessSpawned,
+    RequestFinished,
+    RequestGranted,
+    ResetRequested,
+    SpawnFailed,
+    StartRequested,
+    StopRequested,
+    WrongDevices,
+)
+from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.types import Failure, Limits
+
+# ruff: noqa: D103 - the table says when each is called; what a reader would not guess stands with the function
+
+S = RunnerState
+
+Outcome = tuple[Runner, tuple[Command, ...]]
+
+
+def _enter(runner: Runner, state: RunnerState, now: float, *, deadline: float | None = None, **changes: Any) -> Runner:
+    return replace(runner, state=state, since=now, deadline=deadline, **changes)
+
+
+def _idle_deadline(runner: Runner, now: float, limits: Limits) -> float | None:
+    keep_alive_s = limits.keep_alive_s if runner.keep_alive_s is None else runner.keep_alive_s
+    return None if math.isinf(keep_alive_s) else now + keep_alive_s
+
+
+def start(runner: Runner, event: StartRequested, now: float, _limits: Limits) -> Outcome:
+    started = _enter(
+        replace(runner, generation=event.generation),
+        S.STARTING,
+        now,
+        plan=event.plan,
+        options=event.options,
+        launch=event.launch,
+        keep_alive_s=None,
+        stop_reason="",
+        load_started_at=now,
+        load_seconds=None,
+        load_fraction=None,
+        restarts=runner.restarts + runner.failed_last,
+        failed_last=False,
+        pending_failure=None,
+        wanted_back=False,
+    )
+    return started, (Spawn(runner.id, runner.model, event.generation, event.plan),)
+
+
+def fail_for_room(runner: Runner, _event: NoRoomLeft, now: float, limits: Limits) -> Outcome:
+    return _enter(runner, S.FAILED, now, deadline=now + limits.crash_window_s, wanted_back=False), ()
+
+
+def begin_loading(runner: Runner, event: ProcessSpawned, now: float, limits: Limits) -> Outcome:
+    return _enter(runner, S.LOADING, now, deadline=now + limits.load_timeout_s, pid=event.pid), ()
+
+
+def keep_loading(runner: Runner, event: LoadProgressed, now: float, limits: Limits) -> Outcome:
+    return replace(runner, deadline=now + limits.load_timeout_s, load_fraction=event.fraction), ()
+
+
+def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits) -> Outcome:
+    ready = _enter(
+        runner,
+        S.READY,
+        now,
+        deadline=_idle_deadline(runner, now, limits),
+        url=event.url,
+        measured_bytes=event.measured_bytes,
+        load_seconds=now - runner.load_started_at,
+        reload_s=now - runner.load_started_at,
+        last_used=now,
+    )
+    return ready, ()
+
+
+def grant(runner: Runner, event: RequestGranted, now: float, _limits: Limits) -> Outcome:
+    keep_alive_s = runner.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
+    serving = {**runner.serving, event.client: runner.serving.get(event.client, 0) + 1}
+    served = replace(runner, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s)
+    return replace(served, deadline=None, last_used=now), ()
+
+
+def _given_back(runner: Runner, client: str) -> Runner:
+    serving = {**runner.serving, client: runner.serving.get(client, 0) - 1}
+    return replace(runner, serving=MappingProxyType({one: count for one, count in serving.items() if count}))
+
+
+def finish(runner: Runner, event: RequestFinished, now: float, limits: Limits) -> Outcome:
+    left = _given_back(runner, event.client)
+    deadline = _idle_deadline(runner, now, limits) if left.idle else None
+    return replace(left, deadline=deadline, last_used=now), ()
+
+
+def keep_as_long(runner: Runner, _event: KeepAliveChanged, _now: float, limits: Limits) -> Outcome:
+    return replace(runner, deadline=_idle_deadline(runner, runner.last_used, limits) if runner.idle else None), ()
+
+
+def finish_draining(runner: Runner, event: RequestFinished, now: float, _limits: Limits) -> Outcome:
+    left = _given_back(runner, event.client)
+    return (left, ()) if left.serving else _stop(left, now, f"{runner.stop_reason}; drained")
+
+
+def finish_stopping(runner: Runner, event: RequestFinished, _now: float, _limits: Limits) -> Outcome:
+    return _given_back(runner, event.client), ()
+
+
+def _stop(runner: Runner, now: float, reason: str, failure: Failure | None = None) -> Outcome:
+    stopping = _enter(runner, S.STOPPING, now, pending_failure=failure)
+    return stopping, (StopProcess(runner.model, runner.generation, reason),)
+
+
+def stop_before_spawned(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
+    return _enter(runner, S.STOPPING, now, wanted_back=event.come_back), ()
+
+
+def stop_just_spawned(runner: Runner, event: ProcessSpawned, now: float, _limits: Limits) -> Outcome:
+    return _stop(replace(runner, pid=event.pid), now, "no longer wanted")
+
+
+def stop_loading(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
+    return _stop(replace(runner, wanted_back=event.come_back), now, event.reason)
+
+
+def stop_ready(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
+    runner = replace(runner, wanted_back=event.come_back, stop_reason=event.reason)
+    if runner.idle:
+        return _stop(runner, now, event.reason)
+    if event.drain_until is None:
+        return _cut_short(runner, now, event.reason)
+    return _enter(runner, S.DRAINING, now, deadline=event.drain_until), ()
+
+
+def stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
+    if event.drain_until is not None:
+        return runner, ()
+    return _cut_short(runner, now, "it was told to stop at once")
+
+
+def drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
+    given = f"{limits.drain_timeout_s:g} s"
+    return _cut_short(runner, now, f"{runner.stop_reason}, and this did not finish in the {given} of DRAIN_TIMEOUT")
+
+
+def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
+    """Stop it, and tell the holders of leases at once: the child may take its time to go."""
+    stopping, commands = _stop(runner, now, f"{runner.in_flight} requests in flight: {story}")
+    return stopping, (*commands, LoseLeases(runner.model, runner.generation, story))
+
+
+def hang(runner: Runner, event: ChildHung, now: float, _limits: Limits) -> Outcome:
+    """End it by force: it does not even hear that it is told to stop."""
+    failure = Failure(at=now, reason=f"it hung: {event.reason}")
+    stopping = _enter(runner, S.STOPPING, now, pending_failure=failure)
+    stop = StopProcess(runner.model, runner.generation, failure.reason, at_once=True)
+    lost = (LoseLeases(runner.model, runner.generation, failure.reason),) if runner.serving else ()
+    return stopping, (stop, *lost)
+
+
+def unload(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
+    return _stop(runner, now, "idle")
+
+
+def give_up_loading(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
+    reason = f"showed no progress in loading for {limits.load_timeout_s:g} s (LOAD_TIMEOUT)"
+    return _stop(runner, now, "stuck while loading", Failure(at=now, reason=reason, timed_out=True))
+
+
+def stop_on_wrong_devices(runner: Runner, event: WrongDevices, now: float, _limits: Limits) -> Outcome:
+    reason = f"not on the planned devices: {event.reason}; planner doctor says more"
+    return _stop(runner, now, "on other devices than planned", Failure(at=now, reason=reason))
+
+
+def spawn_failed(runner: Runner, event: SpawnFailed, now: float, limits: Limits) -> Outcome:
+    return failing.fail(runner, Failure(at=now, reason=event.reason), now, limits)
+
+
+def stopped(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
+    """Whoever held a lease was told when it was told to stop."""
+    if (failure := runner.pending_failure) is not None:
+        return failing.fail(runner, replace(failure, exit=event.exit, log_tail=event.log_tail), now, limits)
+    return failing.without_child(_enter(runner, S.STOPPED, now)), ()
+
+
+def never_spawned(runner: Runner, _event: SpawnFailed, now: float, _limits: Limits) -> Outcome:
+    return failing.without_child(_enter(runner, S.STOPPED, now)), ()
+
+
+def retry_allowed(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
+    return _enter(runner, S.STOPPED, now), ()
+
+
+def forgive(runner: Runner, _event: DeadlinePassed | ResetRequested, now: float, _limits: Limits) -> Outcome:
+    return _enter(runner, S.STOPPED, now, crashes=(), margins=MappingProxyType({}), remedies=()), ()
+
+
+def forget_retry(runner: Runner, _event: StopRequested, now: float, _limits: Limits) -> Outcome:
+    return _enter(runner, S.STOPPED, now, wanted_back=False), ()

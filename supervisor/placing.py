@@ -1,0 +1,196 @@
+"""One model, planned beside the runners that are there: which plan, or which of them have to go first.
+
+The planner is asked for one state of the machine after another (``supervisor.core.eviction`` says which): as if some of
+our runners were gone, with what the others hold and what was promised to those that still load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Final
+
+from planner import budget, explain, launch
+from planner.errors import PlannerError
+from planner.types import (
+    HOST,
+    Device,
+    DeviceKind,
+    DeviceUsage,
+    HostDetail,
+    Machine,
+    NoFit,
+    PerDevice,
+    Plan,
+    Policy,
+    Refused,
+)
+from supervisor.api import LoadOptions
+from supervisor.core import eviction
+from supervisor.core.pinning import PinnedDevice
+from supervisor.core.types import (
+    DoesNotFit,
+    LoadPlan,
+    ModelId,
+    Neighbour,
+    PlannedUse,
+    PlanOutcome,
+    PlanProblem,
+)
+from supervisor.planned_machine import emptied, without
+from supervisor.planning_messages import MakePlan
+
+USE_MMAP: Final[Mapping[str | None, bool]] = MappingProxyType({"mmap": True, "none": False})
+
+Search = Callable[[Machine, Policy], Plan | NoFit | Refused]
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """A question about one model on one machine. ``search`` asks the planner; ``policy`` is the operator's alone."""
+
+    question: MakePlan
+    machine: Machine
+    policy: Policy
+    search: Search
+
+    def outcome(self) -> PlanOutcome:
+        """Return the plan to launch, who has to go first, or why neither will do."""
+        others = [one for one in self.question.neighbours if one.model != self.question.model]
+        machine, policy = self._beside(frozenset())
+        available = budget.budgets(machine, policy).by_name
+        return eviction.choose(self.plan_with, others, available, self.question.surplus)
+
+    def plan_with(self, gone: frozenset[ModelId]) -> LoadPlan | DoesNotFit | PlanProblem:
+        """Return the plan as if these were gone: on devices where nothing loads at present, if it can be as good."""
+        machine, policy = self._beside(gone)
+        busy = _names(one for one in self._staying(gone) if one.loading) - {HOST}
+        if busy:
+            idle = without(machine, lambda device: device.name in busy, "another model is being loaded there")
+            plan = self._asked(idle, policy)
+            if isinstance(plan, LoadPlan) and plan.is_best_possible:
+                return plan
+        return self._asked(machine, policy)
+
+    def _asked(self, machine: Machine, policy: Policy) -> LoadPlan | DoesNotFit | PlanProblem:
+        try:
+            outcome = self.search(budget.with_overheads(machine, policy), policy)
+        except PlannerError as error:
+            return PlanProblem(str(error))
+        match outcome:
+            case Plan():
+                return load_plan(outcome, machine)
+            case NoFit(causes=causes):
+                return DoesNotFit(explain.headline(outcome), causes)
+            case Refused():
+                return PlanProblem(explain.headline(outcome))
+
+    def _staying(self, gone: frozenset[ModelId]) -> list[Neighbour]:
+        """Return who is still there; the model's own runner, if it has one, is not."""
+        return [one for one in self.question.neighbours if one.model not in {*gone, self.question.model}]
+
+    def _beside(self, gone: frozenset[ModelId]) -> tuple[Machine, Policy]:
+        """Return the machine and the policy with these gone and the others there."""
+        staying = self._staying(gone)
+        names = _names(staying)
+        leased = without(
+            emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying)),
+            lambda device: device.endpoint is not None and device.name in names,
+            "this worker serves another runner",
+        )
+        held, promised = _sum(staying), _sum(one for one in staying if one.loading)
+        policy = replace(self.policy, held=held, promised=promised)
+        return leased, _reserved(policy, leased, self.question.caps, self.question.margins)
+
+
+def load_plan(plan: Plan, machine: Machine) -> LoadPlan:
+    """Return what the supervisor needs to know of a plan for this machine."""
+    names = launch.buffer_names(plan.placement.devices, machine)
+    used = {*plan.placement.devices, HOST}
+    placement = plan.placement
+    quality = sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
+    has_devices = any(usage.kind is not DeviceKind.HOST for usage in plan.usages)
+    return LoadPlan(
+        launch=plan.launch,
+        uses=tuple(_use(usage, plan.host) for usage in plan.usages if usage.name in used),
+        role=plan.request.role,
+        n_parallel=plan.request.n_parallel or 1,
+        serves=LoadOptions(
+            n_ctx=plan.n_ctx_per_slot,
+            n_gpu_layers=placement.n_gpu_layers,
+            main_gpu=plan.request.main_gpu,
+            n_batch=plan.request.n_batch,
+            use_mmap=USE_MMAP.get(plan.request.load_mode),
+        ),
+        quality=quality,
+        is_best_possible=plan.is_known and (not has_devices or quality == len(placement.layer_devices) + 1),
+        is_known=plan.is_known,
+        document=explain.to_json(plan),
+        buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
+        pinned=_pinned(plan, machine),
+    )
+
+
+def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:
+    """Return what is taken on one device; of the host, mapped weights left out: they are page cache."""
+    taken = usage.known_bytes
+    if usage.kind is DeviceKind.HOST:
+        parts = (host.allocated_bytes, host.pinned_bytes, host.output_buffer_bytes, host.prompt_cache_bytes)
+        taken = sum(part or 0 for part in (*parts, usage.context.bytes, usage.compute.bytes))
+    headroom = None if usage.budget_bytes is None else usage.budget_bytes - taken
+    return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom)
+
+
+def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
+    """Return the devices of the launch line, by the runner's names for them and by what tells them from others."""
+    argv, request = plan.launch.argv, plan.request
+    if "--device" not in argv or request.split_mode == "tensor":  # its one "meta" device stands for all
+        return ()
+    names = argv[argv.index("--device") + 1].split(",")
+    pairs = list(zip(plan.placement.devices, names, strict=False))
+    if request.split_mode == "none":
+        pairs = pairs[request.main_gpu or 0 :][:1]
+    devices = [(machine.device(name), child_name) for name, child_name in pairs]
+    return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
+
+
+def _reserved(policy: Policy, machine: Machine, caps: Mapping[str, int], margins: Mapping[str, int]) -> Policy:
+    """Return the policy that keeps our runners below these caps, and leaves these margins free."""
+    overhead, most = dict(policy.gpu_overhead.by_name), dict(policy.max_vram.by_name)
+    for device in machine.devices:
+        name = device.name
+        if name in margins:
+            overhead[name] = (policy.gpu_overhead.of(name) or 0) + margins[name]
+        if name in caps:
+            cap = policy.max_vram.of(name)
+            most[name] = caps[name] if cap is None else min(cap, caps[name])
+    promised = dict(policy.promised)
+    promised[HOST] = promised.get(HOST, 0) + margins.get(HOST, 0) + _beyond_cap(policy, machine.host, caps)
+    return replace(
+        policy,
+        gpu_overhead=PerDevice(policy.gpu_overhead.default, overhead),
+        max_vram=PerDevice(policy.max_vram.default, most),
+        promised=promised,
+    )
+
+
+def _beyond_cap(policy: Policy, host: Device, caps: Mapping[str, int]) -> int:
+    """Return how much of the host's free memory is not for our runners."""
+    if HOST not in caps or host.free_bytes is None:
+        return 0
+    ours = caps[HOST] - policy.held.get(HOST, 0) + policy.promised.get(HOST, 0)
+    return max(0, host.free_bytes - ours)
+
+
+def _sum(neighbours: Iterable[Neighbour]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in neighbours:
+        total.update(one.held_bytes)
+    return dict(total)
+
+
+def _names(neighbours: Iterable[Neighbour]) -> set[str]:
+    """Return the devices that these hold memory of."""
+    return {device for one in neighbours for device, size in one.held_bytes.items() if size}
