@@ -102,6 +102,31 @@ def test_tool_calls_come_whole_with_arguments_as_objects() -> None:
     assert reader.ending.reason == "stop"
 
 
+def test_a_whole_answer_is_read_like_its_pieces() -> None:
+    reader = ChatReader()
+    calls = [{"id": "c1", "function": {"name": "add", "arguments": "{}"}}]
+    message = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": calls}
+    piece = reader.feed({**USAGE, "choices": [{"index": 0, "message": message, "finish_reason": "tool_calls"}]})
+    assert (piece.thinking, [call.name for call in piece.tool_calls]) == ("hm", ["add"])
+    assert reader.ending is not None
+    assert (reader.ending.reason, reader.ending.tokens) == ("stop", 3)
+
+
+@pytest.mark.parametrize(
+    "pieces,told",
+    [
+        (["Hello, I am"], " I am"),
+        (["Hel", "lo,", " I am"], " I am"),
+        (["Hello,"], ""),
+        ([" I am"], " I am"),
+        (["He is"], "He is"),
+    ],
+)
+def test_what_the_model_goes_on_from_is_not_said_again(pieces: list[str], told: str) -> None:
+    reader = ChatReader(continued="Hello,")
+    assert "".join(reader.feed(chunk({"content": piece})).text for piece in pieces) == told
+
+
 def test_a_tool_call_that_was_cut_off_is_none() -> None:
     reader = ChatReader()
     reader.feed(chunk({"tool_calls": [{"index": 0, "function": {"name": "add", "arguments": '{"a": '}}]}))

@@ -181,11 +181,21 @@ def test_images_are_seen_by_models_that_have_eyes(client: ollama.Client) -> None
     assert refused.value.status_code == 400
 
 
+def test_an_answer_that_was_begun_is_gone_on_with(client: ollama.Client) -> None:
+    begun, rest = tiny_models.TEXT[:11], tiny_models.TEXT[11:]
+    asked = [HELLO, {"role": "assistant", "content": begun}]
+    assert client.chat("chat", asked).message.content == rest
+    assert "".join(piece.message.content or "" for piece in client.chat("chat", asked, stream=True)) == rest
+
+
 def test_log_probabilities_come_with_their_alternatives(client: ollama.Client) -> None:
     told = client.chat("chat", [HELLO], logprobs=True, top_logprobs=2, options={"num_predict": 2})
     assert told.logprobs
     assert [entry.token.strip() for entry in told.logprobs] == ["Hello!", "I"]
     assert [len(entry.top_logprobs or ()) for entry in told.logprobs] == [2, 2]
+    called = client.chat("tools", [HELLO], tools=[TOOL], logprobs=True)
+    assert called.logprobs
+    assert called.message.tool_calls
     said = client.generate("chat", "hello", logprobs=True, options={"num_predict": 2})
     assert said.logprobs
     assert said.logprobs[0].top_logprobs is None

@@ -80,55 +80,61 @@ class _Call:
 
 @dataclass(slots=True)
 class ChatReader:
-    """Reads the events of ``/v1/chat/completions``. ``ending`` is None until the last one came.
+    """Reads the answer of ``/v1/chat/completions``, in events or whole. ``ending`` is None until the last one came.
 
-    Tool calls come whole, with the event that ends the answer: Ollama knows no part of one.
+    Tool calls come whole, with the event that ends the answer: Ollama knows no part of one. ``continued`` is the text
+    of an assistant's message that the model goes on from: llama-server says it again, Ollama does not.
     """
 
     n_top: int = 0
+    continued: str = ""
     ending: Ending | None = None
     _calls: dict[int, _Call] = field(default_factory=dict)
     _reason: str = STOP
 
     def feed(self, event: Mapping[str, Any]) -> Piece:
         """Return what this event adds to the answer."""
-        self._end(event)
-        if not event["choices"]:
-            return Piece()
-        (choice,) = event["choices"]
-        delta = choice["delta"]
-        for part in delta.get("tool_calls") or ():
-            self._take(part)
+        piece = self._piece(event["choices"][0]) if event["choices"] else Piece()
+        if "usage" in event:
+            usage, timings = event["usage"], event.get("timings", {})
+            self.ending = Ending(
+                self._reason,
+                usage["prompt_tokens"],
+                timings.get("prompt_ms", 0.0),
+                usage["completion_tokens"],
+                timings.get("predicted_ms", 0.0),
+            )
+        return piece
+
+    def _piece(self, choice: Mapping[str, Any]) -> Piece:
+        delta = choice.get("delta") or choice.get("message") or {}
+        for index, part in enumerate(delta.get("tool_calls") or ()):
+            self._take(part.get("index", index), part)
         calls: tuple[ToolCall, ...] = ()
         if choice["finish_reason"] is not None:
             self._reason = LENGTH if choice["finish_reason"] == LENGTH else STOP
             calls = tuple(call for one in self._calls.values() if (call := one.whole()) is not None)
         return Piece(
-            delta.get("content") or "",
+            self._new(delta.get("content") or ""),
             delta.get("reasoning_content") or "",
             calls,
             logprobs((choice.get("logprobs") or {}).get("content") or (), self.n_top),
         )
 
-    def _take(self, part: Mapping[str, Any]) -> None:
-        call = self._calls.setdefault(part["index"], _Call())
+    def _new(self, text: str) -> str:
+        """Return the text without what of it was there before."""
+        known = text[: len(self.continued)]
+        if not self.continued.startswith(known):
+            known = self.continued = ""
+        self.continued = self.continued[len(known) :]
+        return text[len(known) :]
+
+    def _take(self, index: int, part: Mapping[str, Any]) -> None:
+        call = self._calls.setdefault(index, _Call())
         function = part.get("function", {})
         call.id += part.get("id") or ""
         call.name += function.get("name") or ""
         call.arguments += function.get("arguments") or ""
-
-    def _end(self, event: Mapping[str, Any]) -> None:
-        """Take the figures, which stand in the event of the usage, after that of the reason."""
-        if "usage" not in event:
-            return
-        usage, timings = event["usage"], event.get("timings", {})
-        self.ending = Ending(
-            self._reason,
-            usage["prompt_tokens"],
-            timings.get("prompt_ms", 0.0),
-            usage["completion_tokens"],
-            timings.get("predicted_ms", 0.0),
-        )
 
 
 @dataclass(slots=True)

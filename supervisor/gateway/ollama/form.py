@@ -17,7 +17,7 @@ from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
 from supervisor.gateway.ollama.chat import Common, chat_body
 from supervisor.gateway.ollama.generate import GenerateRequest, completion_body
 from supervisor.gateway.ollama.go_syntax import TemplateError
-from supervisor.gateway.ollama.messages import Message
+from supervisor.gateway.ollama.messages import ASSISTANT, Message
 from supervisor.gateway.ollama.runner import Runner
 from supervisor.gateway.ollama.template import Template, read_template
 
@@ -43,7 +43,7 @@ class Form(Protocol):
         """Return the body to send there."""
         ...
 
-    def reader(self) -> Reader:
+    def reader(self, messages: Messages) -> Reader:
         """Return what reads the answer's events."""
         ...
 
@@ -73,9 +73,10 @@ class HeadersForm:
         """Return the body to send there."""
         return chat_body(messages, self.tools, self.common, self.sampling)
 
-    def reader(self) -> Reader:
+    def reader(self, messages: Messages) -> Reader:
         """Return what reads the answer's events."""
-        return ChatReader(self.common.n_top)
+        last = messages[-1]
+        return ChatReader(self.common.n_top, continued=last.content if last.role == ASSISTANT else "")
 
     async def text(self, runner: Runner, messages: Messages) -> str:
         """Return the text that the model goes on from."""
@@ -103,7 +104,7 @@ class ModelfilesForm:
         """Return the body to send there."""
         return completion_body(self._rendered(messages), self.common, self.sampling)
 
-    def reader(self) -> Reader:
+    def reader(self, _messages: Messages) -> Reader:
         """Return what reads the answer's events."""
         return CompletionReader(self.common.n_top)
 

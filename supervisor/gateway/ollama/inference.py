@@ -152,14 +152,14 @@ async def _chat_answer(runner: Runner, asked: ChatRequest, model: ModelView, sam
     messages = chat.conversation(asked, model.preset)
     form = form_of(model, asked.common, messages, sampling, tools=asked.tools)
     try:
-        async for one in _read(runner, form.path, form.body(messages), form.reader()):
+        async for one in _read(runner, form.path, form.body(messages), form.reader(messages)):
             yield one
     except ContextExceeded as error:
         if not asked.common.truncate:
             raise OllamaError(400, INPUT_TOO_LONG) from error
         shorter = await shortened(messages, partial(form.count, runner), error.n_ctx)
         _log.warning("chat.truncated", messages=len(messages), kept=len(shorter))
-        async for one in _read(runner, form.path, form.body(shorter), form.reader()):
+        async for one in _read(runner, form.path, form.body(shorter), form.reader(shorter)):
             yield one
 
 
@@ -205,11 +205,11 @@ async def _prompted(runner: Runner, asked: GenerateRequest, model: ModelView, sa
     common, messages = asked.common, generate.as_conversation(asked, model.preset)
     form = form_of(model, common, messages, sampling, own=asked.template)
     if asked.images:  # they are no tokens that one could go on from
-        async for one in _read(runner, form.path, form.body(messages), form.reader()):
+        async for one in _read(runner, form.path, form.body(messages), form.reader(messages)):
             yield one
         return
     prompt = await form.text(runner, messages)
-    path, body, reader = form.path, form.body(messages), form.reader()
+    path, body, reader = form.path, form.body(messages), form.reader(messages)
     if asked.context:
         path, reader = COMPLETION_PATH, CompletionReader(common.n_top)
         body = generate.completion_body([*asked.context, prompt], common, sampling)
@@ -224,9 +224,12 @@ async def _prompted(runner: Runner, asked: GenerateRequest, model: ModelView, sa
 
 
 async def _read(runner: Runner, path: str, body: Mapping[str, Any], reader: Reader) -> Answer:
-    async with aclosing(runner.stream(path, body)) as events:  # type: ignore[type-var]  # an async generator
-        async for event in events:
-            yield reader.feed(event)
+    if body.get("tools") and body.get("logprobs"):  # llama-server streams no answer with both
+        yield reader.feed(await runner.ask(path, body))
+    else:
+        async with aclosing(runner.stream(path, body)) as events:  # type: ignore[type-var]  # an async generator
+            async for event in events:
+                yield reader.feed(event)
     if reader.ending is None:
         raise runner.lost("ended its answer too early")
     yield reader.ending
