@@ -82,6 +82,14 @@ class StoreFolder:
         """Return the full name for a client's text. Raises BadModelName."""
         return names.parse(text, self.default_host)
 
+    def target(self, text: str) -> ModelName:
+        """Return the name to write for a client's text: the one that is there already where only its case differs.
+
+        Raises BadModelName.
+        """
+        name = self.parse(text)
+        return self.find(str(name)) or name
+
     def find(self, text: str) -> ModelName | None:
         """Return the name that is there for a client's text, whatever the case of its letters. Raises BadModelName."""
         wanted = [self.parse(text)]

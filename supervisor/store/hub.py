@@ -37,6 +37,17 @@ def is_address(text: str) -> bool:
     return text.lower().startswith(("http://", "https://")) and text.lower().split("?")[0].endswith(SUFFIX)
 
 
+def address(text: str) -> URL:
+    """Return a client's text as an address. Raises BadModelName."""
+    try:
+        url = URL(text)
+    except ValueError as error:
+        raise names.bad_name(text) from error
+    if not url.host:
+        raise names.bad_name(text)
+    return url
+
+
 def name_of(url: URL) -> ModelName:
     """Return the name that the file at an address gets: of a hub ``host/user/repository:file``. Raises BadModelName."""
     parts = [part for part in url.path.split("/") if part]

@@ -26,6 +26,14 @@ _TRY_AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
 
 
+def is_plain(text: str, *, insecure: bool) -> bool:
+    """Say whether a client's text asks for plain HTTP. Raises BadModelName where that was not allowed."""
+    plain = text.lower().startswith("http://")
+    if plain and not insecure:
+        raise BadModelName("insecure protocol http: pull with insecure to allow it")
+    return plain
+
+
 def base_url(folder: StoreFolder, text: str, name: ModelName, *, insecure: bool) -> URL:
     """Return the address of the registry that a name is of. Raises BadModelName where that is none, or forbidden."""
     if name.host == names.LOCAL_HOST:
@@ -33,9 +41,7 @@ def base_url(folder: StoreFolder, text: str, name: ModelName, *, insecure: bool)
             f"model '{name.short(names.LOCAL_HOST)}' is of no registry: put the registry's host before the name, or "
             "set PLANNER_REGISTRY"
         )
-    plain = text.lower().startswith("http://")
-    if plain and not insecure:
-        raise BadModelName("insecure protocol http: pull with insecure to allow it")
+    plain = is_plain(text, insecure=insecure)
     configured = folder.registry is not None and folder.registry.startswith("http://")
     plain = plain or insecure or (configured and name.host == folder.default_host)
     try:

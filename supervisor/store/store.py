@@ -10,14 +10,13 @@ import aiohttp
 import anyio
 from anyio import from_thread, to_thread
 from anyio.abc import TaskGroup
-from yarl import URL
 
 from supervisor.api import CreateRequest, Progress, StoreError
 from supervisor.store import create, hub, names, writing
 from supervisor.store.fetching import READ_AHEAD_BYTES, TIMEOUT, Fetcher
 from supervisor.store.folder import StoreFolder
 from supervisor.store.pull import pull
-from supervisor.store.registry import Registry, base_url
+from supervisor.store.registry import Registry, base_url, is_plain
 from supervisor.store.sharing import Shared, Tell, Work
 
 MAX_PULLS: Final = 16  # different models at once; more only slow each other down
@@ -62,9 +61,10 @@ class ModelStore:
     def _pulling(self, name: str, *, insecure: bool) -> tuple[Work, tuple[str, bool]]:
         fetcher = Fetcher(self._session, insecure=insecure)
         if hub.is_address(name):
-            url = URL(name)
+            is_plain(name, insecure=insecure)
+            url = hub.address(name)
             return self._guarded(bind(hub.pull_file, self._folder, fetcher, url)), (str(url), insecure)
-        full = self._folder.parse(name)
+        full = self._folder.target(name)
         base = base_url(self._folder, name, full, insecure=insecure)
         registry = Registry(Fetcher(self._session, insecure=base.scheme == "http"), base, full)
         return self._guarded(bind(pull, self._folder, registry, full)), (str(full), insecure)
@@ -80,7 +80,7 @@ class ModelStore:
 
     async def create(self, spec: CreateRequest) -> AsyncIterator[Progress]:
         """Make a model from a parent, which is pulled where it is not here, or from blobs."""
-        name = self._folder.parse(spec.model)
+        name = self._folder.target(spec.model)
         made = create.recipe(spec)
         if made.parent is not None and self._folder.find(made.parent) is None:
             async for progress in self.pull(made.parent, insecure=False):
@@ -105,7 +105,7 @@ class ModelStore:
 
     async def copy(self, source: str, destination: str) -> None:
         """Give a model a second name. Raises BadModelName, NotInStore, StoreError."""
-        name = self._folder.parse(destination)
+        name = self._folder.target(destination)
         await self._in_thread(self._copy, self._folder.existing(source), name)
 
     def _copy(self, source: names.ModelName, destination: names.ModelName) -> None:

@@ -148,6 +148,8 @@ async def test_a_copy_is_a_second_name_and_a_delete_takes_only_what_nobody_else_
     put_model(folder.root, f"{HOST}/library/b/latest", [("model", gguf), ("system", b"of b alone")])
     await store.copy("A", "copies/of-a:2")
     assert models(folder)["copies/of-a:2"].digest == models(folder)["a:latest"].digest
+    await store.copy("a", "Copies/OF-A:2")
+    assert len(models(folder)) == 3, "a name that differs only in its case is the same one"
     await store.delete("B:latest")
     assert sorted(models(folder)) == ["a:latest", "copies/of-a:2"]
     assert not folder.blob(digest_of(b"of b alone")).exists()

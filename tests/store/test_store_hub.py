@@ -93,8 +93,15 @@ async def test_what_is_no_model_is_refused_once_it_is_there_and_not_kept(
 
 
 async def test_plain_http_is_refused_unless_it_is_allowed(store: ModelStore) -> None:
-    with pytest.raises(RegistryFailed, match="plain HTTP, which was not allowed"):
+    with pytest.raises(BadModelName, match="insecure protocol http"):
         await said(store.pull("http://127.0.0.1:1/a.gguf", insecure=False))
+
+
+@pytest.mark.parametrize("text", ["https:///a.gguf", "https://[/a.gguf", "https://h:99999/a.gguf"])
+async def test_what_is_no_address_is_refused(text: str, store: ModelStore, folder: StoreFolder) -> None:
+    with pytest.raises(BadModelName, match="invalid model name"):
+        await said(store.pull(text, insecure=False))
+    assert not folder.root.exists()
 
 
 @pytest.mark.parametrize(
