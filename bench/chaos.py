@@ -2,9 +2,10 @@
 
     python bench/chaos.py [--minutes M] [--clients N] [--seed S]
 
-A real ``planner serve`` over real llama-servers and RPC workers. Five models share it, two of which fit at a time. The
-clients stream, ask for whole answers and embeddings, and vanish at any point; meanwhile runners are killed and stopped
-(-9, -STOP) and workers lost. Every answer is known beforehand, so that a lost, a doubled and a mixed-up one is seen.
+A real ``planner serve`` over real llama-servers and RPC workers. Five models share it, two of which fit on its workers
+at a time. The clients stream, ask for whole answers and embeddings, and vanish at any point; meanwhile runners are
+killed and stopped (-9, -STOP) and workers lost. Every answer is known beforehand, so that a lost, a doubled and a
+mixed-up one is seen.
 
 Printed is what happened, and what was broken of: every request is answered once, with the right words or an error; no
 runner outlives the service's wish or the service; nothing is in flight, waiting or promised in the end; the service's
@@ -33,7 +34,7 @@ from typing import Any, Final
 
 import aiohttp
 import psutil
-from measuring import Way, get, service
+from measuring import Way, get, post, service
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
 import tiny_models
@@ -44,13 +45,14 @@ TOOLS: Final = Path(sysconfig.get_path("platlib")) / "bin"
 WORDS: Final = {name: f"I am {name} and nobody else ever says what {name}s say." for name in ("one", "two", "three")}
 ENDLESS: Final = "endless"
 EMBEDDING: Final = "embedding"
+DONE: Final = "done"
+LEFT: Final = "left"
 HELLO: Final = [{"role": "user", "content": "hello"}]
 N_WORKERS: Final = 2
-WORKER_CAP: Final = "64MiB"  # of the tens of GiB that a worker on a CPU would offer
+WORKER_CAP: Final = "32MiB"  # of the tens of GiB that a worker on a CPU would offer; each serves one runner at a time
 SETTINGS: Final = {
     "PLANNER_CONTEXT_LENGTH": "512",
     "PLANNER_NUM_PARALLEL": "2",
-    "PLANNER_MAX_LOADED_MODELS": "2",
     "PLANNER_KEEP_ALIVE": "3s",
     "PLANNER_STOP_GRACE": "2s",
     "PLANNER_DRAIN_TIMEOUT": "5s",
@@ -62,6 +64,8 @@ QUIET_WITHIN_S: Final = 90.0
 ENDS_WITHIN_S: Final = 30.0
 # Between two blows: a load takes a tenth of a second, so most fall on runners that serve.
 BLOW_EVERY_S: Final = (0.5, 2.5)
+# Who is refused waits so long: asked at once again, the service would do little but refuse.
+PAUSE_S: Final = (0.1, 1.0)
 WORKER_AWAY_S: Final = 3.0
 SAMPLE_EVERY_S: Final = 1.0
 # What may come on top of the memory of the first minutes: caches of libraries fill up late.
@@ -116,6 +120,8 @@ class Client:
                 self._report.broken.append(f"{kind.__name__}: the connection was closed without an answer")
                 continue
             self._report.answers[f"{kind.__name__.strip('_')} {outcome}"] += 1
+            if outcome not in {DONE, LEFT}:
+                await asyncio.sleep(self._dice.uniform(*PAUSE_S))
 
     async def _stream(self) -> str:
         model = self._dice.choice(list(WORDS))
@@ -131,7 +137,7 @@ class Client:
         words = "".join(choice["delta"].get("content") or "" for one in told for choice in one.get("choices", ()))
         if not WORDS[model].startswith(words) or (ended and words != WORDS[model]):
             self._report.broken.append(f"stream of {model}: {words!r}")
-        return "broken off with an error" if failed else "done"
+        return "broken off with an error" if failed else DONE
 
     async def _whole(self) -> str:
         model = self._dice.choice(list(WORDS))
@@ -144,7 +150,7 @@ class Client:
                 return "cut off"
         if words != WORDS[model]:
             self._report.broken.append(f"answer of {model}: {words!r}")
-        return "done"
+        return DONE
 
     async def _embed(self) -> str:
         async with self._post("embeddings", EMBEDDING, input=["one", "two"]) as answer:
@@ -156,7 +162,7 @@ class Client:
                 return "cut off"
         if len(vectors) != 2:
             self._report.broken.append(f"{len(vectors)} vectors for two texts")
-        return "done"
+        return DONE
 
     async def _vanish(self) -> str:
         """Read a little of an answer that would not end, and leave."""
@@ -166,7 +172,7 @@ class Client:
             for _ in range(self._dice.randrange(40)):
                 if not await answer.content.readline():
                     return "broken off with an error"
-        return "left"
+        return LEFT
 
     async def _vanish_early(self) -> str:
         """Leave while the request waits, loads, or has just begun."""
@@ -175,8 +181,8 @@ class Client:
             async with asyncio.timeout(self._dice.random() * 0.5):
                 async with self._post("chat/completions", model, messages=HELLO, stream=True) as answer:
                     await answer.read()
-                    return "done"
-        return "left"
+                    return DONE
+        return LEFT
 
     def _post(self, path: str, model: str, **fields: Any) -> Any:
         return self._session.post(f"{self._url}/v1/{path}", json={"model": model, **fields})
@@ -212,6 +218,7 @@ class Monkey:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 blow()
             await self._bring_back(time.monotonic())
+            await self._forgive()
         await self._bring_back(float("inf"))
 
     def _kill(self) -> None:
@@ -231,6 +238,13 @@ class Monkey:
             self._workers[number].stop()
             self._away.append((time.monotonic() + WORKER_AWAY_S, number))
             self._report.blows["workers lost"] += 1
+
+    async def _forgive(self) -> None:
+        """Let models be tried again that failed too often, as an operator would: else all would soon have."""
+        for runner in (await asyncio.to_thread(get, self._through.url, "/status"))["runners"]:
+            if runner["state"] == "failed":
+                await asyncio.to_thread(post, self._through, "/manage/reset", {"model": runner["model"]})
+                self._report.blows["models given up, and reset"] += 1
 
     async def _bring_back(self, now: float) -> None:
         for due, number in [one for one in self._away if one[0] <= now]:
