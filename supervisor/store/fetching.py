@@ -21,7 +21,11 @@ MAX_ANSWER_BYTES: Final = 4 << 20  # a manifest, a token, an error; Docker's reg
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "loadmaster"}
 
-TIMEOUT: Final = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_WITHIN_S, sock_read=STALL_S)
+
+def open_session(stall_s: float = STALL_S) -> aiohttp.ClientSession:
+    """Return a session for fetchers: proxies of the environment count, and a server may be silent for so long."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_WITHIN_S, sock_read=stall_s)
+    return aiohttp.ClientSession(timeout=timeout, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
 
 
 class Transient(Exception):
@@ -65,7 +69,7 @@ class Fetcher:
                     linked.update(response.headers)
                     url = _joined(url, location)
         except TimeoutError as error:
-            raise Transient(f"{url.host} sent nothing for {STALL_S:g} s") from error
+            raise Transient(f"{url.host} sent nothing for {self._session.timeout.sock_read:g} s") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Transient(f"{url.host}: {str(error) or type(error).__name__}") from error
         raise RegistryFailed(f"{origin} redirects more than {MAX_REDIRECTS} times")

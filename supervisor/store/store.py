@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup
 
 from supervisor.api import CreateRequest, Progress, StoreError
 from supervisor.store import create, hub, names, writing
-from supervisor.store.fetching import READ_AHEAD_BYTES, TIMEOUT, Fetcher
+from supervisor.store.fetching import STALL_S, Fetcher, open_session
 from supervisor.store.folder import StoreFolder
 from supervisor.store.pull import pull
 from supervisor.store.registry import Registry, base_url, is_plain
@@ -23,17 +23,21 @@ MAX_PULLS: Final = 16  # different models at once; more only slow each other dow
 
 
 class ModelStore:
-    """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way."""
+    """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way.
 
-    def __init__(self, folder: StoreFolder) -> None:
+    ``stall_s`` is how long a server may be silent before it is asked anew.
+    """
+
+    def __init__(self, folder: StoreFolder, *, stall_s: float = STALL_S) -> None:
         self._folder = folder
+        self._stall_s = stall_s
         self._pulls: dict[tuple[str, bool], Shared] = {}
         self._session: aiohttp.ClientSession
         self._tasks: TaskGroup
 
     async def __aenter__(self) -> Self:
         """Open what pulls need; nothing is written yet."""
-        self._session = aiohttp.ClientSession(timeout=TIMEOUT, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
+        self._session = open_session(self._stall_s)
         self._tasks = anyio.create_task_group()
         await self._tasks.__aenter__()
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -141,6 +142,25 @@ async def test_an_answer_that_breaks_off_is_taken_up_where_it_ended(tmp_path: Pa
     assert asked[0] == 0
     assert len(asked) == 2
     assert 0 < asked[1] <= len(MODEL) // 2
+
+
+async def test_a_server_that_falls_silent_is_asked_anew_for_the_rest(tmp_path: Path) -> None:
+    silent = asyncio.Event()
+
+    async def answers(request: web.Request) -> web.StreamResponse | None:
+        if not request.path.endswith(digest_of(MODEL)) or request.http_range.start:
+            return None
+        response = web.StreamResponse(status=206, headers={"Content-Range": f"bytes 0-{len(MODEL) - 1}/{len(MODEL)}"})
+        await response.prepare(request)
+        await response.write(MODEL[: len(MODEL) // 2])
+        await silent.wait()
+        return response
+
+    async with web_server(registry_that(answers)) as server:
+        async with ModelStore(StoreFolder(tmp_path, server.url), stall_s=0.2) as store:
+            assert (await said(store.pull("m:1", insecure=False)))[-1] == "success"
+        silent.set()
+    assert StoreFolder(tmp_path).blob(digest_of(MODEL)).read_bytes() == MODEL
 
 
 async def test_plain_http_is_not_followed_to_from_where_tls_was_asked_for(tmp_path: Path) -> None:
