@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import companion_models
@@ -12,7 +13,7 @@ import pytest
 from store_layout import HOST, digest_of, put_blob, put_model, said, tree
 
 from planner.model import read_model
-from supervisor.api import BadCreate, BadModelName, CreateRequest, NotInStore, StoreError
+from supervisor.api import BadCreate, BadModelName, CreateRequest, NotInStore, StoreError, StoreFull
 from supervisor.catalogue import ModelEntry
 from supervisor.store import writing
 from supervisor.store.folder import StoreFolder
@@ -215,3 +216,21 @@ async def test_a_store_that_may_not_be_written_to_is_one_line(
     with pytest.raises(StoreError, match="check PLANNER_STORE") as caught:
         await store.put_blob(digest_of(gguf), sent(gguf))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """Let no file of this process grow beyond so many bytes: what a full disk says of any other size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, before[1]))
+    yield 4 << 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_disk_that_is_full_is_told_and_keeps_nothing_of_what_was_sent(
+    small_files: int, store: ModelStore, folder: StoreFolder
+) -> None:
+    data = bytes(2 * small_files)
+    with pytest.raises(StoreFull, match="is full"):
+        await store.put_blob(digest_of(data), sent(data))
+    assert list(folder.blobs.iterdir()) == []
