@@ -31,6 +31,7 @@ from supervisor.gateway.errors import RunnerLost, Unauthorized
 from supervisor.gateway.ollama import models
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader, Piece, call_json
 from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused, ollama_answer_to
+from supervisor.gateway.ollama.go_syntax import TemplateError
 from supervisor.gateway.ollama.names import human_number, shown
 
 MODEL = ModelView(
@@ -333,6 +334,7 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
         (BadCreate("no such parameter"), 400, "no such parameter"),
         (NotInStore("gone"), 404, "gone"),
         (RegistryFailed("pull model manifest: file does not exist"), 500, "pull model manifest: file does not exist"),
+        (TemplateError("$x is not declared"), 500, "template: $x is not declared"),
         (StoreFull("the disk is full"), 500, "the disk is full"),
         (ValueError("secret"), 500, "internal error; the service's log tells more under request id req_1"),
     ],

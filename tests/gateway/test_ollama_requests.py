@@ -245,6 +245,11 @@ def test_a_raw_prompt_allows_nothing_around_it(beside: dict[str, Any]) -> None:
         read_generate(prompt="hi", raw=True, **beside)
 
 
+def test_a_raw_prompt_has_no_place_for_images() -> None:
+    with pytest.raises(RequestError, match="raw mode does not support images"):
+        read_generate(prompt="hi", raw=True, images=[PNG])
+
+
 def test_a_completion_and_an_infill_carry_what_constrains_them() -> None:
     asked = read_generate(prompt="a", suffix="b", format="json", logprobs=True, top_logprobs=3)
     constrained = {"json_schema": {"type": "object"}, "n_probs": 3}

@@ -27,6 +27,7 @@ from supervisor.api import (
     StoreError,
 )
 from supervisor.gateway.errors import ErrorAnswer, RequestError, RunnerLost, answer_to
+from supervisor.gateway.ollama.go_syntax import TemplateError
 
 # Where these paths begin, Ollama's clients ask.
 PREFIX: Final = "/api/"
@@ -39,6 +40,7 @@ BUSY: Final = "server busy, please try again.  maximum pending requests exceeded
 INPUT_TOO_LONG: Final = "the input length exceeds the context length"
 NO_IMAGE_INPUT: Final = "this model is missing data required for image input"
 RAW_EXCLUDES: Final = "raw mode does not support template, system, or context"
+RAW_WITHOUT_IMAGES: Final = "raw mode does not support images: leave raw out, or write the prompt without them"
 TOP_LOGPROBS_RANGE: Final = "top_logprobs must be between 0 and 20"
 LOAD_DIED: Final = "llama runner process has terminated"
 RUN_DIED: Final = "model runner has unexpectedly stopped"
@@ -114,6 +116,7 @@ RULES: Final = (
     ErrorRule(BadCreate, 400),
     ErrorRule(NotInStore, 404),
     ErrorRule(StoreError, 500),
+    ErrorRule(TemplateError, 500, lambda error: f"template: {error}"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from supervisor.api import Preset
 from supervisor.gateway.ollama.answer import Piece
 from supervisor.gateway.ollama.chat import Common, read_common
-from supervisor.gateway.ollama.errors import RAW_EXCLUDES, OllamaError
+from supervisor.gateway.ollama.errors import RAW_EXCLUDES, RAW_WITHOUT_IMAGES, OllamaError
 from supervisor.gateway.ollama.fields import Fields
 from supervisor.gateway.ollama.messages import SYSTEM, USER, Message, preset_messages, read_images
 
@@ -45,6 +45,8 @@ def read_generate(fields: Fields) -> GenerateRequest:
     )
     if asked.raw and (asked.template or asked.system or asked.context):
         raise OllamaError(400, RAW_EXCLUDES)
+    if asked.raw and asked.images:
+        raise OllamaError(400, RAW_WITHOUT_IMAGES)
     return asked
 
 

@@ -25,8 +25,8 @@ from supervisor.gateway.ollama.go_syntax import (
 
 # A conversation of a million tokens is a few megabytes; a template that makes more of it goes round in circles.
 MAX_OUTPUT_CHARS: Final = 64 << 20
-# Some hundred for each message; ranges within ranges, and texts put together without being written, count as well.
-MAX_STEPS: Final = 200_000
+# Some dozen for each message; a second's work, since nobody else is served meanwhile.
+MAX_STEPS: Final = 100_000
 _VERB: Final = re.compile(r"%([svdq%])")
 
 
@@ -59,9 +59,24 @@ class _Scope:
         return found
 
 
-def render(nodes: tuple[Node, ...], data: Mapping[str, Any], today: date) -> str:
+@dataclass(slots=True)
+class Budget:
+    """What one conversation may take, in however many parts it is rendered. Texts that are not written count too."""
+
+    steps: int = MAX_STEPS
+    chars: int = MAX_OUTPUT_CHARS
+
+    def spend(self, *, steps: int = 0, chars: int = 0) -> None:
+        """Take so much. Raises ``TemplateError`` where it is not there."""
+        self.steps -= steps
+        self.chars -= chars
+        if self.steps < 0 or self.chars < 0:
+            raise TemplateError("the template makes too long a text, or goes round too often")
+
+
+def render(nodes: tuple[Node, ...], data: Mapping[str, Any], today: date, budget: Budget) -> str:
     """Return the text. Raises ``TemplateError``."""
-    return _Rendering(today).text(nodes, data)
+    return _Rendering(today, budget).text(nodes, data)
 
 
 def go_json(value: Any) -> str:
@@ -73,11 +88,10 @@ def go_json(value: Any) -> str:
 
 
 class _Rendering:
-    def __init__(self, today: date) -> None:
+    def __init__(self, today: date, budget: Budget) -> None:
         self._today = today
+        self._budget = budget
         self._out: list[str] = []
-        self._chars = 0
-        self._steps = 0
         self._scope = _Scope()
 
     def text(self, nodes: tuple[Node, ...], data: Mapping[str, Any]) -> str:
@@ -87,7 +101,7 @@ class _Rendering:
 
     def _walk(self, nodes: tuple[Node, ...], dot: Any) -> None:
         for node in nodes:
-            self._count(steps=1)
+            self._budget.spend(steps=1)
             match node:
                 case Text():
                     self._write(node.text)
@@ -121,7 +135,7 @@ class _Rendering:
             self._walk(node.otherwise, dot)
             return
         for key, value in pairs:
-            self._count(steps=1)
+            self._budget.spend(steps=1)
             names = node.pipeline.variables
             given = (key, value) if len(names) == 2 else (value,)  # noqa: PLR2004 - index and element
             self._scope.blocks.append(dict(zip(names, given, strict=False)))
@@ -143,6 +157,7 @@ class _Rendering:
 
     def _value(self, pipeline: Pipeline, dot: Any) -> Any:
         first, *others = pipeline.commands
+        self._budget.spend(steps=len(others))
         value = self._operand(first, dot)
         for command in others:
             if not isinstance(command, Call):
@@ -184,18 +199,12 @@ class _Rendering:
             result = _FUNCTIONS[call.function](*arguments)
         except (TypeError, IndexError, KeyError, ValueError) as error:
             raise TemplateError(f"{call.function} cannot be computed: {error}") from error
-        self._count(chars=len(result) if isinstance(result, str) else 0)
+        self._budget.spend(chars=len(result) if isinstance(result, str) else 0)
         return result
 
     def _write(self, text: str) -> None:
-        self._count(chars=len(text))
+        self._budget.spend(chars=len(text))
         self._out.append(text)
-
-    def _count(self, *, steps: int = 0, chars: int = 0) -> None:
-        self._steps += steps
-        self._chars += chars
-        if self._steps > MAX_STEPS or self._chars > MAX_OUTPUT_CHARS:
-            raise TemplateError("the template makes too long a text, or goes round too often")
 
 
 def _true(value: Any) -> bool:

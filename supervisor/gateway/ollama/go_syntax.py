@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-# A template is a page of text; nesting deeper than this is none that anybody wrote.
-MAX_TEMPLATE_CHARS: Final = 256 << 10
+# The longest known, with tools and their rules, has 15 KiB; nesting deeper than this is none that anybody wrote.
+MAX_TEMPLATE_CHARS: Final = 64 << 10
 MAX_DEPTH: Final = 64
 
 FUNCTIONS: Final = frozenset(

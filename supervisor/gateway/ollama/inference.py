@@ -205,6 +205,8 @@ async def _prompted(runner: Runner, asked: GenerateRequest, model: ModelView, sa
     common, messages = asked.common, generate.as_conversation(asked, model.preset)
     form = form_of(model, common, messages, sampling, own=asked.template)
     if asked.images:  # they are no tokens that one could go on from
+        if asked.context:
+            _log.warning("context.ignored", model=model.id, problem="a prompt with images cannot go on from tokens")
         async for one in _read(runner, form.path, form.body(messages), form.reader(messages)):
             yield one
         return

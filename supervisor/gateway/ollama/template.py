@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_render import Record, render
+from supervisor.gateway.ollama.go_render import Budget, Record, render
 from supervisor.gateway.ollama.go_syntax import DOT, Branch, Lookup, Node, Pipeline, fields_of, parse
 from supervisor.gateway.ollama.messages import ASSISTANT, SYSTEM, TOOL, USER, Message
 
@@ -32,7 +32,7 @@ class Template:
 
     def infill(self, prompt: str, suffix: str) -> str:
         """Return the text between a prompt and a suffix to be filled in. Raises ``TemplateError``."""
-        return render(self.nodes, _values(Prompt=prompt, Suffix=suffix, Response=""), _today())
+        return render(self.nodes, _values(Prompt=prompt, Suffix=suffix, Response=""), _today(), Budget())
 
     def conversation(self, messages: Sequence[Message], *, think: bool | str | None) -> str:
         """Return the text that a model goes on from. Raises ``TemplateError``."""
@@ -41,14 +41,15 @@ class Template:
             "ThinkLevel": think if isinstance(think, str) else "medium" if think else "",
             "IsThinkSet": think is not None,
         }
+        today, budget = _today(), Budget()
         system, collated = _collated(messages)
         if "messages" in self.names:
             told = [_record(message) for message in collated]
-            return render(self.nodes, _values(System=system, Messages=told, Response="", **thinking), _today())
+            return render(self.nodes, _values(System=system, Messages=told, Response="", **thinking), today, budget)
         *before, last = _turns(collated)
-        texts = [render(self.nodes, _values(**turn, **thinking), _today()) for turn in before]
+        texts = [render(self.nodes, _values(**turn, **thinking), today, budget) for turn in before]
         open_end, _ = _up_to_response(self.nodes)
-        return "".join([*texts, render(open_end, _values(**last, **thinking), _today())])
+        return "".join([*texts, render(open_end, _values(**last, **thinking), today, budget)])
 
 
 def read_template(text: str) -> Template:
