@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from planner.types import Device, Machine
-from supervisor.api import FailureView, ModelCounters, ModelView, RunnerView, Snapshot
+from supervisor.api import DeviceLedger, FailureView, ModelCounters, ModelView, RunnerView, Snapshot
 
 SCHEMA: Final = 1
 # A model that no runner serves at the moment, and one that none can serve.
@@ -30,7 +30,7 @@ def status(snapshot: Snapshot) -> Json:
         "draining": snapshot.draining,
         "llama_server": {"path": snapshot.llama_server, "version": snapshot.llama_version},
         "queue": {"waiting": snapshot.queue_length, "limit": snapshot.queue_limit},
-        "devices": None if snapshot.machine is None else _devices(snapshot.machine, snapshot.runners),
+        "devices": None if snapshot.machine is None else _devices(snapshot.machine, snapshot),
         "runners": [_runner(runner) for runner in snapshot.runners],
         "models": [model_entry(model, snapshot) for model in snapshot.models],
         "warnings": [*snapshot.warnings, *(snapshot.machine.warnings if snapshot.machine else ())],
@@ -79,8 +79,22 @@ def model_entry(model: ModelView, snapshot: Snapshot) -> Json:
     }
 
 
-def _devices(machine: Machine, runners: tuple[RunnerView, ...]) -> list[Json]:
-    return [_device(device, runners) for device in (*machine.devices, machine.host)]
+def _devices(machine: Machine, snapshot: Snapshot) -> list[Json]:
+    accounts = {account.device: account for account in snapshot.ledger}
+    return [
+        _device(device, snapshot.runners) | _account(accounts.get(device.name))
+        for device in (*machine.devices, machine.host)
+    ]
+
+
+def _account(account: DeviceLedger | None) -> Json:
+    return {
+        "held_bytes": None if account is None else account.held_bytes,
+        "promised_bytes": None if account is None else account.promised_bytes,
+        "settling_bytes": None if account is None else account.settling_bytes,
+        "cap_bytes": None if account is None else account.cap_bytes,
+        "difference_bytes": None if account is None else account.difference_bytes,
+    }
 
 
 def _device(device: Device, runners: tuple[RunnerView, ...]) -> Json:
@@ -124,6 +138,7 @@ def _runner(runner: RunnerView) -> Json:
         ],
         "plan": None if runner.plan is None else dict(runner.plan),
         "last_failure": None if runner.last_failure is None else _failure(runner.last_failure),
+        "remedies": [{"step": step.step, "chosen": step.chosen, "because": step.because} for step in runner.remedies],
     }
 
 

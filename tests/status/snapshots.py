@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, PoolId, ProcessUse, Role
-from supervisor.api import DeviceUse, FailureView, ModelCounters, ModelView, RunnerView, Snapshot
+from planner.types import HOST, HOST_POOL, Decision, Device, DeviceKind, DeviceName, Machine, PoolId, ProcessUse, Role
+from supervisor.api import DeviceLedger, DeviceUse, FailureView, ModelCounters, ModelView, RunnerView, Snapshot
 
 GIB = 1 << 30
 NOW = 1_800_000_000.0
@@ -65,6 +65,7 @@ READY = RunnerView(
     last_failure=FailureView(
         NOW - 900, "CUDA error: out of memory", "killed by SIGABRT", ("current device: 0", "CUDA error: out of memory")
     ),
+    remedies=(Decision("out of memory", "plan again with 5% more room on CUDA0", "exit status 1"),),
 )
 LOADING = RunnerView(
     id="runner-2",
@@ -114,6 +115,11 @@ def busy_machine() -> Snapshot:
         queue_limit=512,
         counters=MappingProxyType({READY.model: ModelCounters(3, 1, 0, 42, 5, 1), "was-here-once": ModelCounters(9)}),
         warnings=("GPU_OVERHEAD is not set",),
+        ledger=(
+            DeviceLedger("CUDA0", 5 * GIB, 17 * GIB, 0, 0, None, -4096),
+            DeviceLedger("CUDA1", 11 * GIB, 0, 0, 2 * GIB, 4 * GIB, 0),
+            DeviceLedger("Host", 40 * GIB, GIB + GIB // 2, GIB // 2, 0, None, None),
+        ),
     )
 
 

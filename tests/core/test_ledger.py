@@ -1,0 +1,71 @@
+"""What is promised, held, given back and yielded, device by device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from making_plans import Bench, make_plan
+
+from supervisor.core import ledger
+from supervisor.core.events import BecameReady, YieldRequested
+from supervisor.core.settling import SETTLE_WITHIN_S
+from supervisor.core.types import ModelId, PlannedUse
+
+A, B = ModelId("a"), ModelId("b")
+
+
+def row(bench: Bench, device: str, free_bytes: int | None = 50) -> ledger.Row:
+    (found,) = ledger.rows(bench.pool, {device: free_bytes}, bench.now)
+    return found
+
+
+def test_a_byte_is_promised_held_given_back_and_forgotten() -> None:
+    bench = Bench()
+    bench.arrive(A)
+    bench.answer(make_plan())
+    assert (row(bench, "CUDA0").held_bytes, row(bench, "CUDA0").promised_bytes) == (10, 10)
+    bench.finish_load(A)
+    assert (row(bench, "CUDA0").held_bytes, row(bench, "CUDA0").promised_bytes) == (10, 0)
+    bench.exit(A)
+    assert (row(bench, "CUDA0").held_bytes, row(bench, "CUDA0").settling_bytes) == (0, 10)
+    bench.now += SETTLE_WITHIN_S
+    assert row(bench, "CUDA0").settling_bytes == 0
+
+
+def test_a_runner_holds_the_larger_of_what_was_planned_and_what_was_measured_with_the_driver_s_share() -> None:
+    """On the host what was planned: mapped files are measured with the rest, and are page cache."""
+    bench = Bench()
+    uses = (PlannedUse("CUDA0", 10, 10, overhead_bytes=3), PlannedUse("Host", 40, 5))
+    bench.arrive(A)
+    bench.answer(replace(make_plan(), uses=uses))
+    bench.spawn(A)
+    assert ledger.held_bytes(bench.pool) == {"CUDA0": 10, "Host": 5}
+    bench.post(BecameReady(A, 1, "http://a", {"CUDA0": 9, "Host": 44}))
+    assert ledger.held_bytes(bench.pool) == {"CUDA0": 12, "Host": 5}
+    assert (row(bench, "CUDA0").difference_bytes, row(bench, "Host").difference_bytes) == (2, 4)
+
+
+def test_what_was_not_measured_makes_the_difference_unknown_and_not_nothing() -> None:
+    bench = Bench()
+    bench.bring_up(A)
+    assert row(bench, "CUDA0").difference_bytes is None
+    assert row(bench, "CUDA1").difference_bytes == 0
+
+
+def test_yielded_memory_caps_what_our_runners_may_hold_until_its_time_is_over_signed() -> None:
+    bench = Bench()
+    bench.post(YieldRequested("CUDA0", wanted_bytes=60, free_bytes=50, until=9.0))
+    bench.post(YieldRequested("CUDA0", wanted_bytes=20, free_bytes=50, until=20.0))
+    assert row(bench, "CUDA0").cap_bytes == -10
+    bench.wait(9.0)
+    assert row(bench, "CUDA0").cap_bytes == 30
+    bench.wait(20.0)
+    assert row(bench, "CUDA0", free_bytes=None).cap_bytes is None
+
+
+def test_memory_that_a_load_was_promised_counts_when_other_memory_is_yielded() -> None:
+    bench = Bench()
+    bench.arrive(A)
+    bench.answer(make_plan())
+    bench.post(YieldRequested("CUDA0", wanted_bytes=20, free_bytes=50, until=9.0))
+    assert row(bench, "CUDA0").cap_bytes == 40
