@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -271,16 +272,33 @@ def test_models_are_listed_and_shown(client: ollama.Client, folder: Path) -> Non
 
 
 def test_a_model_is_loaded_told_of_and_unloaded(client: ollama.Client) -> None:
-    assert client.chat("chat", [], keep_alive="10m").done_reason == "load"
+    told = client.chat("chat", [], keep_alive="10m")
+    assert told.done_reason == "load"
     assert client.generate("chat").done_reason == "load"
     loaded = {model.model: model for model in client.ps().models}
     entry = loaded["chat:latest"]
     assert (entry.name, entry.context_length) == ("chat:latest", N_CTX)
     assert entry.size
     assert entry.expires_at
+    kept_s = (entry.expires_at - datetime.fromisoformat(told.created_at or "")).total_seconds()
+    assert kept_s == pytest.approx(600, abs=60)
+    client.chat("chat", [HELLO], keep_alive=-1, options={"num_predict": 1})
+    (entry,) = (model for model in client.ps().models if model.model == "chat:latest")
+    assert entry.expires_at
+    assert entry.expires_at.year == 2318
     assert client.generate("chat", keep_alive=0).done_reason == "unload"
     assert "chat:latest" not in {model.model for model in client.ps().models}
     assert client.chat("chat", [], keep_alive=0).done_reason == "unload"
+
+
+def test_a_larger_context_is_loaded_where_one_is_asked_for_and_serves_smaller_ones(client: ollama.Client) -> None:
+    client.chat("endless", [], options={"num_ctx": 4096})
+    (entry,) = (model for model in client.ps().models if model.model == "endless:latest")
+    assert entry.context_length == 4096
+    served = client.chat("endless", [HELLO], options={"num_ctx": 1024, "num_predict": 1})
+    assert (served.load_duration or 0) < (served.total_duration or 0)
+    (entry,) = (model for model in client.ps().models if model.model == "endless:latest")
+    assert entry.context_length == 4096
 
 
 def test_a_model_is_made_of_a_blob_copied_used_and_removed(client: ollama.Client, folder: Path) -> None:
