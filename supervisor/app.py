@@ -96,7 +96,7 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
             await web.SockSite(runner, bound, ssl_context=files.tls).start()
             _log.info("serve.listening", url=_url(bound, secure=files.tls is not None))
             tasks.start_soon(_look_around, inventory, notifier)
-            tasks.start_soon(_feed_watchdog, notifier)
+            tasks.start_soon(notifier.feed_watchdog)
             await supervisor.wait_stopped()
         finally:
             with anyio.CancelScope(shield=True):
@@ -149,13 +149,6 @@ async def _reload_on_signal(
                     files.tls.load_cert_chain(settings.tls_cert, settings.tls_key)  # new connections get the new one
                 _log.info("config.reloaded", clients=len(new.clients))
             notifier.reloaded()
-
-
-async def _feed_watchdog(notifier: Notifier) -> None:
-    """Tell systemd that the event loop turns, for as long as it does."""
-    while notifier.watchdog_interval_s is not None:
-        notifier.alive()
-        await anyio.sleep(notifier.watchdog_interval_s)
 
 
 def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptions:

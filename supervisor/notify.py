@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
+import anyio
+
 MICROSECONDS: Final = 1_000_000
 
 
@@ -32,9 +34,11 @@ class Notifier:
         """Say in one line what it does."""
         self._send(f"STATUS={status}")
 
-    def alive(self) -> None:
-        """Say that the event loop turns."""
-        self._send("WATCHDOG=1")
+    async def feed_watchdog(self) -> None:
+        """Say that the event loop turns, for as long as it does and systemd wants to hear it."""
+        while self.watchdog_interval_s is not None:
+            self._send("WATCHDOG=1")
+            await anyio.sleep(self.watchdog_interval_s)
 
     def reloading(self) -> None:
         """Say that the operator's files are being read again (sd_notify(3): with the time, for Type=notify-reload)."""
