@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -20,12 +21,16 @@ from supervising import Models, Supervising
 from planner.types import Role
 from supervisor.api import (
     BadModel,
+    CannotFit,
     Lease,
     LoadFailed,
+    LoadOptions,
+    Need,
     PlannerFailed,
     QueueFull,
     RunnerView,
     ShuttingDown,
+    UnknownDevice,
     UnknownModel,
     WrongRole,
 )
@@ -443,3 +448,105 @@ async def test_the_service_is_not_ready_without_a_llama_server(
         (reason,) = supervisor.snapshot().not_ready
         assert nowhere in reason
         assert "make llama" in reason
+
+
+async def test_two_models_load_side_by_side_on_the_host(
+    supervising: Supervising, models: Models, chat_model: Path, embedding_model: Path, log: EventLog
+) -> None:
+    """Neither waits until the other is ready."""
+    async with supervising(models(chat_model, embedding_model)) as supervisor, anyio.create_task_group() as tasks:
+        tasks.start_soon(hold_named, supervisor, "tiny-chat", Role.CHAT)
+        tasks.start_soon(hold_named, supervisor, "tiny-embedding", Role.EMBEDDING)
+        await log.wait("runner.ready", count=2)
+        events = [entry["event"] for entry in log.entries]
+        assert len([event for event in events[: events.index("runner.ready")] if event == "plan.final"]) == 2
+    (host,) = [one for one in supervisor.snapshot().ledger if one.device == "Host"]
+    assert host.held_bytes == 0, "all are gone"
+
+
+async def test_a_longer_context_loads_the_model_again_and_a_shorter_one_does_not(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        lengths = []
+        for n_ctx in (None, 1024, 256, None, 10_000_000):
+            async with supervisor.acquire("tiny-chat", Role.CHAT, Need(load=LoadOptions(n_ctx=n_ctx))):
+                lengths.append(only_runner(supervisor).n_ctx_per_slot)
+        trained = supervisor.snapshot().models[0].n_ctx_train
+        assert trained is not None
+        assert lengths == [512, 1024, 1024, 1024, trained]
+        assert len(log.of("plan.final")) == 3
+
+
+async def test_a_request_says_how_long_its_model_stays(
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT, Need(keep_alive_s=math.inf)):
+            pass
+        assert only_runner(supervisor).expires_at is None
+        async with supervisor.acquire("tiny-chat", Role.CHAT, Need(keep_alive_s=0.0)):
+            pass
+        await log.wait("runner.stopped")
+
+
+async def test_unloading_lets_streams_finish_and_returns_once_the_child_is_gone(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        assert not await supervisor.unload("tiny-chat"), "nothing was loaded"
+        async with anyio.create_task_group() as tasks, supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            pid = pid_of(supervisor)
+            tasks.start_soon(supervisor.unload, "tiny-chat")
+            await anyio.wait_all_tasks_blocked()
+            assert only_runner(supervisor).state == "draining"
+            assert (await ask(lease)).startswith("Hello!")
+        assert not psutil.pid_exists(pid)
+        assert supervisor.snapshot().runners == ()
+
+
+async def test_memory_is_yielded_by_idle_runners_and_left_alone_for_a_while(
+    supervising: Supervising, models: Models, chat_model: Path, embedding_model: Path
+) -> None:
+    """All that is free and more is asked for, so the idle one goes, the busy one stays, and nothing is loaded."""
+    async with supervising(models(chat_model, embedding_model)) as supervisor:
+        await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
+        async with supervisor.acquire("tiny-chat", Role.CHAT):
+            result = await supervisor.yield_memory("Host", 1 << 60, 60.0)
+            assert [runner.model for runner in supervisor.snapshot().runners] == ["tiny-chat"]
+            with pytest.raises(CannotFit, match="planner yield") as refused:
+                await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
+        assert result.freed_bytes > 0
+        assert not refused.value.never
+        assert 0 < (refused.value.retry_after_s or 0) <= 60
+        with pytest.raises(UnknownDevice, match=r"there are: .*Host"):
+            await supervisor.yield_memory("CUDA7", 1, 1.0)
+
+
+async def test_what_a_header_says_is_told_without_its_vocabulary(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        details = await supervisor.details("tiny-chat")
+        assert details["metadata"]["general.architecture"] == "llama"
+        names = {tensor["name"]: tensor for tensor in details["tensors"]}
+        assert names["token_embd.weight"]["shape"]
+        with pytest.raises(UnknownModel):
+            await supervisor.details("nobody")
+
+
+async def test_a_runner_s_log_can_be_read_while_it_runs_and_after_it_failed(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    folder = models(chat_model)
+    write_without_tokenizer(chat_model, folder / "broken.gguf")
+    async with supervising(folder) as supervisor:
+        with pytest.raises(UnknownModel, match="has said anything"):
+            [_ async for _ in supervisor.log_lines("tiny-chat", follow=False)]
+        await hold_named(supervisor, "tiny-chat", Role.CHAT)
+        assert any(
+            "listening" in line for line in [one async for one in supervisor.log_lines("tiny-chat", follow=False)]
+        )
+        with pytest.raises(LoadFailed):
+            await hold_named(supervisor, "broken", Role.CHAT)
+        assert any("tokenizer" in line for line in [one async for one in supervisor.log_lines("broken", follow=False)])
