@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from supervisor.api import Preset
 from supervisor.gateway.errors import BadRequest
+from supervisor.gateway.ollama.answer import Piece, call_json
 from supervisor.gateway.ollama.errors import TOP_LOGPROBS_RANGE, OllamaError
 from supervisor.gateway.ollama.fields import Fields
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
@@ -118,13 +119,13 @@ def without_oldest(messages: tuple[Message, ...], dropped: int) -> tuple[Message
     return tuple(one for one in messages[:dropped] if one.role == SYSTEM) + messages[dropped:]
 
 
-def part(piece: Any, calls: list[dict[str, Any]]) -> dict[str, Any]:
+def part(piece: Piece) -> dict[str, Any]:
     """Return a piece of the answer as a chat's ``message``."""
     message: dict[str, Any] = {"role": ASSISTANT, "content": piece.text}
     if piece.thinking:
         message["thinking"] = piece.thinking
-    if calls:
-        message["tool_calls"] = calls
+    if piece.tool_calls:
+        message["tool_calls"] = call_json(piece.tool_calls)
     return {"message": message}
 
 

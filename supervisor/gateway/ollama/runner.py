@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, Final
@@ -37,7 +37,7 @@ class Runner:
         async with self._asked(path, body) as upstream:
             return json.loads(await self._line.result(upstream.read()))
 
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of llama-server's answer, as they come. Raises ``RunnerRefused``, ``RunnerLost``.
 
         Closing the iterator closes the connection, at which llama-server stops generating.
