@@ -121,6 +121,7 @@ def test_a_whole_answer_is_read_like_its_pieces() -> None:
         (["Hello,"], ""),
         ([" I am"], " I am"),
         (["He is"], "He is"),
+        (["He", " is"], "He is"),
     ],
 )
 def test_what_the_model_goes_on_from_is_not_said_again(pieces: list[str], told: str) -> None:

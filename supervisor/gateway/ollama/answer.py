@@ -89,6 +89,7 @@ class ChatReader:
     n_top: int = 0
     continued: str = ""
     ending: Ending | None = None
+    _repeated: str = ""
     _calls: dict[int, _Call] = field(default_factory=dict)
     _reason: str = STOP
 
@@ -122,12 +123,14 @@ class ChatReader:
         )
 
     def _new(self, text: str) -> str:
-        """Return the text without what of it was there before."""
-        known = text[: len(self.continued)]
-        if not self.continued.startswith(known):
-            known = self.continued = ""
-        self.continued = self.continued[len(known) :]
-        return text[len(known) :]
+        """Return the text without what was there before; nothing while it may still be that."""
+        if not self.continued:
+            return text
+        self._repeated += text
+        if self.continued.startswith(self._repeated) and self._repeated != self.continued:
+            return ""
+        new, self.continued = self._repeated.removeprefix(self.continued), ""
+        return new
 
     def _take(self, index: int, part: Mapping[str, Any]) -> None:
         call = self._calls.setdefault(index, _Call())
