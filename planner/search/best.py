@@ -20,7 +20,7 @@ from planner.overrides import UNPIPELINED
 from planner.search import knobs
 from planner.search.candidates import Candidate, Finder
 from planner.search.chain import Chain
-from planner.search.exhaust import improved
+from planner.search.exhaust import SMALL, improved
 from planner.search.learned import Learned, Mode
 from planner.search.problems import Question, SpillPart, spill_pattern
 from planner.search.solver import Problem, Solver, Split, bound_s
@@ -109,6 +109,11 @@ class Best:
             and cache.not_built(finder.model) is None
         )
 
+    @property
+    def is_small(self) -> bool:
+        """Say whether every split can be looked at."""
+        return self.finder.n_slots * len(self.devices) <= SMALL and not self.finder.spread
+
     def at(self, request: PlanRequest, limit_s: float = inf) -> Candidate | None:
         """Return the best placement with at most these seconds a token; None where none is confirmed."""
         found = self._found(request, limit_s)
@@ -165,6 +170,8 @@ class Best:
         low, high = floor // CONTEXT_ALIGNMENT, -(-trained // CONTEXT_ALIGNMENT)
         for _ in range(MAX_CONTEXT_ROUNDS):
             guess = self._longest_expected(settled, low, high, limit_s)
+            if guess == low and self.is_small:
+                guess = (low + high) // 2  # more may fit than is expected: there it is really looked for
             if guess == low:
                 break
             attempt = self.at(knobs.with_context(settled, guess * CONTEXT_ALIGNMENT), limit_s)

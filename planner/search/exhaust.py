@@ -32,9 +32,9 @@ def improved(best: Best, request: PlanRequest, limit_s: float, found: Found | No
 
     All on devices comes first; then the speed, where it differs by more than what is equal; then the fewest devices.
     """
-    question = best.question(request, told=False)
-    if question.n_slots * len(question.devices) > SMALL or best.finder.spread:
+    if not best.is_small:
         return found
+    question = best.question(request, told=False)
     for tier in best.tiers(question, request):
         here = found is not None and any(way.has(found.choice.mode, found.choice.split) for way in tier)
         most_s = found.choice.split.seconds / EQUAL_SPEED if found is not None and here else limit_s
