@@ -171,6 +171,20 @@ class YieldResult:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class Amendments:
+    """What the operator changes in every request to a model, by the body's fields: for want of them, always, never."""
+
+    set: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    force: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    strip: tuple[str, ...] = ()
+
+    def applied(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the body as it is to be sent."""
+        kept = {name: value for name, value in body.items() if name not in self.strip}
+        return {**self.set, **kept, **self.force}
+
+
 class Lease(Protocol):
     """A grant to send one request to a runner. Leaving the context gives it back, exactly once."""
 
@@ -182,6 +196,11 @@ class Lease(Protocol):
     @property
     def model(self) -> str:
         """Return the public id of the model."""
+        ...
+
+    @property
+    def amendments(self) -> Amendments | None:
+        """Return what is to be changed in the request; None: nothing, it goes on byte for byte."""
         ...
 
     async def wait_lost(self) -> str:

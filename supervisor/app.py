@@ -89,7 +89,8 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)
         app = build_app(supervisor, _gateway_options(settings, files), store)
-        await tasks.start(_reload_on_signal, settings, files, app[CLIENTS], notifier)
+        supervisor.configure(files.models)
+        await tasks.start(_reload_on_signal, settings, files, app[CLIENTS], supervisor, notifier)
         runner = make_runner(app, shutdown_timeout_s=LAST_BYTES_S)
         try:
             await runner.setup()
@@ -130,6 +131,7 @@ async def _reload_on_signal(
     settings: Settings,
     files: OperatorFiles,
     clients: Clients,
+    supervisor: Supervisor,
     notifier: Notifier,
     *,
     task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
@@ -147,7 +149,8 @@ async def _reload_on_signal(
                 clients.replace(new.clients)
                 if files.tls is not None and settings.tls_cert is not None:
                     files.tls.load_cert_chain(settings.tls_cert, settings.tls_key)  # new connections get the new one
-                _log.info("config.reloaded", clients=len(new.clients))
+                supervisor.configure(new.models)
+                _log.info("config.reloaded", clients=len(new.clients), models=list(new.models.models))
             notifier.reloaded()
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from config.model_settings import ExternalRunner, ModelSettings
 from planner.errors import PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
@@ -43,7 +44,8 @@ class ModelEntry:
     """One model. ``problem`` is the line that says why it cannot be served; what could not be read is then None.
 
     ``path`` is the file that llama-server loads, ``file_bytes`` everything that belongs to the model. The other fields
-    are as in ``supervisor.api.ModelView``.
+    are as in ``supervisor.api.ModelView``; ``settings`` and ``aliases`` are the operator's. ``external`` is set where a
+    program of the operator's stands in for llama-server, and there is no file.
     """
 
     id: ModelId
@@ -63,6 +65,9 @@ class ModelEntry:
     adapters: tuple[str, ...] = ()
     preset: Preset = field(default_factory=Preset)
     problem: str | None = None
+    aliases: tuple[str, ...] = ()
+    settings: ModelSettings = field(default_factory=ModelSettings)
+    external: ExternalRunner | None = None
 
 
 def scan(folder: Path, read: Callable[[str], ModelFacts]) -> tuple[ModelEntry, ...]:
@@ -104,6 +109,7 @@ class Catalogue:
         """Take the result of a scan."""
         self._entries = {entry.id: entry for entry in entries}
         named = [(name, entry) for entry in entries for name in (entry.id, entry.full_name) if name]
+        named += [(alias, entry) for entry in entries for alias in entry.aliases]
         self._folded = {_folded(name): entry for name, entry in reversed(named)}
 
     @property
@@ -118,7 +124,7 @@ class Catalogue:
 
     def closest(self, name: str) -> tuple[str, ...]:
         """Return the ids that resemble the name most, best first, whatever the case of their letters."""
-        by_lower = {str(one).lower(): str(one) for one in self._entries}
+        by_lower = {name.lower(): name for one in self._entries.values() for name in (str(one.id), *one.aliases)}
         found = difflib.get_close_matches(name.lower(), by_lower, n=CLOSEST, cutoff=CLOSEST_CUTOFF)
         return tuple(by_lower[one] for one in found)
 

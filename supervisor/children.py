@@ -6,6 +6,7 @@ What a child does becomes an event. Its last word is always ``ProcessExited``, s
 from __future__ import annotations
 
 import secrets
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId
 from supervisor.hanging import HangWatch
-from supervisor.health import wait_serving
+from supervisor.health import wait_healthy, wait_serving
 from supervisor.logs import ChildLog
 from supervisor.process import Child, scrubbed
 from supervisor.weights_read import WeightsRead
@@ -41,6 +42,7 @@ PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it;
 # Between the signals to a child that does not serve yet: one may have been lost on it, and no client waits for more.
 UNREADY_GRACE_S: Final = 0.5
 KEY_BYTES: Final = 32
+PORT: Final = "{port}"  # in the command line of a program that is not ours
 RECORDS: Final = "runners"
 NO_CONFIG: Final = "no-config"
 
@@ -65,6 +67,7 @@ class _Running:
     pinned: tuple[PinnedDevice, ...] = ()
     used: list[UsingDevice] = field(default_factory=list)
     serves: bool = False
+    until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
 
 
 class Children:
@@ -104,14 +107,12 @@ class Children:
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
         about = {"model": command.model, "runner": command.runner, "generation": command.generation}
-        launch = command.plan.launch
         api_key = secrets.token_urlsafe(KEY_BYTES)
-        env = {**self._environ, **launch.env, "LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
-        # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
-        argv = [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model]
+        argv, env, url = self._line(command, api_key)
         _log.info("plan.final", **about, plan=command.plan.document)
+        program = command.plan.program
         try:
-            child = Child(argv, env)
+            child = Child(argv, env, None if program is None else program.folder)
         except OSError as error:
             self._post(SpawnFailed(command.model, command.generation, f"cannot start {argv[0]}: {error.strerror}"))
             return
@@ -124,7 +125,20 @@ class Children:
             child, argv, api_key, log, command.plan.pinned
         )
         tasks.start_soon(self._tend, command.model, command.generation, running)
+        if program is not None and url is not None:
+            tasks.start_soon(self._serve_program, command, running, url, program.health)
         self._post(ProcessSpawned(command.model, command.generation, child.pid))
+
+    def _line(self, command: Spawn, api_key: str) -> tuple[list[str], dict[str, str], str | None]:
+        """Return the command line, its environment and, for a program that is not ours, where it will answer."""
+        launch, program = command.plan.launch, command.plan.program
+        env = {**self._environ, **launch.env}
+        if program is not None:
+            port = str(free_port())
+            return [word.replace(PORT, port) for word in launch.argv], env, program.url.replace(PORT, port)
+        env |= {"LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
+        # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
+        return [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model], env, None
 
     async def stop(self, model: ModelId, generation: int, at_once: bool = False) -> None:  # noqa: FBT001, FBT002  a task
         """End this child, by force in the end or ``at_once``; its exit is told as any other."""
@@ -152,6 +166,7 @@ class Children:
                 with anyio.move_on_after(LAST_WORDS_S):
                     await silent.wait()
                 tasks.cancel_scope.cancel()
+            running.until_gone.cancel()
             log.close()
         finally:
             if not reaped:
@@ -192,6 +207,20 @@ class Children:
         self._post(BecameReady(model, generation, url, running.log.measured_bytes))
         watch = HangWatch(url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation))
         self._post(ChildHung(model, generation, await watch.wait_hung()))
+
+    async def _serve_program(self, command: Spawn, running: _Running, url: str, health: str) -> None:
+        """Tell that a program that is not ours is ready, once its health says so; its end ends the asking."""
+        with running.until_gone:
+            await wait_healthy(url, health)
+            running.serves = True
+            self._post(BecameReady(command.model, command.generation, url))
+
+
+def free_port() -> int:
+    """Return a port that is free now. Another process may take it meanwhile: then the program says so and ends."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def _wrong_devices(running: _Running, fact: Fact) -> str | None:

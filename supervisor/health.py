@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import anyio
 
 POLL_S: Final = 0.05  # asked only after the child has said that it listens, so once is nearly always enough
+POLL_PROGRAM_S: Final = 0.25  # of a program whose start takes seconds
 ANSWER_WITHIN_S: Final = 5.0  # an idle thread answers within a millisecond; a machine that swaps takes its time
 STATUS_LINE_BYTES: Final = 512
 
@@ -17,6 +18,7 @@ ALIVE: Final = "/health"
 # it computes a batch, llama.cpp answers it from beside (server-queue.cpp, ``yield_to_queue``); older ones do not.
 WORKING: Final = "/slots"
 LOADING: Final = 503
+OK: Final = 200
 
 
 async def wait_serving(url: str, api_key: str) -> None:
@@ -29,7 +31,13 @@ async def wait_serving(url: str, api_key: str) -> None:
         await anyio.sleep(POLL_S)
 
 
-async def ask(url: str, path: str, api_key: str, *, within_s: float = ANSWER_WITHIN_S) -> int | None:
+async def wait_healthy(url: str, path: str) -> None:
+    """Return when this path answers 200; ask for ever. For a program that says nothing of itself."""
+    while await ask(url, path) != OK:  # noqa: ASYNC110 - another program can only be asked
+        await anyio.sleep(POLL_PROGRAM_S)
+
+
+async def ask(url: str, path: str, api_key: str = "", *, within_s: float = ANSWER_WITHIN_S) -> int | None:
     """Return the status that it answers with, None where it does not within this time."""
     address = urlsplit(url)
     host, port = address.hostname or "", address.port or 80

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -11,15 +11,15 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from config.model_settings import ModelSettings
+from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.errors import InvalidRequest
-from planner.types import LlamaBuild, Machine, Role
-from supervisor import catalogue
-from supervisor.api import BadModel, PlannerFailed, UnknownModel, WrongRole
+from planner.types import LlamaBuild, Machine, PlanRequest, Role
+from supervisor import catalogue, configured
+from supervisor.api import Amendments, BadModel, PlannerFailed, UnknownModel, WrongRole
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
-from supervisor.core.types import PlanProblem
+from supervisor.core.types import ModelId, PlanProblem
 from supervisor.learned import Learned
 from supervisor.model_request import request_of
 from supervisor.planning import PlanningFailed, PlanningProcess
@@ -70,6 +70,8 @@ class Inventory:
         self._planning = planning
         self._learned = learned or Learned()
         self._catalogue = Catalogue()
+        self._found: tuple[ModelEntry, ...] = ()  # before the models file is applied
+        self._file = ModelsFile()
         self._scanning = anyio.Lock()
         self._scanned_at = -math.inf
         self._looked_at = -math.inf
@@ -78,6 +80,7 @@ class Inventory:
         self._warned: frozenset[str] = frozenset()
         self.llama: LlamaBuild | None = None
         self.machine: Machine | None = None
+        self.when_models_change: Callable[[], None] = lambda: None
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -88,6 +91,20 @@ class Inventory:
     def not_ready(self) -> tuple[str, ...]:
         """Return one line for each thing that is missing."""
         return tuple(self._problems.values())
+
+    def configure(self, file: ModelsFile) -> None:
+        """Let this models file hold from now on."""
+        self._file = file
+        self._apply()
+
+    def amendments(self, model: ModelId) -> Amendments | None:
+        """Return what is to be changed in requests to a model; None: nothing."""
+        entry = self._catalogue.find(model)
+        return None if entry is None else configured.amendments(entry.settings)
+
+    def _apply(self) -> None:
+        self._catalogue.replace(configured.apply(self._file, self._found))
+        self.when_models_change()
 
     async def look_around(self) -> None:
         """Find the machine, llama-server and the models; what is missing is remembered and logged, no more."""
@@ -150,10 +167,12 @@ class Inventory:
             if isinstance(answer, Failed):
                 self._note(MODELS, answer.reason)
             elif isinstance(answer, tuple):
-                if answer != self.entries or MODELS in self._problems:
+                if answer != self._found or MODELS in self._problems:
                     broken = [entry.problem for entry in answer if entry.problem is not None]
-                    _log.info("models.scanned", folder=str(self._places.folder), models=len(answer), broken=broken)
-                self._catalogue.replace(answer)
+                    about = {"models": len(answer), "broken": broken, "missing": configured.missing(self._file, answer)}
+                    _log.info("models.scanned", folder=str(self._places.folder), **about)
+                    self._found = answer
+                    self._apply()
                 self._note(MODELS, None)
 
     async def resolve(self, name: str) -> ModelEntry:
@@ -188,6 +207,8 @@ class Inventory:
     async def details(self, name: str) -> Details:
         """Return what the model's header says. Raises UnknownModel, BadModel, PlannerFailed."""
         entry = await self.resolve(name)
+        if entry.external is not None:
+            raise BadModel(f"{entry.id} is a program and has no header")
         try:
             answer = await self._planning.ask(ReadDetails(entry.path))
         except PlanningFailed as error:
@@ -206,16 +227,15 @@ class Inventory:
         missing = self._problems.get(LLAMA_SERVER)
         if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:
             return Planned(command.model, command.revision, PlanProblem(missing, ours=True))
-        settings = command.launch if isinstance(command.launch, ModelSettings) else ModelSettings()
         try:
-            request = request_of(entry, settings, command.options)
+            asked = self._asked(entry, command)
         except InvalidRequest as error:
             return Planned(command.model, command.revision, PlanProblem(str(error)))
         held, promised = command.held_bytes(), command.held_bytes(loading=True)
         question = MakePlan(
             model=command.model,
             path=entry.path,
-            request=request,
+            asked=asked,
             situation=Situation(self.machine, held, promised, command.gone),
             neighbours=command.neighbours,
             surplus=command.surplus,
@@ -234,6 +254,26 @@ class Inventory:
             case _:
                 reason = answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}"
                 return Planned(command.model, command.revision, PlanProblem(reason, ours=True))
+
+    def _asked(self, entry: ModelEntry, command: PlanModel) -> PlanRequest | ExternalRunner:
+        """Return what is to be planned, by the settings that the core has seen. Raises InvalidRequest."""
+        match command.launch:
+            case ExternalRunner() as program:
+                return program
+            case ModelSettings() as settings:
+                return request_of(entry, settings, command.options, draft=self._draft(settings))
+            case _:
+                return request_of(entry, ModelSettings(), command.options)
+
+    def _draft(self, settings: ModelSettings) -> str | None:
+        """Return the path of the draft model: a model of ours by its name, else a file. Raises InvalidRequest."""
+        if settings.draft is None:
+            return None
+        if (entry := self._catalogue.find(settings.draft)) is not None and entry.external is None:
+            return entry.path
+        if settings.draft.startswith("/"):
+            return settings.draft
+        raise InvalidRequest(f"draft {settings.draft!r} is neither a model's id nor a path that begins with /")
 
     def learn(self, device: str, size_bytes: int, model: str) -> None:
         """Remember that a runner takes so much on a device beside llama.cpp's buffers."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import anyio
 
-from supervisor.api import Endpoint
+from supervisor.api import Amendments, Endpoint
 from supervisor.core.types import ModelId, Refusal
 
 
 class ChildLease:
     """A grant to send one request to one child; implements ``supervisor.api.Lease``."""
 
-    def __init__(self, model: ModelId, generation: int, endpoint: Endpoint) -> None:
+    def __init__(
+        self, model: ModelId, generation: int, endpoint: Endpoint, amendments: Amendments | None = None
+    ) -> None:
         self._model = model
         self._endpoint = endpoint
+        self._amendments = amendments
         self._lost = anyio.Event()
         self._story = ""
         self.generation = generation
@@ -27,6 +30,11 @@ class ChildLease:
     def model(self) -> str:
         """Return the public id of the model."""
         return self._model
+
+    @property
+    def amendments(self) -> Amendments | None:
+        """What is to be changed in the request."""
+        return self._amendments
 
     async def wait_lost(self) -> str:
         """Return the story as soon as the child is gone; else wait for ever."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from config.model_settings import ExternalRunner
 from planner import budget, explain, launch
 from planner.errors import PlannerError
 from planner.types import (
@@ -20,13 +21,17 @@ from planner.types import (
     DeviceKind,
     DeviceUsage,
     HostDetail,
+    LaunchSpec,
     Machine,
     NoFit,
     PerDevice,
     Plan,
     Policy,
     Refused,
+    Role,
+    Shortfall,
 )
+from planner.units import format_size
 from supervisor.api import LoadOptions
 from supervisor.core import eviction
 from supervisor.core.pinning import PinnedDevice
@@ -38,45 +43,24 @@ from supervisor.core.types import (
     PlannedUse,
     PlanOutcome,
     PlanProblem,
+    Program,
 )
 from supervisor.planned_machine import emptied, without
 from supervisor.planning_messages import MakePlan
 
 USE_MMAP: Final[Mapping[str | None, bool]] = MappingProxyType({"mmap": True, "none": False})
 
+Answer = LoadPlan | DoesNotFit | PlanProblem
+Place = Callable[[Machine, Policy], Answer]
 Search = Callable[[Machine, Policy], Plan | NoFit | Refused]
 
 
-@dataclass(frozen=True, slots=True)
-class Placing:
-    """A question about one model on one machine. ``search`` asks the planner; ``policy`` is the operator's alone."""
+def by_search(search: Search) -> Place:
+    """Return what places a model where the planner's search puts it."""
 
-    question: MakePlan
-    machine: Machine
-    policy: Policy
-    search: Search
-
-    def outcome(self) -> PlanOutcome:
-        """Return the plan to launch, who has to go first, or why neither will do."""
-        others = [one for one in self.question.neighbours if one.model != self.question.model]
-        machine, policy = self._beside(frozenset())
-        available = budget.budgets(machine, policy).by_name
-        return eviction.choose(self.plan_with, others, available, self.question.surplus)
-
-    def plan_with(self, gone: frozenset[ModelId]) -> LoadPlan | DoesNotFit | PlanProblem:
-        """Return the plan as if these were gone: on devices where nothing loads at present, if it can be as good."""
-        machine, policy = self._beside(gone)
-        busy = _names(one for one in self._staying(gone) if one.loading) - {HOST}
-        if busy:
-            idle = without(machine, lambda device: device.name in busy, "another model is being loaded there")
-            plan = self._asked(idle, policy)
-            if isinstance(plan, LoadPlan) and plan.is_best_possible:
-                return plan
-        return self._asked(machine, policy)
-
-    def _asked(self, machine: Machine, policy: Policy) -> LoadPlan | DoesNotFit | PlanProblem:
+    def place(machine: Machine, policy: Policy) -> Answer:
         try:
-            outcome = self.search(budget.with_overheads(machine, policy), policy)
+            outcome = search(budget.with_overheads(machine, policy), policy)
         except PlannerError as error:
             return PlanProblem(str(error))
         match outcome:
@@ -86,6 +70,68 @@ class Placing:
                 return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
                 return PlanProblem(explain.headline(outcome))
+
+    return place
+
+
+def as_told(program: ExternalRunner) -> Place:
+    """Return what places a program on the devices that the operator named, if there is so much to be had."""
+
+    def place(machine: Machine, policy: Policy) -> Answer:
+        there = {device.name for device in (*machine.devices, machine.host)}
+        if unknown := sorted(program.memory.keys() - there):
+            return PlanProblem(f"there is no {', '.join(unknown)} here; there are: {', '.join(sorted(there))}")
+        limits = budget.budgets(machine, policy)
+        short = tuple(
+            Shortfall(name, wanted, limit)
+            for name, wanted in program.memory.items()
+            if (limit := limits.of(name)) is not None and wanted > limit
+        )
+        if short:
+            return DoesNotFit(f"{program.cmd[0]} does not fit: {', '.join(map(_told, short))}", short)
+        return LoadPlan(
+            launch=LaunchSpec(program.cmd, program.env),
+            uses=tuple(PlannedUse(name, size, size) for name, size in program.memory.items()),
+            role=Role(program.role),
+            n_parallel=program.slots,
+            document={"program": list(program.cmd), "devices": dict(program.memory)},
+            program=Program(program.url, program.health, None if program.folder is None else str(program.folder)),
+        )
+
+    return place
+
+
+def _told(short: Shortfall) -> str:
+    needed, available = format_size(short.needed_bytes), format_size(short.available_bytes)
+    return f"{needed} are needed on {short.device} and {available} are to be had"
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """A question about one model on one machine. ``policy`` is the operator's alone; ``place`` knows nobody else."""
+
+    question: MakePlan
+    machine: Machine
+    policy: Policy
+    place: Place
+
+    def outcome(self) -> PlanOutcome:
+        """Return the plan to launch, who has to go first, or why neither will do."""
+        others = [one for one in self.question.neighbours if one.model != self.question.model]
+        machine, policy = self._beside(frozenset())
+        available = budget.budgets(machine, policy).by_name
+        return eviction.choose(self.plan_with, others, available, self.question.surplus)
+
+    def plan_with(self, gone: frozenset[ModelId]) -> Answer:
+        """Return the plan as if these were gone: on devices where nothing loads at present, if it can be as good."""
+        machine, policy = self._beside(gone)
+        busy = _names(one for one in self._staying(gone) if one.loading) - {HOST}
+        if busy:
+            idle = without(machine, lambda device: device.name in busy, "another model is being loaded there")
+            plan = self.place(idle, policy)
+            if isinstance(plan, LoadPlan) and plan.is_best_possible:
+                return plan
+        return self.place(machine, policy)
 
     def _staying(self, gone: frozenset[ModelId]) -> list[Neighbour]:
         """Return who is still there; the model's own runner, if it has one, is not."""

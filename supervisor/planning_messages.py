@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
+from config.model_settings import ExternalRunner
 from planner.types import LearnedOverhead, LlamaBuild, Machine, PlanRequest
 from supervisor.catalogue import ModelEntry
 from supervisor.core.types import ModelId, Neighbour, PlanOutcome
@@ -84,7 +85,7 @@ class MakePlan:
 
     model: ModelId
     path: str
-    request: PlanRequest
+    asked: PlanRequest | ExternalRunner
     situation: Situation
     neighbours: tuple[Neighbour, ...]
     surplus: int

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from config import light
+from config.model_settings import ExternalRunner
 from gpu.detect import Detected, detect
 from gpu.llama import Search
 from planner import companions, gguf, oracle
@@ -29,7 +30,7 @@ from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
 from supervisor.catalogue import scan
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
-from supervisor.placing import Placing
+from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import (
     Answer,
     Details,
@@ -145,21 +146,23 @@ class Worker:
         return PlanAnswer(self._outcome(question, detected), _surroundings(detected))
 
     def _outcome(self, question: MakePlan, detected: Detected) -> PlanOutcome:
+        policy = from_settings(self._settings, learned=question.learned)
+        asked = question.asked
+        if isinstance(asked, ExternalRunner):
+            return Placing(question, detected.machine, policy, as_told(asked)).outcome()
         if (not_found := detected.llama.not_found()) is not None:
             return PlanProblem(not_found, ours=True)
-        request = question.request
         try:
-            facts = companions.attach(self._read(question.path), request)
+            facts = companions.attach(self._read(question.path), asked)
         except PlannerError as error:
             return PlanProblem(str(error))
         build = detected.llama.build
-        policy = from_settings(self._settings, learned=question.learned)
         asking = oracle.ask(build)
 
         def search(machine: Machine, policy: Policy) -> Plan | NoFit | Refused:
-            return placement.search(facts, request, machine, policy, build, asking)
+            return placement.search(facts, asked, machine, policy, build, asking)
 
-        return Placing(question, detected.machine, policy, search).outcome()
+        return Placing(question, detected.machine, policy, by_search(search)).outcome()
 
 
 def _unreadable(folder: Path, error: OSError) -> Failed:

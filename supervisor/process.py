@@ -79,10 +79,11 @@ class Child:
     ``close`` in the end.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], folder: str | None = None) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - the argv is a plan's
             tied(argv, find_setpriv(), os.getpid()),
             env=dict(env),
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -20,8 +20,9 @@ import structlog
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
+from config.model_settings import ModelsFile
 from planner.types import Role
-from supervisor import views
+from supervisor import configured, views
 from supervisor.api import (
     NO_NEED,
     Endpoint,
@@ -55,6 +56,7 @@ from supervisor.core.events import (
     RequestArrived,
     RequestFinished,
     ResetRequested,
+    SettingsChanged,
     ShutdownRequested,
     StopRequested,
     TimePassed,
@@ -112,6 +114,7 @@ class Supervisor:
         self._waiters: dict[TicketId, Waiter] = {}
         self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
         self._counters: Mapping[str, ModelCounters] = MappingProxyType({})
+        inventory.when_models_change = self._follow_models
         self._started_at = time.time()
         self._clock = views.Clock()
 
@@ -127,6 +130,15 @@ class Supervisor:
     async def wait_stopped(self) -> None:
         """Return once ``shut_down`` was called and every child is gone."""
         await self._stopped.wait()
+
+    def configure(self, file: ModelsFile) -> None:
+        """Let this models file hold from now on: runners whose settings it does not change keep serving."""
+        self._inventory.configure(file)
+
+    def _follow_models(self) -> None:
+        settings = configured.scheduling(self._inventory.entries)
+        if settings != self._pool.settings:
+            self._post(SettingsChanged(settings))
 
     def shut_down(self) -> None:
         """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""
@@ -322,7 +334,8 @@ class Supervisor:
         """Tell those who wait for a lease, or hold one."""
         match command:
             case Grant(ticket, model, generation, url):
-                lease = ChildLease(model, generation, Endpoint(url, self._children.api_key(model, generation)))
+                endpoint = Endpoint(url, self._children.api_key(model, generation))
+                lease = ChildLease(model, generation, endpoint, self._inventory.amendments(model))
                 self._leases.setdefault((model, generation), set()).add(lease)
                 self._waiters[ticket].settle(lease)
             case Reject(ticket, _, refusal):

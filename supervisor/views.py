@@ -144,6 +144,7 @@ def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int
             n_embd=entry.n_embd,
             capabilities=entry.capabilities,
             preset=entry.preset,
+            aliases=entry.aliases,
         )
         for entry in entries
         for plan in [pool.runner(entry.id).plan]

@@ -78,8 +78,20 @@ class PlannedUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Program:
+    """A program that is no llama-server: where it answers, and the path that answers 200 once it is ready.
+
+    ``{port}`` in ``url``, and in the launch line, stands for a port that is free when it is started.
+    """
+
+    url: str
+    health: str
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """A plan that may be launched, of llama-server or of a program that is not ours.
+    """A plan that may be launched, of llama-server or of a ``program`` that is not ours.
 
     ``uses`` are the devices that it uses, the host among them. ``quality`` grows with how well it is placed (blocks on
     devices); ``is_best_possible`` says that no other state of the machine could give a better one, ``is_known`` that
@@ -100,6 +112,7 @@ class LoadPlan:
     document: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     buffer_devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     pinned: tuple[PinnedDevice, ...] = ()
+    program: Program | None = None
 
     @property
     def n_ctx_per_slot(self) -> int | None:

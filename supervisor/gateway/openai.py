@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -10,7 +11,7 @@ import aiohttp
 from aiohttp import hdrs, web
 
 from planner.types import Role
-from supervisor.api import ModelView, Runtime, Snapshot
+from supervisor.api import Amendments, ModelView, Runtime, Snapshot
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.loading import progress_told
@@ -73,6 +74,7 @@ class OpenAI:
         async with AsyncExitStack() as stack:
             async with progress_told(request, self._runtime, model):
                 lease = await stack.enter_async_context(self._runtime.acquire(model, role, need))
+            body = _amended(body, lease.amendments, is_form=wanted.is_form)
             return await forward(request.app[self._session], lease, request, request.path, body)
 
     def _role_of(self, model: str) -> Role:
@@ -91,6 +93,13 @@ class OpenAI:
 def _peeked(request: web.Request, body: bytes) -> Peek:
     content_type = request.headers.get(hdrs.CONTENT_TYPE, "")
     return peek_form(body, content_type) if content_type.lower().startswith(FORM) else peek(body)
+
+
+def _amended(body: bytes, amendments: Amendments | None, *, is_form: bool) -> bytes:
+    """Return the body as the operator wants it to be; a form goes on as it is."""
+    if amendments is None or is_form:
+        return body
+    return json.dumps(amendments.applied(json.loads(body)), ensure_ascii=False).encode()
 
 
 def _entry(model: ModelView, snapshot: Snapshot) -> dict[str, Any]:

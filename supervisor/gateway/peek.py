@@ -27,13 +27,14 @@ class Peek:
     """What the gateway knows of a request: the model's name as the client wrote it, and whether it wants a stream.
 
     ``keep_alive`` and ``num_ctx`` are what the client sent under these names, not checked yet; llama-server knows
-    neither, and skips what it does not know.
+    neither, and skips what it does not know. ``is_form`` says that the body is no JSON.
     """
 
     model: str
     stream: bool
     keep_alive: Any = None
     num_ctx: Any = None
+    is_form: bool = False
 
 
 def peek(body: bytes) -> Peek:
@@ -51,7 +52,7 @@ def peek_form(body: bytes, content_type: str) -> Peek:
         head, _, value = part.partition(b"\r\n\r\n")
         if (name := _PART_NAME.search(head)) is not None and name[1] in {b"model", b"stream"}:
             fields[name[1].decode()] = value.removesuffix(b"\r\n").decode("utf-8", "replace")
-    return Peek(_model(fields), fields.get("stream") == "true")
+    return Peek(_model(fields), fields.get("stream") == "true", is_form=True)
 
 
 def _model(fields: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ import pytest
 from planner.types import Role
 from supervisor.api import (
     NO_NEED,
+    Amendments,
     Endpoint,
     Lease,
     LoadProgress,
@@ -142,6 +143,7 @@ class FakeLease:
     endpoint: Endpoint
     model: str
     lost: Callable[[], Awaitable[str]]
+    amendments: Amendments | None = None
 
     async def wait_lost(self) -> str:
         """Return the story of the server's end."""

@@ -56,7 +56,9 @@ class Runner:
     @asynccontextmanager
     async def _asked(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
-        upstream = await self._line.post(self._session, path, json.dumps(body).encode(), headers)
+        amendments = self._lease.amendments
+        sent = body if amendments is None else amendments.applied(body)
+        upstream = await self._line.post(self._session, path, json.dumps(sent).encode(), headers)
         try:
             if upstream.status != HTTPStatus.OK:
                 raise _refusal(upstream.status, await self._line.result(upstream.read()))

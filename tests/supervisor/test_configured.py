@@ -1,0 +1,142 @@
+"""The models file in a running service: names, contexts, requests changed, programs beside, and reading it again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_service import Serve, Service
+
+PROGRAM = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, text):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+    def do_GET(self):
+        self.answer(b"{}")
+    def do_POST(self):
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+    def log_message(self, *_):
+        pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+Configured = Callable[[str], Service]
+
+
+@pytest.fixture
+def models_file(tmp_path: Path) -> Path:
+    return tmp_path / "models.toml"
+
+
+@pytest.fixture
+def configured(serve: Serve, models_file: Path) -> Configured:
+    """Return a function that starts a service with this models file."""
+
+    def start(text: str) -> Service:
+        models_file.write_text(text)
+        return serve(PLANNER_MODELS_FILE=str(models_file))
+
+    return start
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    """Return the section of a program that answers each request with its body."""
+    script = tmp_path / "echo.py"
+    script.write_text(PROGRAM)
+    cmd = json.dumps([sys.executable, str(script), "{port}"])
+    url = "http://127.0.0.1:{port}"
+    return (
+        f'[external.echo]\ncmd = {cmd}\nurl = "{url}"\nhealth = "/health"\nmemory = {{ Host = "64MiB" }}\nslots = 2\n'
+    )
+
+
+def post(service: Service, **body: Any) -> Any:
+    answer = service.request("POST", "/v1/chat/completions", body)
+    return json.loads(answer.read())
+
+
+def test_a_model_answers_to_its_aliases_with_the_context_that_it_was_given(
+    configured: Configured, chat_model: Path
+) -> None:
+    service = configured('[models.tiny-chat]\naliases = ["Assistant"]\ncontext = 1024\nslots = 2\n')
+    assert service.chat("assistant:latest").status == 200
+    runner = service.runner()
+    assert (runner["model"], runner["context_per_slot"], runner["slots"]) == ("tiny-chat", 1024, 2)
+
+
+def test_requests_get_the_fields_that_the_operator_sets_forces_and_strips(
+    configured: Configured, program: str, chat_model: Path
+) -> None:
+    """Seen through a program that sends each request back; what a client sends stays where nothing is set for it."""
+    text = '[models.tiny-chat]\nset = { max_tokens = 3 }\nforce = { n = 1 }\nstrip = ["logprobs"]\n'
+    service = configured(text)
+    answer = post(service, model="tiny-chat", messages=[{"role": "user", "content": "hello"}], logprobs=True)
+    assert answer["usage"]["completion_tokens"] == 3
+    assert "logprobs" not in answer["choices"][0] or answer["choices"][0]["logprobs"] is None
+    answer = post(service, model="tiny-chat", messages=[{"role": "user", "content": "hello"}], max_tokens=5)
+    assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_a_program_that_is_no_llama_server_is_started_asked_and_counted(
+    configured: Configured, program: str, chat_model: Path
+) -> None:
+    service = configured(program)
+    assert post(service, model="echo", said="hello") == {"model": "echo", "said": "hello"}
+    runner = service.runner()
+    assert (runner["model"], runner["state"], runner["slots"]) == ("echo", "ready", 2)
+    assert runner["devices"] == [{"device": "Host", "planned_bytes": 64 << 20, "measured_bytes": None}]
+    unloaded = json.loads(service.request("POST", "/manage/unload", {"model": "echo"}).read())
+    assert unloaded == {"model": "echo", "unloaded": True}
+
+
+def test_a_program_that_needs_more_than_there_is_never_starts(configured: Configured, program: str) -> None:
+    service = configured(program.replace("64MiB", "900TiB"))
+    answer = service.request("POST", "/v1/chat/completions", {"model": "echo"})
+    assert answer.status == 507
+    assert "Host" in json.loads(answer.read())["error"]["message"]
+
+
+def test_a_changed_file_touches_only_the_runners_that_it_changes(
+    configured: Configured, models_file: Path, program: str, chat_model: Path
+) -> None:
+    service = configured(program + "[models.tiny-chat]\ncontext = 1024\n")
+    assert service.chat("tiny-chat").status == 200
+    post(service, model="echo")
+    before = {runner["model"]: runner["pid"] for runner in service.get("/status")["runners"]}
+    models_file.write_text(program + "[models.tiny-chat]\ncontext = 2048\n")
+    service.process.send_signal(signal.SIGHUP)
+    service.read_log("config.reloaded")
+    service.read_log("runner.ready")
+    after = {runner["model"]: runner for runner in service.get("/status")["runners"]}
+    assert after["echo"]["pid"] == before["echo"]
+    assert after["tiny-chat"]["pid"] != before["tiny-chat"]
+    assert after["tiny-chat"]["context_per_slot"] == 2048
+
+
+def test_a_model_that_is_to_be_preloaded_is_there_without_being_asked_for(
+    configured: Configured, chat_model: Path
+) -> None:
+    service = configured("[models.tiny-chat]\npreload = true\n")
+    if not service.events("runner.ready"):
+        service.read_log("runner.ready")
+    assert service.runner()["state"] == "ready"
+
+
+def test_a_flag_that_the_service_owns_is_refused_by_name_when_the_model_is_asked_for(
+    configured: Configured, chat_model: Path
+) -> None:
+    service = configured('[models.tiny-chat]\nflags = ["--port", "8080"]\n')
+    answer = service.chat("tiny-chat")
+    assert answer.status == 422
+    assert "--port" in json.loads(answer.read())["error"]["message"]
