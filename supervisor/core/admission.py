@@ -14,9 +14,9 @@ A ticket's way, as numbered cases:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import takewhile
 
 from supervisor.core.commands import Command, Grant, Reject
 from supervisor.core.events import RequestArrived, RequestGranted
@@ -103,10 +103,14 @@ def _eligible(pool: Pool, runner: Runner) -> list[Ticket]:
     """Return who may have the free slot of this runner, nobody where it has none (cases 3a and 3b)."""
     if not runner.has_free_slot:
         return []
-    servable = takewhile(lambda one: runner.can_serve(one.options), pool.waiting_for(runner.model))
-    first_held_back = min(_held_back_from(pool, runner), default=None)
-    in_turn = [one for one in servable if first_held_back is None or one.id < first_held_back]
-    return in_turn + [one for one in pool.waiting_for(runner.model) if one.owed and one not in in_turn]
+    held_back_from = min(_held_back_from(pool, runner), default=math.inf)
+    eligible, is_barred = [], False
+    for ticket in pool.waiting:
+        if ticket.model == runner.model:
+            is_barred = is_barred or not runner.can_serve(ticket.options)
+            if ticket.owed or (not is_barred and ticket.id < held_back_from):
+                eligible.append(ticket)
+    return eligible
 
 
 def _held_back_from(pool: Pool, runner: Runner) -> Iterator[int]:

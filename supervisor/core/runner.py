@@ -89,8 +89,8 @@ class Runner:
 
         What it was loaded for it can serve, whatever came of it: else it would be loaded again and again.
         """
-        if self.plan is None:
-            return False
+        if self.plan is None or options == NO_OPTIONS:
+            return self.plan is not None
         everything = self.plan.is_best_possible and self.plan.serves.n_gpu_layers
         if everything and options.n_gpu_layers is not None and options.n_gpu_layers >= everything:
             options = replace(options, n_gpu_layers=None)  # more layers than there are

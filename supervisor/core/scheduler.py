@@ -78,7 +78,7 @@ def _settle(pool: Pool, now: float) -> Outcome:
         pool, granted = admission.grant_waiting(pool, now)
         pool, advanced = (pool, ()) if pool.draining else loading.advance(pool, now)
         commands += granted + advanced
-        if pool == before:
+        if pool is before:
             return pool, commands
     raise RuntimeError(f"the scheduler did not settle within {MAX_ROUNDS} rounds; loads: {pool.loads}")
 

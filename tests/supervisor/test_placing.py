@@ -1,0 +1,135 @@
+"""One model, planned by the real planner beside the runners that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planner.model import read_model
+from planner.search import placement
+from planner.types import (
+    HOST,
+    HOST_POOL,
+    Device,
+    DeviceKind,
+    DeviceName,
+    LlamaBuild,
+    Machine,
+    MemoryPool,
+    PlanRequest,
+    Policy,
+    PoolId,
+)
+from planner.units import MIB
+from supervisor.core.types import (
+    DoesNotFit,
+    LoadPlan,
+    MakeRoom,
+    ModelId,
+    Neighbour,
+    PlanOutcome,
+    Standing,
+)
+from supervisor.placing import Placing, by_search
+from supervisor.planning_messages import MakePlan, Situation
+
+REQUEST = PlanRequest(n_ctx_per_slot=512, cache_ram_mib=0)
+
+
+def machine(**free_mib: int) -> Machine:
+    """Return a machine of these cards, each with so much free of 100 MiB, and a host with all the memory it needs."""
+    devices = tuple(
+        Device(
+            DeviceName(name),
+            DeviceKind.RPC if name.startswith("RPC") else DeviceKind.CUDA,
+            100 * MIB,
+            free * MIB,
+            PoolId(name),
+            endpoint=f"10.0.0.1:{index}" if name.startswith("RPC") else None,
+            overhead_bytes=0,
+        )
+        for index, (name, free) in enumerate(free_mib.items())
+    )
+    host = Device(HOST, DeviceKind.HOST, 10_000 * MIB, 8_000 * MIB, HOST_POOL)
+    pools = (MemoryPool(HOST_POOL, host.total_bytes, host.free_bytes),)
+    return Machine(devices, host, (*pools, *(MemoryPool(one.pool, 100 * MIB, one.free_bytes) for one in devices)))
+
+
+def neighbour(name: str, held_mib: Mapping[str, int], *, loading: bool = False) -> Neighbour:
+    standing = Standing.BUSY if loading else Standing.IDLE
+    held = {device: size * MIB for device, size in held_mib.items()}
+    return Neighbour(ModelId(name), standing, held, 1.0, loading=loading)
+
+
+@pytest.fixture
+def question(chat_model: Path) -> MakePlan:
+    situation = Situation(None, {}, {}, {})
+    return MakePlan(ModelId("tiny-chat"), str(chat_model), REQUEST, situation, (), 0, {}, {}, {})
+
+
+def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
+    facts, build = read_model(question.path), LlamaBuild("/llama-server", None, None)
+    place = by_search(lambda at, policy: placement.search(facts, REQUEST, at, policy, build))
+    return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
+
+
+def devices_of(found: PlanOutcome) -> set[str]:
+    assert isinstance(found, LoadPlan), found
+    return {use.device for use in found.uses} - {HOST}
+
+
+def test_a_model_is_placed_on_another_card_than_one_on_which_something_loads(question: MakePlan) -> None:
+    """Even where that has more memory free: no driver tells how much of the promise it shows already."""
+    there = machine(CUDA0=90, CUDA1=50)
+    assert devices_of(outcome(question, there)) == {"CUDA0"}
+    assert devices_of(outcome(question, there, neighbour("a", {"CUDA0": 1}))) == {"CUDA0"}
+    assert devices_of(outcome(question, there, neighbour("a", {"CUDA0": 1}, loading=True))) == {"CUDA1"}
+
+
+def test_where_only_that_card_will_do_what_was_promised_there_is_taken_off(question: MakePlan) -> None:
+    there = machine(CUDA0=90)
+    assert devices_of(outcome(question, there, neighbour("a", {"CUDA0": 10}, loading=True))) == {"CUDA0"}
+    assert isinstance(outcome(question, there, neighbour("a", {"CUDA0": 89}, loading=True)), MakeRoom)
+
+
+def test_an_idle_runner_goes_for_a_model_that_would_else_stay_on_the_host(question: MakePlan) -> None:
+    found = outcome(question, machine(CUDA0=1), neighbour("a", {"CUDA0": 90}), neighbour("b", {"CUDA0": 1}))
+    assert isinstance(found, MakeRoom)
+    assert found.victims == {"a"}
+
+
+def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePlan) -> None:
+    assert devices_of(outcome(question, machine(CUDA0=1), neighbour("tiny-chat", {"CUDA0": 90}))) == {"CUDA0"}
+
+
+def test_a_margin_and_a_cap_keep_it_from_a_card_that_has_the_memory(question: MakePlan) -> None:
+    there = machine(CUDA0=90, CUDA1=50)
+    assert devices_of(outcome(replace(question, margins={"CUDA0": 89 * MIB}), there)) == {"CUDA1"}
+    assert devices_of(outcome(replace(question, caps={"CUDA0": MIB}), there)) == {"CUDA1"}
+    held = neighbour("pinned", {"CUDA0": 10})
+    assert devices_of(outcome(replace(question, caps={"CUDA0": 11 * MIB}), there, held)) == {"CUDA1"}
+
+
+@pytest.mark.parametrize("reserved", [{"margins": {HOST: 7_999 * MIB}}, {"caps": {HOST: 0}}])
+def test_the_host_s_memory_is_kept_free_likewise(question: MakePlan, reserved: dict[str, dict[str, int]]) -> None:
+    assert isinstance(outcome(replace(question, **reserved), machine()), DoesNotFit)  # type: ignore[arg-type]
+
+
+def test_a_worker_that_serves_another_runner_is_left_out_until_that_has_gone(question: MakePlan) -> None:
+    there = machine(RPC0=90, RPC1=50)
+    busy = replace(neighbour("a", {"RPC0": 1}), standing=Standing.BUSY)
+    assert devices_of(outcome(question, there, busy)) == {"RPC1"}
+    found = outcome(question, machine(RPC0=90), neighbour("a", {"RPC0": 1}))
+    assert isinstance(found, MakeRoom)
+
+
+def test_what_is_taken_of_the_host_leaves_out_what_is_mapped(question: MakePlan) -> None:
+    found = outcome(question, machine())
+    assert isinstance(found, LoadPlan)
+    (host,) = found.uses
+    assert host.planned_bytes is not None
+    assert 0 < host.taken_bytes < host.planned_bytes
+    assert host.planned_bytes - host.taken_bytes >= Path(question.path).stat().st_size / 2
