@@ -25,6 +25,7 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "doctor": "planner.commands.here",
         "serve": "planner.commands.serve",
         "config": "planner.commands.here",
+        "check": "supervisor.check",
         "key": "supervisor.client.keys",
         **dict.fromkeys(
             ("run", "ps", "list", "show", "load", "unload", "stop", "reset", "logs", "yield", "pull", "rm", "cp"),

@@ -15,6 +15,7 @@ planner plans which layer of a GGUF model goes on which GPU, starts llama-server
   planner doctor [--json]         what is wrong with this machine, and what mends it
   planner serve                   serve a folder of models
   planner config [--json]         every setting, its value and where that came from
+  planner check [--machine FILE]  prove the configuration, and plan the models that it names
   planner key NAME                make an API key for a client
 
 with a service running:

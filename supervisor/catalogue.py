@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from config.model_settings import ExternalRunner, ModelSettings
-from planner.errors import PlannerError
+from planner.errors import InvalidRequest, PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
 from supervisor.api import Preset
@@ -121,6 +121,16 @@ class Catalogue:
         """Return the model of exactly this id; else of this name with or without Ollama's default tag, in any case."""
         exact = self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
         return exact or self._folded.get(_folded(name))
+
+    def draft_of(self, settings: ModelSettings) -> str | None:
+        """Return the path of the draft model: a model by its name, else a file. Raises InvalidRequest."""
+        if settings.draft is None:
+            return None
+        if (entry := self.find(settings.draft)) is not None and entry.external is None:
+            return entry.path
+        if settings.draft.startswith("/"):
+            return settings.draft
+        raise InvalidRequest(f"draft {settings.draft!r} is neither a model's id nor a path that begins with /")
 
     def closest(self, name: str) -> tuple[str, ...]:
         """Return the ids that resemble the name most, best first, whatever the case of their letters."""

@@ -261,19 +261,9 @@ class Inventory:
             case ExternalRunner() as program:
                 return program
             case ModelSettings() as settings:
-                return request_of(entry, settings, command.options, draft=self._draft(settings))
+                return request_of(entry, settings, command.options, draft=self._catalogue.draft_of(settings))
             case _:
                 return request_of(entry, ModelSettings(), command.options)
-
-    def _draft(self, settings: ModelSettings) -> str | None:
-        """Return the path of the draft model: a model of ours by its name, else a file. Raises InvalidRequest."""
-        if settings.draft is None:
-            return None
-        if (entry := self._catalogue.find(settings.draft)) is not None and entry.external is None:
-            return entry.path
-        if settings.draft.startswith("/"):
-            return settings.draft
-        raise InvalidRequest(f"draft {settings.draft!r} is neither a model's id nor a path that begins with /")
 
     def learn(self, device: str, size_bytes: int, model: str) -> None:
         """Remember that a runner takes so much on a device beside llama.cpp's buffers."""

@@ -1,0 +1,170 @@
+"""``planner check``: proves a configuration without starting anything.
+
+Every setting, the models file, the keys file and the certificate are read as the service would read them; every model
+that the models file names is planned with what it says, and those that are pinned or preloaded are planned together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+from config import models_file
+from config.model_settings import ExternalRunner
+from config.resolve import ConfigError
+from config.settings import Settings, load
+from planner import companions, flags
+from planner.commands import terminal
+from planner.commands.surroundings import Surroundings, surroundings
+from planner.errors import InvalidRequest, PlannerError
+from planner.explain import headline
+from planner.model import ModelFacts, read_model
+from planner.oracle import ask
+from planner.search import placement
+from planner.together import Wanted, together
+from planner.types import Plan, PlanOutcome, Policy
+from supervisor import catalogue, configured, operator_files
+from supervisor.catalogue import Catalogue, ModelEntry
+from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.model_request import request_of
+from supervisor.operator_files import OperatorFiles
+from supervisor.placing import as_told
+from supervisor.store import listing
+from supervisor.store.folder import StoreFolder
+
+USAGE: Final = """\
+planner check [--machine FILE] [--json]
+planner check --schema
+
+Reads every setting and file as the service would, and plans each model that the models file names, on this machine or
+on another (a file of `planner devices --json`). Nothing is started. --schema prints the models file's JSON schema.
+Exit status: 0 all of it can be served, 1 something cannot be served as it is set, 2 a setting or a file is wrong.
+"""
+OK: Final = 0
+SOMETHING_DOES_NOT_FIT: Final = 1
+_FLAGS: Final = frozenset({"--json", "--schema", "--machine"})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of one model: one line, and whether it can be served."""
+
+    model: str
+    fits: bool
+    story: str
+
+
+def main(name: str, words: Sequence[str]) -> int:
+    """Check, print the verdicts and return the exit status. Raises PlannerError."""
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(USAGE)
+        return OK
+    if list(words) == ["--schema"]:
+        terminal.write_json(models_file.json_schema())
+        return OK
+    if wrong := [word for word in words if word.startswith("-") and word not in _FLAGS - {"--schema"}]:
+        raise InvalidRequest(f"{wrong[0]}: no such flag: planner {name} [--machine FILE] [--json]")
+    line = flags.parse(words)
+    if line.options.models:
+        raise InvalidRequest(f"planner {name} takes no model: it checks those that the models file names")
+    try:
+        settings = load(os.environ).settings
+        files = operator_files.read(settings)
+    except ConfigError as error:
+        raise InvalidRequest(str(error)) from None
+    verdicts = _verdicts(files, _entries(settings, files), surroundings(line))
+    if line.options.json:
+        terminal.write_json({"schema": 1, "fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts]})
+    else:
+        terminal.write("".join(f"{'ok   ' if one.fits else 'WRONG'}  {one.model}: {one.story}\n" for one in verdicts))
+        count = sum(not one.fits for one in verdicts)
+        terminal.write(
+            f"\n{len(files.clients)} clients have keys. " + (f"{count} wrong.\n" if count else "All is well.\n")
+        )
+    return OK if _all_fit(verdicts) else SOMETHING_DOES_NOT_FIT
+
+
+def _all_fit(verdicts: Iterable[Verdict]) -> bool:
+    return all(one.fits for one in verdicts)
+
+
+def _json(verdict: Verdict) -> dict[str, Any]:
+    return {"model": verdict.model, "fits": verdict.fits, "story": verdict.story}
+
+
+def _entries(settings: Settings, files: OperatorFiles) -> Catalogue:
+    """Return the models as the service would serve them. Raises InvalidRequest where their folder cannot be read."""
+    read = cache(read_model)
+    store = listing.scan(StoreFolder(settings.store, settings.registry), read)
+    try:
+        found = catalogue.scan(settings.models, read)
+    except FileNotFoundError:
+        found = ()
+    except OSError as error:
+        raise InvalidRequest(f"{settings.models} cannot be read ({error.strerror}): check PLANNER_MODELS") from None
+    taken = {entry.id for entry in found}
+    both = (*found, *(entry for entry in store if entry.id not in taken))
+    entries = Catalogue()
+    entries.replace(configured.apply(files.models, both))
+    return entries
+
+
+def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> list[Verdict]:
+    oracle = ask(where.build)
+
+    def search(wanted: Wanted, policy: Policy) -> PlanOutcome:
+        return placement.search(wanted.model, wanted.request, where.machine, policy, where.build, oracle)
+
+    missing = configured.missing(files.models, entries.entries)
+    verdicts = [Verdict(name, fits=False, story="there is no model of this id") for name in missing]
+    resident: list[tuple[ModelEntry, Wanted]] = []
+    for entry in entries.entries:
+        if entry.external is not None:
+            verdicts.append(_program(entry.id, entry.external, where))
+            continue
+        if entry.id not in files.models.models:
+            continue
+        try:
+            wanted = _wanted(entry, entries)
+            outcome = search(wanted, where.policy)
+        except PlannerError as error:
+            verdicts.append(Verdict(entry.id, fits=False, story=str(error)))
+            continue
+        verdicts.append(Verdict(entry.id, isinstance(outcome, Plan), headline(outcome)))
+        if entry.settings.pin or entry.settings.preload:
+            resident.append((entry, wanted))
+    if len(resident) > 1:
+        verdicts.append(_together(resident, where.policy, search))
+    return verdicts
+
+
+def _program(name: str, program: ExternalRunner, where: Surroundings) -> Verdict:
+    if shutil.which(program.cmd[0]) is None:
+        return Verdict(name, fits=False, story=f"{program.cmd[0]} is no program that can be started here")
+    match as_told(program)(where.machine, where.policy):
+        case LoadPlan():
+            return Verdict(name, fits=True, story="there is room for it")
+        case DoesNotFit(headline=story) | PlanProblem(reason=story):
+            return Verdict(name, fits=False, story=story)
+
+
+def _wanted(entry: ModelEntry, entries: Catalogue) -> Wanted:
+    """Return what the service would ask the planner for. Raises PlannerError."""
+    if entry.problem is not None:
+        raise InvalidRequest(entry.problem)
+    request = request_of(entry, entry.settings, draft=entries.draft_of(entry.settings))
+    facts: ModelFacts = companions.attach(read_model(entry.path), request)
+    return Wanted(facts, request)
+
+
+def _together(resident: Sequence[tuple[ModelEntry, Wanted]], policy: Policy, search: Any) -> Verdict:
+    """Return whether the models that are to stay loaded can be loaded at a time."""
+    names = ", ".join(entry.id for entry, _ in resident)
+    result = together([wanted for _, wanted in resident], policy, search)
+    story = "fit together" if result.fits else "do not fit together, though they are pinned or to be preloaded"
+    return Verdict(names, result.fits, story)

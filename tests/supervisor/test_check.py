@@ -1,0 +1,104 @@
+"""``planner check``: what is wrong with a configuration is told before anything is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Check = Callable[..., "subprocess.CompletedProcess[str]"]
+MACHINE = {"devices": [{"name": "CUDA0", "kind": "cuda", "total_bytes": 1 << 40, "free_bytes": 1 << 40}]}
+HOST = {"name": "Host", "kind": "host", "total_bytes": 1 << 36, "free_bytes": 1 << 36}
+
+
+@pytest.fixture
+def check(environ: dict[str, str], tmp_path: Path) -> Check:
+    """Return a function that checks this models file with these words."""
+
+    def run(text: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        file = tmp_path / "models.toml"
+        file.write_text(text)
+        return subprocess.run(
+            [sys.executable, "-m", "planner", "check", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**environ, "PLANNER_MODELS_FILE": str(file), **more},
+        )
+
+    return run
+
+
+def verdicts(done: subprocess.CompletedProcess[str]) -> dict[str, bool]:
+    return {each["model"]: each["fits"] for each in json.loads(done.stdout)["verdicts"]}
+
+
+def test_a_configuration_that_can_be_served_is_called_well(check: Check, chat_model: Path, llama_tools: Path) -> None:
+    done = check("[models.tiny-chat]\ncontext = 1024\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0].startswith("ok     tiny-chat: ")
+    assert done.stdout.endswith("All is well.\n")
+
+
+def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
+    check: Check, chat_model: Path, embedding_model: Path, llama_tools: Path
+) -> None:
+    text = """
+        [models.nobody]
+        [models.tiny-chat]
+        flags = ["--port", "1"]
+        [models.tiny-embedding]
+        draft = "other"
+        [external.gone]
+        cmd = ["/nowhere/program"]
+        url = "http://127.0.0.1:{port}"
+        health = "/"
+    """
+    done = check(text, "--json")
+    assert done.returncode == 1
+    assert verdicts(done) == {"nobody": False, "tiny-chat": False, "tiny-embedding": False, "gone": False}
+    stories = {each["model"]: each["story"] for each in json.loads(done.stdout)["verdicts"]}
+    assert "--port" in stories["tiny-chat"]
+    assert "'other'" in stories["tiny-embedding"]
+    assert "/nowhere/program" in stories["gone"]
+
+
+def test_models_that_are_to_stay_loaded_have_to_fit_together(
+    check: Check, chat_model: Path, embedding_model: Path, llama_tools: Path
+) -> None:
+    text = "[models.tiny-chat]\npreload = true\n[models.tiny-embedding]\npin = true\n"
+    done = check(text, "--json")
+    assert verdicts(done)["tiny-chat, tiny-embedding"]
+    assert done.returncode == 0
+
+
+def test_it_is_checked_for_another_machine(check: Check, chat_model: Path, llama_tools: Path, tmp_path: Path) -> None:
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps({**MACHINE, "devices": [*MACHINE["devices"], HOST]}))
+    done = check('[models.tiny-chat]\ndevices = ["CUDA0"]\n', "--machine", str(machine))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert check('[models.tiny-chat]\ndevices = ["CUDA1"]\n', "--machine", str(machine)).returncode == 1
+
+
+@pytest.mark.parametrize(
+    "text,more,says",
+    [
+        ("[models.one]\nsolts = 1\n", {}, "solts"),
+        ("", {"PLANNER_NUM_PARALLEL": "many"}, "PLANNER_NUM_PARALLEL"),
+        ("", {"PLANNER_TLS_CERT": "/nowhere.pem"}, "PLANNER_TLS_CERT"),
+    ],
+)
+def test_what_is_no_configuration_at_all_is_refused(check: Check, text: str, more: dict[str, str], says: str) -> None:
+    done = check(text, **more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_its_own_words_are_checked_too(check: Check) -> None:
+    assert "--versus" in check("", "--versus", "fit").stderr
+    assert check("", "model.gguf").returncode == 2
+    assert json.loads(check("", "--schema").stdout)["type"] == "object"
