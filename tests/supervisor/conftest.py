@@ -78,7 +78,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
             await inventory.look_around()
             try:
                 yield supervisor
-                assert violations(supervisor._pool) == []
+                assert violations(supervisor._writer.pool) == []
             finally:
                 supervisor.shut_down()
                 supervisor.shut_down()

@@ -1,0 +1,195 @@
+"""The single writer: every event goes through ``scheduler.step``, every command is carried out here.
+
+Events are handled to the end in the order in which they come, without a wait in between: whoever reads the state reads
+a settled one. What takes time (a child, a plan) runs as a task of the one task group and comes back as an event.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import assert_never
+
+import anyio
+import structlog
+from anyio import TASK_STATUS_IGNORED
+from anyio.abc import TaskGroup, TaskStatus
+
+from supervisor import views
+from supervisor.api import Endpoint, LoadOptions, ModelCounters
+from supervisor.children import Children
+from supervisor.core import scheduler
+from supervisor.core.commands import (
+    Command,
+    Grant,
+    Learn,
+    LoseLeases,
+    PlanModel,
+    ReadMachine,
+    Reject,
+    ReportFailure,
+    Spawn,
+    StopProcess,
+)
+from supervisor.core.events import Event, RequestAbandoned, RequestArrived, RequestFinished, TimePassed
+from supervisor.core.pool import Pool
+from supervisor.core.types import Limits, ModelId, TicketId
+from supervisor.errors import error_of
+from supervisor.inventory import Inventory
+from supervisor.leases import ChildLease, Waiter
+from supervisor.timers import Alarm
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")
+
+
+class Writer:
+    """Owns the pool. ``run`` has to run for anything to happen; ``pool`` and ``counters`` are for everybody to read."""
+
+    def __init__(
+        self, limits: Limits, inventory: Inventory, *, state_dir: Path, environ: Mapping[str, str], stop_grace_s: float
+    ) -> None:
+        self.pool = Pool(limits)
+        self.counters: Mapping[str, ModelCounters] = MappingProxyType({})
+        self.children = Children(
+            self.post,
+            lambda model, generation: (model, generation) in self._leases,
+            state_dir=state_dir,
+            environ=environ,
+            stop_grace_s=stop_grace_s,
+        )
+        self.stopped = anyio.Event()  # shut down, and every child is gone
+        self._inventory = inventory
+        self._inbox: deque[Event] = deque()
+        self._handling = False
+        self._alarm = Alarm()
+        self._tasks: TaskGroup | None = None
+        self._changed = anyio.Event()  # set, and replaced, whenever the pool may have changed
+        self._next_ticket = 1
+        self._waiters: dict[TicketId, Waiter] = {}
+        self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
+
+    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Work until the pool was shut down and every child is gone. Cancelled, it takes its children with it."""
+        async with anyio.create_task_group() as tasks:
+            self._tasks = tasks
+            tasks.start_soon(self._keep_time)
+            task_status.started()
+            await self.stopped.wait()
+            tasks.cancel_scope.cancel()
+
+    async def until(self, holds: Callable[[Pool], bool]) -> None:
+        """Return once this holds for the pool."""
+        while not holds(self.pool):
+            await self._changed.wait()
+
+    @asynccontextmanager
+    async def lease(
+        self, model: ModelId, client: str, options: LoadOptions, keep_alive_s: float | None
+    ) -> AsyncIterator[ChildLease]:
+        """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
+        ticket = TicketId(self._next_ticket)
+        self._next_ticket += 1
+        waiter = self._waiters[ticket] = Waiter()
+        try:
+            self.post(RequestArrived(ticket, model, client, options, keep_alive_s))
+            await waiter.wait_settled()
+            if waiter.refusal is not None:
+                raise error_of(waiter.refusal)
+            assert waiter.lease is not None  # noqa: S101 - settled is one or the other
+            yield waiter.lease
+        finally:
+            del self._waiters[ticket]
+            if waiter.lease is not None:
+                self._give_back(model, waiter.lease, client)
+            elif waiter.refusal is None:
+                self.post(RequestAbandoned(ticket))
+
+    def _give_back(self, model: ModelId, lease: ChildLease, client: str) -> None:
+        holders = self._leases.get((model, lease.generation), set())
+        holders.discard(lease)
+        if not holders:
+            self._leases.pop((model, lease.generation), None)
+        self.post(RequestFinished(model, lease.generation, client))
+
+    def post(self, event: Event) -> None:
+        """Let this happen: it is handled before this returns, but for what a command of an earlier event caused."""
+        self._inbox.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._inbox:
+                self._handle(self._inbox.popleft())
+        finally:
+            self._handling = False
+        self._alarm.set(scheduler.next_deadline(self.pool))
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
+        if self.pool.draining and not self.pool.has_children:
+            self.stopped.set()
+
+    def _handle(self, event: Event) -> None:
+        before = self.pool
+        self.pool, commands = scheduler.step(before, event, anyio.current_time())
+        for runner in self.pool.runners.values():
+            was = before.runner(runner.model).state
+            if was is not runner.state:
+                about = {"model": runner.model, "runner": runner.id, "generation": runner.generation}
+                _log.info(f"runner.{runner.state}", was=str(was), pid=runner.pid, **about)
+        for command in commands:
+            self.counters = views.count(self.counters, command)
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        assert self._tasks is not None  # noqa: S101 - nobody asks for anything before ``run`` has started
+        match command:
+            case PlanModel():
+                self._tasks.start_soon(self._plan, command)
+            case ReadMachine(_, held, gone):
+                self._tasks.start_soon(self._inventory.refresh, held, gone)
+            case Spawn():
+                self.children.spawn(command, self._tasks)
+            case Learn(model, device, size_bytes):
+                self._inventory.learn(device, size_bytes, model)
+            case StopProcess(model, generation, reason, at_once):
+                _log.info("runner.stop", model=model, generation=generation, reason=reason)
+                self._tasks.start_soon(self.children.stop, model, generation, at_once)
+            case Grant() | Reject() | LoseLeases():
+                self._tell(command)
+            case ReportFailure():
+                _report(command)
+            case _:
+                assert_never(command)
+
+    def _tell(self, command: Grant | Reject | LoseLeases) -> None:
+        """Tell those who wait for a lease, or hold one."""
+        match command:
+            case Grant(ticket, model, generation, url):
+                endpoint = Endpoint(url, self.children.api_key(model, generation))
+                lease = ChildLease(model, generation, endpoint, self._inventory.amendments(model))
+                self._leases.setdefault((model, generation), set()).add(lease)
+                self._waiters[ticket].settle(lease)
+            case Reject(ticket, _, refusal):
+                self._waiters[ticket].settle(refusal)
+            case LoseLeases(model, generation, story):
+                for lease in self._leases.pop((model, generation), set()):
+                    lease.lose(story)
+
+    async def _plan(self, command: PlanModel) -> None:
+        self.post(await self._inventory.plan(command))
+
+    async def _keep_time(self) -> None:
+        while True:
+            await self._alarm.wait()
+            self.post(TimePassed())
+
+
+def _report(command: ReportFailure) -> None:
+    model, failure = command.model, command.failure
+    event = "load.failed" if command.while_loading else "runner.crashed"
+    _log.error(event, model=model, generation=command.generation, reason=failure.reason)
+    if (remedy := failure.remedy) is not None:
+        _log.warning("load.again", model=model, chosen=remedy.chosen, because=remedy.because)
