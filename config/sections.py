@@ -57,7 +57,14 @@ def words(name: str, meaning: str, item: Callable[[str], str] = str, *, required
     return Key(name, "a list of texts", parse, meaning, schema, required)
 
 
-def table(name: str, meaning: str, parse_value: Callable[[str, Any], tuple[str, Any]], allowed: str) -> Key:
+def table(
+    name: str,
+    meaning: str,
+    parse_value: Callable[[str, Any], tuple[str, Any]],
+    allowed: str,
+    *,
+    required: bool = False,
+) -> Key:
     """Return a key that takes a table; ``parse_value`` reads one pair of it."""
 
     def parse(value: Any) -> Table:
@@ -65,7 +72,7 @@ def table(name: str, meaning: str, parse_value: Callable[[str, Any], tuple[str, 
             raise TypeError(value)
         return MappingProxyType(dict(parse_value(key, each) for key, each in value.items()))
 
-    return Key(name, allowed, parse, meaning, {"type": "object"})
+    return Key(name, allowed, parse, meaning, {"type": "object"}, required)
 
 
 def text_value(key: str, value: Any) -> tuple[str, str]:

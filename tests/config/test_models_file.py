@@ -59,8 +59,8 @@ def test_everything_that_is_wrong_is_listed_with_its_place_and_what_is_allowed()
     assert lines[1].startswith('models.toml: [models."one"] mtp: 1 is not true or false')
     assert "solts" in lines[2]
     assert "slots" in lines[2]
-    assert [line.split("] ")[1].split(":")[0] for line in lines[3:5]] == ["url", "health"]
-    assert lines[5].startswith("models.toml: [model]")
+    assert [line.split("] ")[1].split(":")[0] for line in lines[3:6]] == ["url", "health", "memory"]
+    assert lines[6].startswith("models.toml: [model]")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_schema_has_every_key() -> None:
     external = properties["external"]["additionalProperties"]
     assert set(model["properties"]) == {key.name for key in MODEL_KEYS}
     assert set(external["properties"]) == {key.name for key in EXTERNAL_KEYS}
-    assert set(external["required"]) == {"cmd", "url", "health"}
+    assert set(external["required"]) == {"cmd", "url", "health", "memory"}
 
 
 def test_every_key_of_a_model_is_a_field_of_its_settings() -> None:

@@ -57,6 +57,7 @@ def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
         cmd = ["/nowhere/program"]
         url = "http://127.0.0.1:{port}"
         health = "/"
+        memory = { Host = "1MiB" }
     """
     done = check(text, "--json")
     assert done.returncode == 1
