@@ -33,7 +33,7 @@ class ChildLog:
         self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
         self._measured: Counter[str] = Counter()
         self.n_lines = 0
-        self._said = anyio.Event()
+        self._said: anyio.Event | None = None  # made by whoever waits for more: nearly always nobody does
         self._closed = False
 
     def feed(self, data: bytes) -> list[Fact]:
@@ -41,7 +41,9 @@ class ChildLog:
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
             self._rest = self._rest[:MAX_LINE_BYTES]
-        return [fact for line in lines if (fact := self._take(line)) is not None]
+        facts = [fact for line in lines if (fact := self._take(line)) is not None]
+        self._wake()
+        return facts
 
     def close(self) -> None:
         """Take the last line, which a dying child may have left unfinished."""
@@ -49,7 +51,7 @@ class ChildLog:
             self._take(self._rest)
         self._rest = b""
         self._closed = True
-        self._said.set()
+        self._wake()
 
     @property
     def measured_bytes(self) -> dict[str, int]:
@@ -82,6 +84,7 @@ class ChildLog:
             if seen == self.n_lines:
                 if not follow or self._closed:
                     return
+                self._said = self._said or anyio.Event()
                 await self._said.wait()
 
     @property
@@ -89,14 +92,17 @@ class ChildLog:
         """Return the last lines."""
         return tuple(self._lines)[-TAIL_LINES:]
 
+    def _wake(self) -> None:
+        said, self._said = self._said, None
+        if said is not None:
+            said.set()
+
     def _take(self, raw: bytes) -> Fact | None:
         line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
         if not line.strip():
             return None
         self._lines.append(line)
         self.n_lines += 1
-        self._said.set()
-        self._said = anyio.Event()
         self._log.debug("child.says", line=line)
         fact = loglines.read(line)
         match fact:

@@ -94,6 +94,8 @@ _DEVICE = re.compile(
 )
 _UNKNOWN_ID: Final = "unknown id"  # src/llama.cpp, llama_prepare_model_devices
 _LISTENING = re.compile(r"^llama_server: listening on (?P<url>\S+)$")
+# In every line that is no complaint and states a fact: each request is worth some sixty lines that state none.
+_MAY_MATTER = re.compile(r"buffer size|using device|listening on")
 _UNPREFIXED_ERROR = re.compile(
     r"^error\b|^cannot start |^terminate called|\.(?:c|cc|cpp|cu|cuh|h|hpp|m):\d+: |^(?:CUDA|ROCm) error|^ggml_vulkan: "
 )
@@ -122,6 +124,8 @@ _KINDS: Final = {
 def read(line: str) -> Fact | None:
     """Return the fact that this line states, or None."""
     prefix = _PREFIX.match(line)
+    if prefix and prefix["level"] != "E" and not _MAY_MATTER.search(line):
+        return None
     text = line[prefix.end() :] if prefix else line
     if found := _BUFFER.match(text):
         size_bytes = round(float(found["mib"]) * MIB)
