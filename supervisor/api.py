@@ -315,7 +315,7 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class ModelCounters:
-    """What happened to one model since the service started."""
+    """What happened to one model since the service started. ``unloads`` counts ``evictions`` too."""
 
     launches: int = 0
     crashes: int = 0
@@ -323,6 +323,8 @@ class ModelCounters:
     requests_granted: int = 0
     requests_refused: int = 0
     unloads: int = 0
+    evictions: int = 0
+    out_of_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)

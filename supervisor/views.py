@@ -11,7 +11,7 @@ from typing import Final, assert_never
 from planner.types import Machine
 from supervisor.api import DeviceLedger, DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
 from supervisor.catalogue import ModelEntry
-from supervisor.core import ledger
+from supervisor.core import ledger, loading, scheduler
 from supervisor.core.commands import (
     Command,
     Grant,
@@ -30,6 +30,7 @@ from supervisor.core.types import LoadPlan, ModelId
 
 # The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
 CLOCK_STEP_S: Final = 0.1
+EVICTED: Final = frozenset({loading.FOR_ROOM, scheduler.FOR_OTHERS})  # the reasons why a runner goes for another's sake
 
 
 class Clock:
@@ -62,12 +63,15 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
             after = replace(before, requests_granted=before.requests_granted + 1)
         case Reject():
             after = replace(before, requests_refused=before.requests_refused + 1)
-        case ReportFailure(while_loading=True):
-            after = replace(before, load_failures=before.load_failures + 1)
-        case ReportFailure():
-            after = replace(before, crashes=before.crashes + 1)
-        case StopProcess():
-            after = replace(before, unloads=before.unloads + 1)
+        case ReportFailure(failure=failure, while_loading=while_loading):
+            after = replace(
+                before,
+                load_failures=before.load_failures + while_loading,
+                crashes=before.crashes + (not while_loading),
+                out_of_memory=before.out_of_memory + (failure.shortage is not None),
+            )
+        case StopProcess(reason=reason):
+            after = replace(before, unloads=before.unloads + 1, evictions=before.evictions + (reason in EVICTED))
         case PlanModel() | ReadMachine() | LoseLeases() | Learn():
             return counters
         case _:

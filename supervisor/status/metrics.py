@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from planner.types import Device
-from supervisor.api import ModelCounters, RunnerView, Runtime, Snapshot
+from supervisor.api import DeviceLedger, ModelCounters, RunnerView, Runtime, Snapshot
 from supervisor.status.view import is_ready, measured_on, planned_on
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
@@ -60,6 +60,14 @@ def _by_device(value: Callable[[Device, Snapshot], float | None]) -> Callable[[S
         machine = snapshot.machine
         for device in () if machine is None else (*machine.devices, machine.host):
             yield (device.name, str(device.kind)), value(device, snapshot)
+
+    return read
+
+
+def _by_account(value: Callable[[DeviceLedger], float]) -> Callable[[Snapshot], Samples]:
+    def read(snapshot: Snapshot) -> Samples:
+        for account in snapshot.ledger:
+            yield (account.device,), value(account)
 
     return read
 
@@ -217,6 +225,20 @@ METRICS: Final = (
         _by_device(lambda device, snapshot: measured_on(device.name, snapshot.runners)),
     ),
     MetricRow(
+        "loadmaster_device_held_bytes",
+        "gauge",
+        ("device",),
+        "Bytes that our runners hold on a device by the ledger, promises to loads among them.",
+        _by_account(lambda account: account.held_bytes),
+    ),
+    MetricRow(
+        "loadmaster_device_promised_bytes",
+        "gauge",
+        ("device",),
+        "The part of it that loads in progress are about to take.",
+        _by_account(lambda account: account.promised_bytes),
+    ),
+    MetricRow(
         "loadmaster_device_usable",
         "gauge",
         ("device", "kind"),
@@ -250,6 +272,20 @@ METRICS: Final = (
         ("model",),
         "Runners that were stopped on purpose.",
         _counted(lambda counters: counters.unloads),
+    ),
+    MetricRow(
+        "loadmaster_evictions_total",
+        "counter",
+        ("model",),
+        "Runners that were stopped for the memory that another model or program needed.",
+        _counted(lambda counters: counters.evictions),
+    ),
+    MetricRow(
+        "loadmaster_out_of_memory_total",
+        "counter",
+        ("model",),
+        "Runners that ran out of memory, while loading or serving.",
+        _counted(lambda counters: counters.out_of_memory),
     ),
     MetricRow(
         "loadmaster_requests_granted_total",

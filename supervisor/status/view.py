@@ -154,4 +154,6 @@ def _counters(counters: ModelCounters) -> Json:
         "requests_granted": counters.requests_granted,
         "requests_refused": counters.requests_refused,
         "unloads": counters.unloads,
+        "evictions": counters.evictions,
+        "out_of_memory": counters.out_of_memory,
     }

@@ -514,6 +514,7 @@ async def test_memory_is_yielded_by_idle_runners_and_left_alone_for_a_while(
         async with supervisor.acquire("tiny-chat", Role.CHAT):
             result = await supervisor.yield_memory("Host", 1 << 60, 60.0)
             assert [runner.model for runner in supervisor.snapshot().runners] == ["tiny-chat"]
+            assert supervisor.snapshot().counters["tiny-embedding"].evictions == 1
             with pytest.raises(CannotFit, match="planner yield") as refused:
                 await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
         assert result.freed_bytes > 0
