@@ -352,7 +352,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "DRAIN_TIMEOUT",
         duration(),
         30.0,
-        "How long running answers may take to finish when the service stops.",
+        "How long running answers may take to finish when the service stops, or their model is unloaded or loaded anew.",
         unit="seconds",
     ),
     Setting(
