@@ -352,7 +352,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "DRAIN_TIMEOUT",
         duration(),
         30.0,
-        "How long running answers may take to finish when the service stops, or their model is unloaded or loaded anew.",
+        "How long running answers may take to finish when the service stops, or a model is unloaded or reloaded.",
         unit="seconds",
     ),
     Setting(
