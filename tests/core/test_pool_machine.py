@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -38,6 +39,8 @@ from supervisor.core.loading import FOR_ROOM
 from supervisor.core.loglines import Shortage
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId, ModelSettings, PlanProblem, TicketId
+
+pytestmark = pytest.mark.timeout(600)  # half a minute alone, several on a machine that does much else
 
 NAMES = [*map(ModelId, SIZES), BROKEN]
 MODELS = st.sampled_from(NAMES)
