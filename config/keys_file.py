@@ -23,6 +23,7 @@ KEY_PREFIX: Final = "lm-"  # so that a leaked one is recognised by whoever scans
 KEY_BYTES: Final = 32
 MAX_CONCURRENCY: Final = 65536  # as many as may wait at all
 _HASH: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_DEFAULT_TAG: Final = ":latest"  # the store's ids have it, people leave it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class Client:
     """Who holds a key. ``hash`` is what ``hash_of`` returns for it.
 
     ``models`` are the ids and aliases that it may use, ``*`` in them standing for any text; empty: all. ``concurrency``
-    is how many requests it may have in work at a time; None: as many as anybody. ``manage`` says whether it may load,
-    unload, pull and delete.
+    is how many requests it may have in work at a time; None: as many as anybody. ``manage`` says whether it may load
+    and unload, and, where it may use all models, pull, create and delete.
     """
 
     hash: str
@@ -40,8 +41,8 @@ class Client:
     manage: bool = True
 
     def may_use(self, model: str) -> bool:
-        """Say whether this model is on its list."""
-        return not self.models or any(fnmatch.fnmatchcase(model.lower(), each.lower()) for each in self.models)
+        """Say whether this model is on its list, where neither the case of letters nor ``:latest`` counts."""
+        return not self.models or any(fnmatch.fnmatchcase(_plain(model), _plain(each)) for each in self.models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ def new_key() -> str:
     return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(_DEFAULT_TAG)
+
+
 def _hash(text: str) -> str:
     if not _HASH.fullmatch(text):
         raise ValueError(text)
@@ -76,7 +81,12 @@ CLIENT_KEYS: Final[tuple[Key, ...]] = (
     ),
     words("models", "The models that it may use, by id or alias; * stands for any text. Not given: all."),
     scalar("concurrency", whole_number(1, MAX_CONCURRENCY), "Requests that it may have in work at a time.", int),
-    scalar("manage", boolean(), "Whether it may load, unload, pull, create and delete models; true if unset.", bool),
+    scalar(
+        "manage",
+        boolean(),
+        "Whether it may load and unload models, and, of all, pull, create and delete; true if unset.",
+        bool,
+    ),
 )
 
 

@@ -102,6 +102,12 @@ def check_may_manage() -> None:
         raise NotPermitted(f"the key of {_caller.get().name} may use models, not manage them")
 
 
+def check_may_use_all() -> None:
+    """Raise ``NotPermitted`` where the client at hand may use some models only."""
+    if _caller.get().client.models:
+        raise NotPermitted(f"the key of {_caller.get().name} is for some models, and this concerns all of them")
+
+
 class PermittedRuntime:
     """The runtime as the client at hand may see it: a model that it may not use is as unknown as one that is not."""
 

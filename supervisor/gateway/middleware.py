@@ -9,11 +9,11 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from supervisor.gateway.access import Clients, check_may_manage
+from supervisor.gateway.access import Clients, check_may_manage, check_may_use_all
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, EXCHANGE, Exchange
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.patience import Patience
-from supervisor.gateway.security import OPEN_PATHS, check_host, check_origin, is_managing
+from supervisor.gateway.security import OPEN_PATHS, check_host, check_origin, is_managing, is_undivided
 from supervisor.gateway.tellers import teller_for
 from supervisor.status.metrics import NO_MODEL, HttpMetrics
 
@@ -69,6 +69,8 @@ def guard(options: GatewayOptions, clients: Clients) -> Middleware:
         with clients.admitted(caller, counts=request.method not in READING):
             if is_managing(request.path):
                 check_may_manage()
+            if is_undivided(request.path):
+                check_may_use_all()
             return await handler(request)
 
     return middleware

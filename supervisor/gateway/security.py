@@ -18,7 +18,10 @@ from supervisor.gateway.errors import Forbidden
 # Reachable without a key: probes that tell nothing, and the page, which carries no data and has to ask for the key.
 OPEN_PATHS: Final = frozenset({"/", "/healthz", "/readyz"})
 # What changes the models on disk, or which of them are loaded: not for every key.
-_MANAGING: Final = ("/manage/", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/")
+_STORE: Final = ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/")
+_MANAGING: Final = ("/manage/", *_STORE)
+# What knows no model apart from another: a copy of a model has another name, a blob none, and a device is everybody's.
+_UNDIVIDED: Final = (*_STORE, "/manage/yield", "/metrics")
 # Pages of this machine itself and of desktop programs, as Ollama allows them.
 LOCAL_ORIGINS: Final = (
     *(
@@ -40,6 +43,11 @@ LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
 def is_managing(path: str) -> bool:
     """Say whether a path changes what there is, rather than uses it."""
     return path.startswith(_MANAGING)
+
+
+def is_undivided(path: str) -> bool:
+    """Say whether a path reaches all models at once, so that it is not for a client of a few."""
+    return path.startswith(_UNDIVIDED)
 
 
 def check_origin(headers: Mapping[str, str], origins: tuple[str, ...]) -> str | None:

@@ -34,6 +34,12 @@ def test_a_client_may_use_the_models_on_its_list_whatever_their_case() -> None:
     assert (phone.concurrency, phone.manage) == (2, False)
 
 
+def test_a_models_default_tag_may_be_left_out_of_the_list_or_written_into_it() -> None:
+    assert Client(HASH, models=("mine",)).may_use("mine:latest")
+    assert Client(HASH, models=("mine:latest",)).may_use("mine")
+    assert not Client(HASH, models=("mine",)).may_use("mine:8b")
+
+
 def test_a_client_without_a_list_may_use_every_model() -> None:
     assert Client(HASH).may_use("anything")
 

@@ -76,6 +76,41 @@ async def test_a_client_that_may_not_manage_changes_nothing(
         assert answer.status == 403
 
 
+@pytest.mark.parametrize(
+    "method,path",
+    [
+        ("GET", "/metrics"),
+        ("POST", "/manage/yield"),
+        ("POST", "/api/pull"),
+        ("POST", "/api/create"),
+        ("POST", "/api/%63opy"),
+        ("DELETE", "/api/delete"),
+        ("HEAD", "/api/blobs/sha256:" + "0" * 64),
+        ("POST", "/api/blobs/sha256:" + "0" * 64),
+    ],
+)
+async def test_what_reaches_all_models_at_once_is_not_for_a_client_of_some(
+    serve: Serve, http: aiohttp.ClientSession, method: str, path: str
+) -> None:
+    """A copy of a model has a name that may be on the list; labels of metrics name all models."""
+    url = await serve(clients=phone(models=("mine*",)))
+    async with http.request(method, url + path, json={}, headers=AS_PHONE) as answer:
+        assert answer.status == 403
+
+
+async def test_no_list_tells_a_client_of_a_model_that_is_not_on_its_list(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime, chat_server: LlamaServer
+) -> None:
+    runtime.endpoints["private"] = NOWHERE
+    url = await serve([chat_server], clients=phone(models=(chat_server.model,)))
+    for path in ("/v1/models", "/api/tags", "/api/ps", "/status"):
+        async with http.get(url + path, headers=AS_PHONE) as answer:
+            assert "private" not in await answer.text(), path
+    for path in ("/v1/models/private", "/manage/logs?model=private"):
+        async with http.get(url + path, headers=AS_PHONE) as answer:
+            assert answer.status == 404, path
+
+
 async def test_unloading_by_an_empty_prompt_is_managing_too(
     serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime, chat_server: LlamaServer
 ) -> None:
