@@ -42,10 +42,11 @@ class Link:
     nvlink_peers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Card:
-    """One physical GPU, or one part of it. ``total_bytes`` leaves out what the driver reserves, as ``free_bytes`` does.
+    """One physical GPU, or one part of it; no two are equal, since parts of one card can look alike.
 
+    ``total_bytes`` leaves out what the driver reserves, as ``free_bytes`` does.
     ``unified`` says that its memory is the host's. ``arch`` is a compute capability (``8.9``) or a gfx name
     (``gfx1100``). ``why_not`` says why no program of ours can use it at this moment. ``part_of`` says of
     what this is a part with memory of its own. ``asleep``: it was not asked, since that would wake it.

@@ -25,8 +25,14 @@ Environ = Mapping[str, str]
 
 _KIND: Final = {Vendor.NVIDIA: DeviceKind.CUDA, Vendor.AMD: DeviceKind.ROCM}
 _NAME: Final = {Vendor.NVIDIA: "CUDA", Vendor.AMD: "ROCm"}
-# What Vulkan and SYCL call parts without memory of their own; no library of ours knows Intel's.
-_INTEGRATED_NAMES: Final = re.compile(r"Intel\(R\) (?:U?HD |Iris|Graphics)|Radeon(?:\(TM\))? (?:\w+ )?Graphics")
+# What Vulkan and SYCL call parts without memory of their own, and what renders on the CPU; no library of ours knows
+# them. Intel's discrete cards have a letter before their number (A770, B580), AMD's have RX or Pro.
+_INTEGRATED_NAMES: Final = re.compile(
+    r"Intel\(R\) (?:U?HD |Iris|Graphics(?! \((?:BMG|DG))|Arc\(TM\) (?:Graphics|[0-9]{3}[A-Z]\b))"
+    r"|Radeon(?:\(TM\))? (?:(?!Pro\b)[\w ]+ )?Graphics|Radeon(?:\(TM\))? [0-9]{3,4}[MS]\b|AMD Custom GPU"
+    r"|llvmpipe|Adreno|Mali",
+    re.IGNORECASE,
+)
 _BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}  # our word, BACKEND='s word
 
 
@@ -64,20 +70,20 @@ def detect(
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
     their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept,
     unless cards came or went since: it is asked again what it lists. ``owner`` is
-    the process whose runners' mapped weights are not to be counted as available. ``named`` are devices that the user
+    the process whose runners' mapped weights are not to be counted as available, and do not close to their owner a card
+    that takes one process at a time. ``named`` are devices that the user
     asked for by name, to be used even where llama.cpp would leave them out.
     """
     nvidia, amd = nvml.probe(), rocm.probe(root)
-    cards = (*nvidia.cards, *amd.cards)
+    ours = frozenset[int]() if owner is None else host.runners(owner, root)
+    cards = (*(nvml.unless_taken(card, ours) for card in nvidia.cards), *amd.cards)
     machine_key = _machine_key(cards, root)
     if previous is not None and previous.llama.server is not None and previous.machine_key == machine_key:
         search = replace(previous.llama, server=previous.llama.server.without_free())
     else:
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
-    memory = host.read(root)
-    if owner is not None:
-        memory = memory.without(host.mapped_bytes(owner, root))
+    memory = host.read(root).without(host.mapped_bytes(ours, root))
     local, by_name, warnings = _local_devices(cards, search, memory, environ, machine_key, named)
     workers = rpc_devices(
         rpc_servers,
@@ -187,7 +193,7 @@ def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory, *,
 
 def _unknown_device(listed: ListedDevice, memory: host.HostMemory) -> Device:
     """Return a device that only llama-server knows."""
-    unified = _INTEGRATED_NAMES.search(listed.description) is not None
+    unified = any(names.search(listed.description) for names in (_INTEGRATED_NAMES, nvml.UNIFIED_NAMES))
     return Device(
         name=DeviceName(listed.name),
         kind=listed.kind,
@@ -237,6 +243,7 @@ def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemor
         compute_capability=card.arch,
         overhead_bytes=cuda_overhead_bytes(card.arch, card.multiprocessors) if kind is DeviceKind.CUDA else None,
         processes=card.processes,
+        exclusive=card.compute_mode == nvml.EXCLUSIVE,
     )
 
 

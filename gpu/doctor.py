@@ -22,6 +22,12 @@ from planner.units import GIB, MIB, format_size
 LITTLE_MEMORY: Final = 2 * GIB  # less holds no model worth serving beside its caches
 ENOUGH_FILES: Final = 4096  # two descriptors for each streaming client
 ENOUGH_LOCKED: Final = 64 * MIB  # systemd's and the kernel's default is 8 MiB: a limit that nobody chose
+# A llama-server that serves one conversation had 25 threads on two cores: two sets that compute, of one for each core,
+# its listeners, and those for requests, of which there are as many as cores at least (server-http.cpp). Each request
+# beyond these gets a thread of its own. A card's driver adds a few.
+THREADS_OF_RUNNER: Final = 24
+THREADS_PER_CORE: Final = 3
+THREADS_FOR_CLIENTS: Final = 64  # below that a few tabs of a browser bring a runner down
 HELD_BY_OTHERS: Final = 0.1  # of a card: less is a desktop
 _CUDA_NODES: Final = frozenset({"nvidia-uvm", "dxg"})  # the second is WSL's
 _RUNNERS: Final = re.compile(r"llama-server|ggml-rpc-server|ollama.*")
@@ -250,16 +256,19 @@ def _workers(facts: Facts) -> Found:
     fixes = {
         WorkerState.BUSY: "end its other client, or start one worker for each",
         WorkerState.UNREACHABLE: "start ggml-rpc-server there, open its port, or take it out of RPC_SERVERS",
-        WorkerState.INCOMPATIBLE: "run ggml-rpc-server of the same llama.cpp build as llama-server",
     }
+    another_build = "run ggml-rpc-server of the same llama.cpp build as llama-server"
     serves = len(facts.services) > 1
     for worker in facts.workers:
         if worker.state is not WorkerState.READY:
-            why = (worker.why_not or worker.endpoint).partition(": ")[0]
+            why, _, fix = (worker.why_not or worker.endpoint).partition(": ")
             # A worker that our own service uses is busy too.
             yield (
                 not (serves and worker.state is WorkerState.BUSY),
-                Fault(f"RPC worker {worker.endpoint} is {worker.state}: {why}", fixes[worker.state]),
+                Fault(
+                    f"RPC worker {worker.endpoint} is {worker.state}: {why}",
+                    fixes.get(worker.state, fix or another_build),
+                ),
             )
     for device in facts.machine.devices:
         if device.kind is DeviceKind.RPC and device.usable and _is_uncapped_cpu(device, facts):
@@ -302,6 +311,11 @@ def _limits(facts: Facts) -> Found:
             size = format_size(service.memlock_bytes or 0)
             what = f"{service.who} may lock {size} of memory, so --load-mode mlock has no effect"
             yield _NOTE, Fault(what, f"LimitMEMLOCK=infinity {fix}")
+        needed = THREADS_OF_RUNNER + THREADS_PER_CORE * facts.n_cores
+        if service.threads is not None and service.threads.left < needed + THREADS_FOR_CLIENTS:
+            left, by = service.threads.left, service.threads.by
+            what = f"the {by} leaves {service.who} {left} more threads; a model takes about {needed}, each client one"
+            yield left < needed, Fault(what, f"TasksMax=infinity and LimitNPROC=infinity {fix}; docker --pids-limit -1")
 
 
 def _locks_little(service: Service) -> bool:

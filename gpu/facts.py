@@ -14,8 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from gpu import host
+from gpu import control_groups, host
 from gpu.card import Card, Probe
+from gpu.control_groups import ThreadLimit
 from gpu.detect import Detected
 from gpu.host import HostMemory
 from gpu.rpc import Worker
@@ -40,12 +41,16 @@ class PciGpu:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A process that is, or would become, the service: what its limits allow. None: no limit."""
+    """A process that is, or would become, the service: what its limits allow. None: no limit.
+
+    ``threads`` is how many more it may start, with what it starts.
+    """
 
     who: str
     memlock_bytes: int | None
     open_files: int | None
     memory: HostMemory | None = None
+    threads: ThreadLimit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Facts:
     unit: str | None = None
     environ: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     services: tuple[Service, ...] = ()
+    n_cores: int = 1
     holders: tuple[Holder, ...] = ()
     pynvml_shim: str | None = None
     pynvml_shadow: str | None = None
@@ -106,6 +112,7 @@ def gather(detected: Detected, environ: Mapping[str, str], root: Path = Path("/"
         unit=_unit("self", root),
         environ=environ,
         services=tuple(_services(root)),
+        n_cores=len(os.sched_getaffinity(0)),
         holders=tuple(_holders(detected.machine, root)),
         pynvml_shim=shim,
         pynvml_shadow=shadow,
@@ -135,7 +142,26 @@ def _service(process: str, who: str, root: Path, *, with_memory: bool) -> Servic
         memlock_bytes=host.limit_of(process, "Max locked memory", root),
         open_files=host.limit_of(process, "Max open files", root),
         memory=host.read(root, process=process) if with_memory else None,
+        threads=_threads_left(process, root),
     )
+
+
+def _threads_left(process: str, root: Path) -> ThreadLimit | None:
+    """Return the tighter of what control groups and RLIMIT_NPROC leave; the kernel counts that one by user."""
+    limits = [control_groups.thread_limit(process, root)]
+    most = host.limit_of(process, "Max processes", root)
+    user = _status(process, "Uid", root)
+    if most is not None and user not in {None, 0}:  # root is exempt
+        running = (pid for pid in _pids(root) if _status(pid, "Uid", root) == user)
+        used = sum(_status(pid, "Threads", root) or 0 for pid in running)
+        limits.append(ThreadLimit(max(most - used, 0), "limit of processes for its user"))
+    return min((limit for limit in limits if limit is not None), key=lambda limit: limit.left, default=None)
+
+
+def _status(process: str, name: str, root: Path) -> int | None:
+    """Return the first number of this line of /proc/PID/status."""
+    found = re.search(rf"^{name}:\s+([0-9]{{1,20}})\b", _text(root / "proc" / process / "status"), re.MULTILINE)
+    return int(found.group(1)) if found else None
 
 
 def _holders(machine: Machine, root: Path) -> Iterator[Holder]:

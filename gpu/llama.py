@@ -9,25 +9,30 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gpu import llama_cache
 from gpu.llama_cache import Answers
 from gpu.rpc import PINNED_PROTOCOL
 from planner.build import PINNED_BUILD, is_pinned
 from planner.types import DeviceKind, LlamaBuild
-from planner.units import MIB
+from planner.units import MIB, format_size
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 Environ = Mapping[str, str]
 
 ASK_TIMEOUT_S: Final = 30.0  # a cold driver takes several seconds to bring up a GPU
 BUILD_COMMAND: Final = "make llama"
 _OLLAMA_FOLDERS: Final = ("/usr/lib/ollama", "/usr/local/lib/ollama")
-_MAX_OUTPUT: Final = 1 << 20
+_MAX_OUTPUT: Final = 1 << 20  # of an answer: sixteen devices take a KiB, a driver's warnings some more
 
 # ggml's names of its devices (the prefix of CUDA0) and of its libraries (libggml-cuda.so).
 _KIND_BY_PREFIX: Final = {
@@ -51,6 +56,9 @@ _BACKEND_MARKS: Final = {
 }
 # What makes a processor's CPU backend differ: the vector and matrix extensions (ggml/src/ggml-cpu/arch).
 _CPU_FEATURES: Final = re.compile(r"avx\w*|amx\w*|fma|f16c|sse\w*|ssse3|bmi2|neon|asimd\w*|i8mm|sve\w*|sme\d?")
+
+# One line of --list-devices. Ten digits of MiB are more than any device has.
+_LISTED: Final = re.compile(r"^[ \t]+([^\s:,]+): (.*) \(([0-9]{1,10}) MiB, ([0-9]{1,10}) MiB free\)\s*$", re.MULTILINE)
 
 # Variables that would change what llama-server does behind the back of the command line.
 _SCRUBBED: Final = re.compile(r"LLAMA_ARG_.*|LLAMA_API_KEY|LLAMA_LOG_.*|LLAMA_OFFLINE|MTMD_BACKEND_DEVICE")
@@ -199,14 +207,19 @@ def _environment(environ: Environ, config_home: str) -> dict[str, str]:
 
 
 def parse_list(text: str) -> tuple[ListedDevice, ...]:
-    """Return the devices of a ``--list-devices`` answer (common/arg.cpp, common_print_available_devices), GPUs only."""
-    lines = re.findall(r"^\s+(\S+): (.*) \((\d+) MiB, (\d+) MiB free\)\s*$", text, re.MULTILINE)
-    devices = (
-        ListedDevice(name, kind_of(name), description, int(total) * MIB, int(free) * MIB)
-        for name, description, total, free in lines
-    )
-    # An accelerator without memory of its own (BLAS) is listed with 0 MiB and takes no layers.
-    return tuple(device for device in devices if device.total_bytes and device.kind is not DeviceKind.RPC)
+    """Return the devices of a ``--list-devices`` answer (common/arg.cpp, common_print_available_devices), GPUs only.
+
+    Whatever else is printed there, such as a driver's warnings, is passed over; of two lines with one name the first
+    one holds.
+    """
+    devices: dict[str, ListedDevice] = {}
+    for name, description, total, free in _LISTED.findall(text):
+        free_mib = min(int(free), int(total))
+        device = ListedDevice(name, kind_of(name), description, int(total) * MIB, free_mib * MIB)
+        # An accelerator without memory of its own (BLAS) is listed with 0 MiB and takes no layers.
+        if device.total_bytes and device.kind is not DeviceKind.RPC:
+            devices.setdefault(name, device)
+    return tuple(devices.values())
 
 
 def kind_of(name: str) -> DeviceKind:
@@ -235,24 +248,47 @@ def _run(path: Path, flag: str, environ: Environ, timeout_s: float) -> str:
 
     with tempfile.TemporaryDirectory(prefix="loadmaster-") as empty:
         try:
-            done = subprocess.run(  # noqa: S603 - the binary that is to be launched, with a constant flag
+            child = subprocess.Popen(  # noqa: S603 - the binary that is to be launched, with a constant flag
                 [str(path), flag],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=_environment(environ, empty),
-                timeout=timeout_s,
-                check=False,
+                process_group=0,  # a script around the binary is ended with what it started
             )
         except OSError as error:
             raise _NoAnswerError(f"cannot be started: {error.strerror}") from None
-        except subprocess.TimeoutExpired:
-            raise _NoAnswerError(f"{flag} gave no answer within {timeout_s:g} s") from None
-    text = done.stdout[:_MAX_OUTPUT].decode("utf-8", "replace")
-    if done.returncode != 0:
+        with child:
+            try:
+                text = _read(child, time.monotonic() + timeout_s)
+            except (TimeoutError, subprocess.TimeoutExpired):
+                raise _NoAnswerError(f"{flag} gave no answer within {timeout_s:g} s") from None
+            finally:
+                if child.returncode is None:
+                    os.killpg(child.pid, signal.SIGKILL)
+    if child.returncode != 0:
         last = (text.strip().splitlines() or ["no output"])[-1]
-        raise _NoAnswerError(f"{flag} ended with status {done.returncode}: {last[:200]}")
+        raise _NoAnswerError(f"{flag} ended with status {child.returncode}: {last[:200]}")
     return text
+
+
+def _read(child: Popen[bytes], deadline: float) -> str:
+    """Return what a child printed until it ended. Raises TimeoutError, TimeoutExpired, _NoAnswerError."""
+    import select  # noqa: PLC0415
+
+    if child.stdout is None:
+        return ""
+    data, ready = b"", select.poll()
+    ready.register(child.stdout, select.POLLIN)
+    while ready.poll(max(deadline - time.monotonic(), 0) * 1000):
+        part = os.read(child.stdout.fileno(), _MAX_OUTPUT)
+        if not part:
+            child.wait(max(deadline - time.monotonic(), 0))
+            return data.decode("utf-8", "replace")
+        data += part
+        if len(data) > _MAX_OUTPUT:
+            raise _NoAnswerError(f"prints more than {format_size(_MAX_OUTPUT)}")
+    raise TimeoutError
 
 
 def _build(path: Path, real: Path, answers: Answers, listed: Iterable[ListedDevice]) -> LlamaBuild:
@@ -284,6 +320,8 @@ def _backends(real: Path) -> frozenset[str]:
         if (match := re.match(r"libggml-([a-z]+)", file.name))
     }
     if not names:
+        if not os.access(real, os.R_OK):
+            return frozenset()
         with real.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as binary:
             names = {"cpu", *(backend for mark, backend in _BACKEND_MARKS.items() if binary.find(mark) >= 0)}
     return frozenset(_BACKEND_BY_LIBRARY.get(name, name) for name in names - {"base"})

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from gpu.card import Card, Vendor
 from gpu.llama import ListedDevice
 from planner.types import DeviceKind
+
+_SAME_SIZE: Final = 0.05  # CUDA keeps one or two percent of a card, of which Vulkan knows nothing
 
 Pairs = tuple[tuple[ListedDevice, Card | None], ...]
 
@@ -21,7 +24,8 @@ Pairs = tuple[tuple[ListedDevice, Card | None], ...]
 def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mapping[str, str]) -> Pairs:
     """Pair each device that llama-server lists with the card it is, None where no library of ours knows it.
 
-    A name that contradicts the order wins. A card that CUDA or ROCm lists is not listed again as Vulkan's or SYCL's.
+    A name that contradicts the order wins. A card that CUDA or ROCm lists is not listed again as Vulkan's or SYCL's,
+    and neither is one that no library of ours knows: there its name and size tell.
     """
     visible = {
         DeviceKind.CUDA: visible_cuda([card for card in cards if card.vendor is Vendor.NVIDIA], environ),
@@ -30,9 +34,10 @@ def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mappin
     pairs: list[tuple[ListedDevice, Card | None]] = []
     taken: list[Card] = []
     dealt = _dealt_round(visible[DeviceKind.CUDA], environ)
+    unknown: list[ListedDevice] = []
     for device in listed:
-        if dealt and device.kind is DeviceKind.CUDA:
-            card = dealt[int(device.name.removeprefix("CUDA")) % len(dealt)]
+        if dealt and device.kind is DeviceKind.CUDA and (number := device.name.removeprefix("CUDA")).isdecimal():
+            card = dealt[int(number) % len(dealt)]
             pairs.append((device, card))
             taken.append(card)
             continue
@@ -40,9 +45,21 @@ def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mappin
         left = [card for card in same if card not in taken]
         if same and not left and device.kind not in visible:
             continue
+        if not left:
+            if (twin := next((other for other in unknown if _is_one(other, device)), None)) is not None:
+                unknown.remove(twin)
+                continue
+            unknown.append(device)
         pairs.append((device, left[0] if left else None))
         taken += left[:1]
     return tuple(pairs)
+
+
+def _is_one(first: ListedDevice, second: ListedDevice) -> bool:
+    """Say whether two backends mean one card."""
+    ours, theirs = first.description.lower(), second.description.lower()
+    alike = abs(first.total_bytes - second.total_bytes) <= _SAME_SIZE * first.total_bytes
+    return first.kind is not second.kind and alike and (ours in theirs or theirs in ours)
 
 
 def _dealt_round(cards: Sequence[Card], environ: Mapping[str, str]) -> Sequence[Card]:
@@ -63,7 +80,7 @@ def unmatched(pairs: Pairs, cards: Sequence[Card]) -> tuple[Card, ...]:
 def _may_be(device: ListedDevice, card: Card) -> bool:
     """Say whether the two names can mean one card. Vulkan adds the driver's name; sysfs knows AMD's by its ISA only."""
     ours, theirs = card.name.lower(), device.description.lower()
-    if card.vendor is Vendor.AMD and card.arch is not None and card.arch in ours:
+    if card.vendor is Vendor.AMD and (card.arch or "gpu") in ours:
         return device.kind is DeviceKind.ROCM or "amd" in theirs or "radeon" in theirs
     return ours in theirs or theirs in ours
 
@@ -98,4 +115,6 @@ def _named(cards: Sequence[Card], entry: str) -> Card | None:
     if re.fullmatch(r"[0-9]{1,4}", entry):
         return cards[int(entry)] if int(entry) < len(cards) else None
     matches = [card for card in cards if entry and (card.uuid or "").lower().startswith(entry.lower())]
+    if not matches:  # of a divided card CUDA shows the first part
+        matches = [card for card in cards if entry and (card.part_of or "").lower() == entry.lower()][:1]
     return matches[0] if len(matches) == 1 else None

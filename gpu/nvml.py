@@ -47,15 +47,21 @@ _CARD_FAULTS: Final = {
 }
 
 # Parts whose memory is the host's: NVML has no memory figure for them, or one that is too small.
-_UNIFIED_NAMES: Final = re.compile(r"\b(GB10|N1X|Orin|Thor|Xavier|Tegra)\b")
+UNIFIED_NAMES: Final = re.compile(r"\b(GB10|N1X|Orin|Thor|Xavier|Tegra)\b")
 
 # CUDA cores of one multiprocessor, by compute capability (CUDA C++ programming guide, arithmetic throughput).
 _CORES_PER_MULTIPROCESSOR: Final = {"6.0": 64, "7.0": 64, "7.2": 64, "7.5": 64, "8.0": 64}
 _CORES_PER_MULTIPROCESSOR_ELSE: Final = 128
 
-_COMPUTE_MODES: Final = {0: "default", 2: "prohibited", 3: "exclusive"}  # nvml.h, nvmlComputeMode_t
+EXCLUSIVE: Final = "exclusive"  # one process at a time
+_PROHIBITED: Final = "prohibited"
+_COMPUTE_MODES: Final = {0: "default", 2: _PROHIBITED, 3: EXCLUSIVE}  # nvml.h, nvmlComputeMode_t
+_TO_DEFAULT: Final = "sudo nvidia-smi -c DEFAULT"
 _MIG_ENABLED: Final = 1
 _MAX_NVLINKS: Final = 18  # NVML_NVLINK_MAX_LINKS
+
+_NAMELESS: Final = "NVIDIA"  # every name that CUDA gives a card of today begins so
+_UNKNOWN_MEMORY: Final = (None, None, None)
 
 T = TypeVar("T")
 
@@ -90,28 +96,38 @@ def _failed(fault: Fault) -> Probe:
 def _ask(pynvml: Any) -> Probe:
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if error.value == _LIBRARY_NOT_FOUND:
+    except _failures(pynvml) as error:
+        code = getattr(error, "value", 0)
+        if code == _LIBRARY_NOT_FOUND:
             return Probe(looked_for=_LOOKED_FOR)
-        return _failed(_DRIVER_FAULTS.get(error.value) or _unknown("NVIDIA", error))
+        return _failed(_DRIVER_FAULTS.get(code) or _unknown("NVIDIA", error))
     try:
         return _cards(pynvml)
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:
+    except _failures(pynvml) as error:
         return _failed(_unknown("NVIDIA", error))
     finally:
         _or_none(pynvml, pynvml.nvmlShutdown)
 
 
+def _failures(pynvml: Any) -> tuple[type[Exception], ...]:
+    """Return what an answer that cannot be had raises.
+
+    That is NVML's own errors, a text that is none, and a function that an older nvidia-ml-py does not know.
+    """
+    return pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, UnicodeDecodeError, AttributeError
+
+
 def _cards(pynvml: Any) -> Probe:
     cards: list[Card] = []
     faults: list[Fault] = []
+    left_out: dict[Fault, list[str]] = {}
     driver = _or_none(pynvml, pynvml.nvmlSystemGetDriverVersion)
     for index in range(pynvml.nvmlDeviceGetCount()):
         try:
             found = _card_or_parts(pynvml, index)
-        except pynvml.NVMLError as error:
-            fault = _CARD_FAULTS.get(error.value) or _unknown("it", error)
-            faults.append(Fault(f"NVIDIA card {index} is left out, {fault.what}", fault.fix))
+        except _failures(pynvml) as error:
+            fault = _CARD_FAULTS.get(getattr(error, "value", 0)) or _unknown("it", error)
+            left_out.setdefault(fault, []).append(str(index))
             continue
         if not found:
             what = f"NVIDIA card {index} is in MIG mode and has no instance"
@@ -119,8 +135,17 @@ def _cards(pynvml: Any) -> Probe:
                 Fault(what, f"make some (sudo nvidia-smi mig -i {index} -cgi ... -C) or turn MIG off (-mig 0)")
             )
         cards += (replace(card, driver=driver) for card in found)
-    cards.sort(key=lambda card: card.pci_bus_id or "")
+    # One line for all cards with one fault: a container may be given four of nine.
+    for fault, numbers in left_out.items():
+        who = f"card {numbers[0]} is" if len(numbers) == 1 else f"cards {', '.join(numbers)} are"
+        faults.append(Fault(f"NVIDIA {who} left out, {fault.what}", fault.fix))
+    cards.sort(key=lambda card: _place(card.pci_bus_id))
     return Probe(tuple(cards), tuple(faults), _LOOKED_FOR)
+
+
+def _place(pci_bus_id: str | None) -> list[int]:
+    """Return what orders addresses as CUDA does: by their numbers, since a domain may have five digits."""
+    return [int(part, 16) for part in re.split("[:.]", pci_bus_id)] if pci_bus_id else []
 
 
 def _handle(pynvml: Any, index: int) -> Any:
@@ -153,7 +178,7 @@ def _card_or_parts(pynvml: Any, index: int) -> list[Card]:
 
 def _part(pynvml: Any, handle: Any, whole: Card) -> Card:
     """Return one MIG instance. A slice of the memory brings its share of the bus with it."""
-    total, free, reserved = _memory(pynvml, handle)
+    total, free, reserved = _or_none(pynvml, lambda: _memory(pynvml, handle)) or _UNKNOWN_MEMORY
     attributes = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetAttributes(handle))
     bandwidth = None
     if total and whole.total_bytes and whole.bandwidth_bytes_per_s:
@@ -177,17 +202,16 @@ def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
 
     Figures of a divided card as a whole may take privileges that nobody here needs.
     """
-    name = pynvml.nvmlDeviceGetName(handle)
+    name = _name(pynvml, handle)
     capability = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetCudaComputeCapability(handle))
     arch = None if capability is None else f"{capability[0]}.{capability[1]}"
-    unknown = (None, None, None)
-    total, free, reserved = (
-        (_or_none(pynvml, lambda: _memory(pynvml, handle)) or unknown) if divided else _memory(pynvml, handle)
-    )
-    unified = _UNIFIED_NAMES.search(name) is not None
+    if divided:
+        total, free, reserved = _or_none(pynvml, lambda: _memory(pynvml, handle)) or _UNKNOWN_MEMORY
+    else:
+        total, free, reserved = _memory(pynvml, handle)
+    unified = UNIFIED_NAMES.search(name) is not None
     if unified:
         total = free = None  # of a part of the host's memory, if anything
-    processes = _processes(pynvml, handle)
     mode = _or_none(pynvml, lambda: _COMPUTE_MODES.get(pynvml.nvmlDeviceGetComputeMode(handle)))
     display = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetDisplayActive(handle))
     return Card(
@@ -206,27 +230,38 @@ def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
         compute_mode=mode,
         numa_node=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)),
         link=_link(pynvml, handle),
-        processes=processes,
-        why_not=_why_not(mode, processes),
+        processes=_processes(pynvml, handle),
+        why_not=f"its compute mode is prohibited, so no program can use it: {_TO_DEFAULT}"
+        if mode == _PROHIBITED
+        else None,
     )
 
 
-def _why_not(mode: str | None, processes: tuple[ProcessUse, ...]) -> str | None:
-    if mode == "prohibited":
-        return "its compute mode is prohibited, so no program can use it: sudo nvidia-smi -c DEFAULT"
-    if mode == "exclusive" and processes:
-        first = processes[0]
-        holder = f"process {first.pid} ({first.name or 'unknown'})"
-        return f"its compute mode is exclusive and {holder} has it: end that, or sudo nvidia-smi -c DEFAULT"
-    return None
+def unless_taken(card: Card, ours: frozenset[int]) -> Card:
+    """Return the card, closed to us where it takes one process at a time and has one that is none of ``ours``."""
+    holder = next((process for process in card.processes if process.pid not in ours), None)
+    if card.compute_mode != EXCLUSIVE or holder is None:
+        return card
+    who = f"process {holder.pid} ({holder.name or 'unknown'})"
+    return replace(card, why_not=f"its compute mode is exclusive and {who} has it: end that, or {_TO_DEFAULT}")
 
 
 def _or_none(pynvml: Any, call: Callable[[], T]) -> T | None:
     """Return the answer, or None where this driver or card has none. A missing figure never loses a card."""
     try:
         return call()
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):
+    except _failures(pynvml):
         return None
+
+
+def _name(pynvml: Any, handle: Any) -> str:
+    """Return the card's name. Raises NVMLError only for a card that is gone or closed to us."""
+    try:
+        return str(pynvml.nvmlDeviceGetName(handle)) or _NAMELESS
+    except _failures(pynvml) as error:
+        if getattr(error, "value", None) in _CARD_FAULTS:
+            raise
+    return _NAMELESS
 
 
 def _memory(pynvml: Any, handle: Any) -> tuple[int | None, int | None, int | None]:
@@ -235,15 +270,16 @@ def _memory(pynvml: Any, handle: Any) -> tuple[int | None, int | None, int | Non
     The first version of the call counts the reserved bytes as used, the second apart; free is the same in both.
     """
     info = _or_none(pynvml, lambda: pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2))
-    if info is not None:
-        return info.total - info.reserved, info.free, info.reserved
-    try:
-        info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except pynvml.NVMLError as error:
-        if error.value == _NOT_SUPPORTED:
-            return None, None, None
-        raise
-    return info.total, info.free, None
+    reserved = None if info is None else info.reserved
+    if info is None:
+        try:
+            info = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        except pynvml.NVMLError as error:
+            if error.value == _NOT_SUPPORTED:
+                return _UNKNOWN_MEMORY
+            raise
+    total = info.total - (reserved or 0)
+    return (total, min(info.free, total), reserved) if total > 0 else _UNKNOWN_MEMORY
 
 
 def _pci_bus_id(pci: Any) -> str:
@@ -274,7 +310,7 @@ def _nvlink_peers(pynvml: Any, handle: Any) -> tuple[str, ...]:
         for link in range(_MAX_NVLINKS):
             if pynvml.nvmlDeviceGetNvLinkState(handle, link):
                 peers.add(_pci_bus_id(pynvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link)))
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):
+    except _failures(pynvml):
         pass  # beyond the last link
     return tuple(sorted(peers))
 

@@ -16,6 +16,7 @@ from typing import Final
 
 from gpu import bounded
 from gpu.card import Card, Fault, Probe, Vendor
+from gpu.control_groups import whole_number
 from gpu.host import process_name
 from planner.types import ProcessUse
 from planner.units import GIB
@@ -85,7 +86,7 @@ def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool 
     numa_node = None if asleep else _text(device / "numa_node")
     return Card(
         vendor=Vendor.AMD,
-        name=(None if asleep else _text(device / "product_name")) or f"AMD {_gfx(properties)}",
+        name=(None if asleep else _text(device / "product_name")) or f"AMD {_gfx(properties) or 'GPU'}",
         pci_bus_id=pci,
         uuid=f"GPU-{unique_id:016x}" if unique_id else None,
         total_bytes=memory.total_bytes,
@@ -96,7 +97,7 @@ def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool 
         unified=memory.unified,
         part_of=f"{pci}/{node.name}" if split else None,
         asleep=asleep,
-        numa_node=int(numa_node) if numa_node is not None and numa_node.isdigit() else None,
+        numa_node=whole_number(numa_node or ""),
         processes=_processes(root, _number(node / "gpu_id")),
         why_not=_why_not(root, minor, can_open=can_open),
     )
@@ -155,9 +156,11 @@ def _why_not(root: Path, minor: int, *, can_open: bool | None) -> str | None:
     return f"this process may not open {' and '.join(refused)}: add its user to the groups render and video"
 
 
-def _gfx(properties: dict[str, int]) -> str:
+def _gfx(properties: dict[str, int]) -> str | None:
     """Return the ISA's name: decimal 110000 is gfx1100, 90010 is gfx90a (minor version and stepping in hex)."""
     version = properties.get("gfx_target_version", 0)
+    if version == 0:
+        return None
     return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
 
 
@@ -192,12 +195,12 @@ def _processes(root: Path, gpu_id: int | None) -> tuple[ProcessUse, ...]:
 
 
 def _properties(path: Path) -> dict[str, int]:
-    return {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", _text(path) or "", re.MULTILINE)}
+    rows = re.findall(r"^(\w+) ([0-9]{1,20})\s*$", _text(path) or "", re.MULTILINE)
+    return {name: int(value) for name, value in rows}
 
 
 def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text is not None and text.isdigit() else None
+    return whole_number(_text(path) or "")
 
 
 def _text(path: Path) -> str | None:

@@ -10,16 +10,19 @@ body``, all little endian. There is neither authentication nor encryption.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from gpu import bounded
+
 PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
+_RESOLVER_SLACK_S: Final = 0.1  # beyond the probe's own limit, so that its own reason is the one that is told
+_SHORTEST_S: Final = 0.001  # a time limit of zero would mean not to wait at all
 MAX_DEVICES: Final = 64  # of one worker; llama.cpp itself takes 16 of all
 PINNED_PROTOCOL: Final = "7.0.0"  # RPC_PROTO_*_VERSION in ggml/include/ggml-rpc.h of planner.build.PINNED_COMMIT
 
@@ -27,7 +30,8 @@ _GET_ALIGNMENT: Final = 1
 _GET_DEVICE_MEMORY: Final = 11
 _HELLO: Final = 14
 _DEVICE_COUNT: Final = 15
-_CAPABILITIES_BYTES: Final = 24  # RPC_CONN_CAPS_SIZE; all zero: plain TCP
+_CAPABILITIES_BYTES: Final = 24  # RPC_CONN_CAPS_SIZE; all zero: plain TCP. Protocols before 4.0 have none
+_NUMBERED_DEVICES: Final = 3  # the major version from which a worker has several devices and is asked by number
 _CPU_ALIGNMENT: Final = 32  # TENSOR_ALIGNMENT, ggml/src/ggml-impl.h; CUDA, HIP and SYCL use 128
 
 
@@ -56,17 +60,26 @@ class WorkerDevice:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker's answer. ``why_not`` is one line wherever it is not ready."""
+    """A worker's answer. ``why_not`` is one line wherever it is not ready. ``is_here``: it runs on this machine.
+
+    ``address`` is where it was reached, in numbers: of two names for one worker it is the same.
+    """
 
     endpoint: str
     state: WorkerState
     protocol: str | None = None
     devices: tuple[WorkerDevice, ...] = ()
     why_not: str | None = None
+    is_here: bool = False
+    address: str | None = None
 
 
 class _NotOurProtocolError(Exception):
     """The other side answers something that no worker of ours would."""
+
+
+class _HungUpError(_NotOurProtocolError):
+    """The other side ended the connection, as a worker does that is asked what it does not know."""
 
 
 def probe_all(
@@ -85,11 +98,39 @@ def probe_all(
 
 def probe(endpoint: str, *, protocol: str | None, timeout_s: float = PROBE_TIMEOUT_S) -> Worker:
     """Return one worker's state and devices. ``protocol`` is our llama.cpp's RPC version, None where not known."""
-    host, _, port = endpoint.rpartition(":")
     deadline = time.monotonic() + timeout_s
+    # The system's resolver of names has no time limit of ours.
+    found = bounded.ask(f"rpc {endpoint}", lambda: _probe(endpoint, protocol, deadline), timeout_s + _RESOLVER_SLACK_S)
+    if found is not None:
+        return found
+    why = f"cannot connect to {endpoint} (its name is not resolved in time): name it by its address in RPC_SERVERS"
+    return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why)
+
+
+def _probe(endpoint: str, protocol: str | None, deadline: float) -> Worker:
     try:
-        connection = socket.create_connection((host, int(port)), timeout=timeout_s)
-    except (OSError, OverflowError) as error:
+        return _asked(endpoint, protocol, deadline, capabilities=_CAPABILITIES_BYTES)
+    except _HungUpError:
+        pass  # a worker of a protocol before 4.0 does so when it is greeted with capabilities
+    except _NotOurProtocolError as error:
+        return _not_a_worker(endpoint, error)
+    try:
+        return _asked(endpoint, protocol, deadline, capabilities=0)
+    except _NotOurProtocolError as error:
+        return _not_a_worker(endpoint, error)
+
+
+def _not_a_worker(endpoint: str, error: Exception) -> Worker:
+    why = f"{endpoint} does not speak llama.cpp's RPC protocol ({error}): run ggml-rpc-server of one build there"
+    return Worker(endpoint, WorkerState.INCOMPATIBLE, why_not=why)
+
+
+def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities: int) -> Worker:
+    """Return what the worker answers over a connection of its own. Raises _NotOurProtocolError."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=max(deadline - time.monotonic(), _SHORTEST_S))
+    except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         why = f"cannot connect to {endpoint} ({reason}): start ggml-rpc-server there or take it out of RPC_SERVERS"
         return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why)
@@ -97,25 +138,31 @@ def probe(endpoint: str, *, protocol: str | None, timeout_s: float = PROBE_TIMEO
         # Close with a reset: a busy worker would later write to a socket that was closed in good order, and die.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         try:
-            return _ask(_Connection(connection, deadline), endpoint, protocol)
+            ours, theirs = connection.getsockname()[0], connection.getpeername()[0]
+            worker = _ask(_Connection(connection, deadline), endpoint, protocol, capabilities)
         except TimeoutError:
             why = f"{endpoint} does not answer: it serves another client, and a worker serves one at a time"
             return Worker(endpoint, WorkerState.BUSY, why_not=why)
-        except (OSError, _NotOurProtocolError) as error:
-            why = f"{endpoint} does not speak this llama.cpp's RPC protocol ({error}): run ggml-rpc-server of one build"
-            return Worker(endpoint, WorkerState.INCOMPATIBLE, why_not=why)
+        except OSError as error:
+            raise _HungUpError(error.strerror or str(error)) from None
+        return replace(worker, is_here=ours == theirs, address=f"{theirs}:{port}")
 
 
-def _ask(connection: _Connection, endpoint: str, protocol: str | None) -> Worker:
-    hello = connection.request(_HELLO, bytes(_CAPABILITIES_BYTES), answer_bytes=4 + _CAPABILITIES_BYTES)
+def _ask(connection: _Connection, endpoint: str, protocol: str | None, capabilities: int) -> Worker:
+    padding = 4 if capabilities else 3  # the three numbers of the version, since 4.0 aligned
+    hello = connection.request(_HELLO, bytes(capabilities), answer_bytes=padding + capabilities)
     theirs = f"{hello[0]}.{hello[1]}.{hello[2]}"
     if protocol is not None and not _speaks(theirs, protocol):
         why = f"{endpoint} speaks RPC protocol {theirs}, our llama-server {protocol}: run ggml-rpc-server of one build"
         return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why)
+    if hello[0] < _NUMBERED_DEVICES:
+        return Worker(endpoint, WorkerState.READY, theirs, (_device(connection, b""),))
     (count,) = struct.unpack("<I", connection.request(_DEVICE_COUNT, b"", answer_bytes=4))
     if not 0 < count <= MAX_DEVICES:
-        raise _NotOurProtocolError(f"it offers {count} devices")
-    return Worker(endpoint, WorkerState.READY, theirs, tuple(_device(connection, index) for index in range(count)))
+        why = f"{endpoint} offers {count} devices, where 1 to {MAX_DEVICES} belong: start it with -d and their names"
+        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why)
+    devices = tuple(_device(connection, struct.pack("<I", index)) for index in range(count))
+    return Worker(endpoint, WorkerState.READY, theirs, devices)
 
 
 def _speaks(theirs: str, ours: str) -> bool:
@@ -125,11 +172,10 @@ def _speaks(theirs: str, ours: str) -> bool:
     return their_major == our_major and their_minor <= our_minor
 
 
-def _device(connection: _Connection, index: int) -> WorkerDevice:
-    body = struct.pack("<I", index)
-    free, total = struct.unpack("<QQ", connection.request(_GET_DEVICE_MEMORY, body, answer_bytes=16))
-    (alignment,) = struct.unpack("<Q", connection.request(_GET_ALIGNMENT, body, answer_bytes=8))
-    return WorkerDevice(total, free, alignment)
+def _device(connection: _Connection, which: bytes) -> WorkerDevice:
+    free, total = struct.unpack("<QQ", connection.request(_GET_DEVICE_MEMORY, which, answer_bytes=16))
+    (alignment,) = struct.unpack("<Q", connection.request(_GET_ALIGNMENT, which, answer_bytes=8))
+    return WorkerDevice(total, min(free, total), alignment)
 
 
 class _Connection:
@@ -154,7 +200,7 @@ class _Connection:
             self._limit()
             part = self._socket.recv(wanted - len(data))
             if not part:
-                raise _NotOurProtocolError("it hung up")
+                raise _HungUpError("it hung up")
             data += part
         return data
 
@@ -163,13 +209,3 @@ class _Connection:
         if left <= 0:
             raise TimeoutError
         self._socket.settimeout(left)
-
-
-def is_loopback(endpoint: str) -> bool:
-    """Say whether a worker's endpoint is this machine itself."""
-    host = endpoint.rpartition(":")[0]
-    if host.lower() == "localhost":
-        return True
-    with contextlib.suppress(OSError):
-        return socket.inet_aton(host)[0] == 127  # noqa: PLR2004 - 127.0.0.0/8, RFC 1122
-    return False

@@ -16,7 +16,7 @@ from itertools import count
 from typing import Protocol
 
 from gpu.host import HostMemory
-from gpu.rpc import Worker, WorkerDevice, WorkerState, is_loopback, probe_all
+from gpu.rpc import Worker, WorkerState, probe_all
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, PoolId
 
 
@@ -61,7 +61,7 @@ def rpc_devices(
     taken = {device.name for devices in kept.values() for device in devices}
     free_names = (name for number in count() if (name := DeviceName(f"RPC{number}")) not in taken)
     to_probe = [server.endpoint for server in servers if server.endpoint not in leased]
-    workers = {worker.endpoint: worker for worker in probe_all(to_probe, protocol=protocol)}
+    workers = {worker.endpoint: worker for worker in _told_apart(probe_all(to_probe, protocol=protocol))}
     devices: list[Device] = []
     absent: list[Device] = []
     warnings: list[str] = []
@@ -70,18 +70,35 @@ def rpc_devices(
         if worker is None:
             devices += kept[server.endpoint]
         elif worker.state is WorkerState.READY:
-            found = (_device(server, index, device, memory) for index, device in enumerate(worker.devices))
+            found = (_device(server, worker, index, memory) for index in range(len(worker.devices)))
             devices += (replace(device, name=next(free_names)) for device in found)
-            warnings += _doubts(server, worker)
+            warnings += _doubts(server, worker, protocol)
         else:
             absent.append(_placeholder(worker))
             warnings.append(f"RPC worker left out: {worker.why_not}")
     return RpcDevices(tuple(devices), tuple(absent), tuple(warnings), tuple(workers.values()))
 
 
-def _device(server: RpcServer, index: int, device: WorkerDevice, memory: HostMemory) -> Device:
+def _told_apart(workers: Sequence[Worker]) -> list[Worker]:
+    """Return the workers, each but the first of one that is named twice (by name and by address) as unusable.
+
+    It serves one client, and llama.cpp would be two and wait for itself.
+    """
+    first: dict[str, str] = {}
+    told = []
+    for worker in workers:
+        same = first.setdefault(worker.address or worker.endpoint, worker.endpoint)
+        if same != worker.endpoint:
+            why = f"{worker.endpoint} is the same worker as {same}: take one of them out of RPC_SERVERS"
+            worker = replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why)  # noqa: PLW2901
+        told.append(worker)
+    return told
+
+
+def _device(server: RpcServer, worker: Worker, index: int, memory: HostMemory) -> Device:
+    device = worker.devices[index]
     total, free = device.total_bytes, device.free_bytes
-    here = device.is_cpu and is_loopback(server.endpoint)
+    here = device.is_cpu and worker.is_here
     if here:
         total, free = min(total, memory.total_bytes), min(free, memory.available_bytes)
     if server.cap_bytes is not None:
@@ -102,14 +119,21 @@ def _device(server: RpcServer, index: int, device: WorkerDevice, memory: HostMem
     )
 
 
-def _doubts(server: RpcServer, worker: Worker) -> list[str]:
+def _doubts(server: RpcServer, worker: Worker, protocol: str | None) -> list[str]:
+    """Return a line for each thing that is believed of a worker without knowing it."""
+    doubts = []
+    if protocol is None:
+        doubts.append(
+            f"RPC worker {worker.endpoint} speaks protocol {worker.protocol}, and of this llama-server it is not known "
+            f"which it speaks: run ggml-rpc-server of its build there"
+        )
     uncapped_cpu = any(device.is_cpu for device in worker.devices) and server.cap_bytes is None
-    if uncapped_cpu and not is_loopback(server.endpoint):
+    if uncapped_cpu and not worker.is_here:
         endpoint = server.endpoint
-        return [
+        doubts.append(
             f"RPC worker {endpoint} is a CPU and reports all RAM there as free: cap it, RPC_SERVERS={endpoint}=SIZE"
-        ]
-    return []
+        )
+    return doubts
 
 
 def _placeholder(worker: Worker) -> Device:

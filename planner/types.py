@@ -107,6 +107,7 @@ class Device:
     usable: bool = True
     why_not: str | None = None
     processes: tuple[ProcessUse, ...] = ()
+    exclusive: bool = False  # it takes one process at a time, as an RPC worker does
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,8 +143,8 @@ class Placing:
         names = _names(staying)
         leased = without(
             emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying)),
-            lambda device: device.endpoint is not None and device.name in names,
-            "this worker serves another runner",
+            lambda device: (device.endpoint is not None or device.exclusive) and device.name in names,
+            "it takes one process at a time, and another runner has it",
         )
         held, promised = _sum(staying), _sum(one for one in staying if one.loading)
         policy = replace(self.policy, held=held, promised=promised)

@@ -186,15 +186,15 @@ def test_weights_that_our_runners_have_mapped_are_not_available(tmp_path: Path) 
             "proc/63/status": "RssFile: 1024 kB",
         },
     )
-    assert host.mapped_bytes(50, tmp_path) == 5 * 1024**2
+    assert host.mapped_bytes(host.runners(50, tmp_path), tmp_path) == 5 * 1024**2
     left = host.HostMemory(64 * GIB, 48 * GIB).without(5 * 1024**2)
     assert left.available_bytes == 48 * GIB - 5 * 1024**2
-    assert host.mapped_bytes(1234, tmp_path) == 0, "a process that is gone"
+    assert host.runners(1234, tmp_path) == frozenset(), "a process that is gone"
+    assert host.mapped_bytes([1234], tmp_path) == 0
 
 
-def test_this_machine_has_no_more_than_the_kernel_says_and_psutil_is_left_as_it_was() -> None:
+def test_this_machine_has_no_more_than_the_kernel_says() -> None:
     memory = host.read()
     assert 0 < memory.available_bytes <= memory.total_bytes <= psutil.virtual_memory().total
-    assert psutil.PROCFS_PATH == "/proc"
     assert memory.device().kind == "host"
     assert memory.pool().free_bytes == memory.available_bytes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpu.card import cuda_overhead_bytes
+from gpu.card import Card, Vendor, cuda_overhead_bytes
+from gpu.nvml import unless_taken
+from planner.types import ProcessUse
 
 MIB = 1024**2
 GIB = 1024**3
@@ -197,12 +200,16 @@ def test_how_a_card_is_connected_and_used_is_told(ask: Ask) -> None:
     assert card["reserved_bytes"] == 393216000
 
 
-@pytest.mark.parametrize("mode,why", [(0, None), (2, "prohibited"), (3, "exclusive and process 1")])
+@pytest.mark.parametrize("mode,why", [(0, None), (2, "prohibited"), (3, None)])
 def test_a_card_that_a_setting_closes_to_us_says_which(ask: Ask, mode: int, why: str | None) -> None:
     (card,) = ask(RTX4090 + f"compute_mode {mode}\n")["cards"]
     assert card["why_not"] is None if why is None else why in card["why_not"]
 
 
-def test_an_exclusive_card_that_nobody_uses_can_be_used(ask: Ask) -> None:
-    (card,) = ask(RTX3060 + "compute_mode 3\n")["cards"]
-    assert card["why_not"] is None
+def test_an_exclusive_card_is_closed_to_us_while_another_program_has_it_and_not_while_our_own_runner_has() -> None:
+    card = Card(
+        Vendor.NVIDIA, "A card", None, compute_mode="exclusive", processes=(ProcessUse(7, "llama-server", None),)
+    )
+    assert "exclusive and process 7 (llama-server) has it" in str(unless_taken(card, frozenset()).why_not)
+    assert unless_taken(card, frozenset({7})).why_not is None
+    assert unless_taken(replace(card, processes=()), frozenset()).why_not is None

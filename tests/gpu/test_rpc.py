@@ -11,7 +11,7 @@ import pytest
 
 from config.values import RpcServer
 from gpu import host
-from gpu.rpc import PINNED_PROTOCOL, WorkerState, is_loopback, probe, probe_all
+from gpu.rpc import PINNED_PROTOCOL, WorkerState, probe, probe_all
 from gpu.rpc_devices import rpc_devices
 from planner.types import HOST_POOL
 
@@ -158,10 +158,3 @@ def test_a_worker_that_a_runner_of_ours_holds_is_not_asked_but_kept(rpc_workers:
     )
     assert after.devices == before
     assert after.warnings == ()
-
-
-@pytest.mark.parametrize(
-    "endpoint,expected", [("127.0.0.1:1", True), ("127.8.0.9:1", True), ("localhost:1", True), ("10.0.0.2:1", False)]
-)
-def test_loopback_is_this_machine(endpoint: str, expected: bool) -> None:  # noqa: FBT001 - a table's column
-    assert is_loopback(endpoint) is expected

@@ -118,6 +118,18 @@ def test_the_host_s_memory_is_kept_free_likewise(question: MakePlan, reserved: d
     assert isinstance(outcome(replace(question, **reserved), machine()), DoesNotFit)  # type: ignore[arg-type]
 
 
+def test_a_card_that_takes_one_process_is_left_to_the_runner_that_has_it_until_that_has_gone(
+    question: MakePlan,
+) -> None:
+    both = machine(CUDA0=90, CUDA1=50)
+    exclusive = replace(both, devices=tuple(replace(one, exclusive=one.name == "CUDA0") for one in both.devices))
+    busy = replace(neighbour("a", {"CUDA0": 1}), standing=Standing.BUSY)
+    assert devices_of(outcome(question, exclusive, busy)) == {"CUDA1"}
+    alone = replace(exclusive, devices=exclusive.devices[:1])
+    found = outcome(question, alone, neighbour("a", {"CUDA0": 1}))
+    assert isinstance(found, MakeRoom)
+
+
 def test_a_worker_that_serves_another_runner_is_left_out_until_that_has_gone(question: MakePlan) -> None:
     there = machine(RPC0=90, RPC1=50)
     busy = replace(neighbour("a", {"RPC0": 1}), standing=Standing.BUSY)
