@@ -1,9 +1,17 @@
-"""HTTP as a pull needs it: TLS unless plain HTTP was allowed, redirects watched, ranges, every wait bounded."""
+"""HTTP as a pull needs it: TLS unless plain HTTP was allowed, redirects watched, ranges, every wait bounded.
+
+Whoever may pull names a server, this machine's own network included, since registries stand there. What a server says
+(where a blob lies, who hands out tokens) reaches less: from a public address no private one, and nobody a link-local
+one, where clouds keep the secrets of a machine. Through a proxy, the proxy decides.
+"""
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +33,8 @@ _HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "loadmaster"}
 def open_session(stall_s: float = STALL_S) -> aiohttp.ClientSession:
     """Return a session for fetchers: proxies of the environment count, and a server may be silent for so long."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_WITHIN_S, sock_read=stall_s)
-    return aiohttp.ClientSession(timeout=timeout, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
+    connector = aiohttp.TCPConnector(socket_factory=_socket_to, force_close=True)  # each address is looked at anew
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
 
 
 class Transient(Exception):
@@ -46,6 +55,8 @@ class Fetcher:
     def __init__(self, session: aiohttp.ClientSession, *, insecure: bool) -> None:
         self._session = session
         self._insecure = insecure
+        self._has_answered = False
+        self._is_public = False  # whether an address of the first server is
 
     @asynccontextmanager
     async def get(self, url: URL, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
@@ -59,9 +70,11 @@ class Fetcher:
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 self._check(url)
+                _asking.set(self)
                 if url.origin() != origin:
                     sent.pop("Authorization", None)
                 async with self._session.get(url, headers=sent, allow_redirects=False) as response:
+                    self._has_answered = True
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
                         yield Answer(response, linked)
@@ -74,11 +87,29 @@ class Fetcher:
             raise Transient(f"{url.host}: {str(error) or type(error).__name__}") from error
         raise RegistryFailed(f"{origin} redirects more than {MAX_REDIRECTS} times")
 
+    def admit(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+        """Raise RegistryFailed where nothing of this address is to be asked."""
+        if not self._has_answered:
+            self._is_public |= address.is_global
+        if address.is_link_local or (self._is_public and not address.is_global):
+            raise RegistryFailed(f"{address} is of a private network, which a server beyond it may not lead into")
+
     def _check(self, url: URL) -> None:
         if url.host is None or url.scheme not in {"http", "https"}:
             raise RegistryFailed(f"{url} is no address of a web server")
         if url.scheme == "http" and not self._insecure:
             raise RegistryFailed(f"{url.origin()} is plain HTTP, which was not allowed: pull with insecure to allow it")
+
+
+_asking: ContextVar[Fetcher] = ContextVar("asking")
+
+
+def _socket_to(info: tuple[int, int, int, str, tuple[str, int]]) -> socket.socket:
+    """Return a socket for an address that a name turned out to have. Raises RegistryFailed."""
+    family, kind, protocol, _, (host, *_) = info
+    address = ipaddress.ip_address(host)
+    _asking.get().admit(getattr(address, "ipv4_mapped", None) or address)
+    return socket.socket(family, kind, protocol)
 
 
 def _joined(url: URL, location: str) -> URL:

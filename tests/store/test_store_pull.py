@@ -183,6 +183,21 @@ def test_a_disk_that_fills_up_in_the_middle_is_told_and_nothing_is_left_behind(
     assert sorted(capfd.readouterr().err.split()) == ["./.lock", "./somebody-elses"]
 
 
+@pytest.mark.parametrize("how", ["redirect", "token"])
+def test_a_public_server_leads_to_nothing_on_our_own_network(
+    how: str, tmp_path: Path, free_environment: dict[str, str]
+) -> None:
+    command = ["unshare", "--map-root-user", "--net"]
+    script = [sys.executable, str(Path(__file__).with_name("leading_inside.py")), str(tmp_path), how]
+    if not shutil.which("ip") or subprocess.run([*command, "true"], check=False).returncode:
+        pytest.skip("no networks of one's own here (Debian: util-linux, iproute2; a container may forbid them)")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *script], check=True, stdout=subprocess.PIPE, text=True, env=environ)
+    told = done.stdout.splitlines()
+    assert "127.0.0.1 is of a private network" in told[0]
+    assert told[-1] == "asked inside: []"
+
+
 def test_two_processes_that_pull_one_model_into_one_store_share_the_work(
     registry: RegistryServer, big_model: bytes, folder: StoreFolder
 ) -> None:

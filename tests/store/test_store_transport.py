@@ -187,6 +187,12 @@ async def test_redirects_that_lead_nowhere_are_refused(location: str, pattern: s
         await assert_refused(server, tmp_path, pattern)
 
 
+async def test_a_link_local_address_is_asked_by_nobody(tmp_path: Path) -> None:
+    async with ModelStore(StoreFolder(tmp_path)) as store:
+        with pytest.raises(RegistryFailed, match=r"169\.254\.169\.254 is of a private network"):
+            await said(store.pull("http://169.254.169.254/library/m:1", insecure=True))
+
+
 @pytest.mark.parametrize(
     "headers,body",
     [
