@@ -5,6 +5,7 @@ What a child does becomes an event. Its last word is always ``ProcessExited``, s
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from supervisor.core.events import (
 from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId
-from supervisor.hanging import HangWatch
+from supervisor.hanging import HangWatch, is_stopped
 from supervisor.health import wait_healthy, wait_serving
 from supervisor.logs import ChildLog
 from supervisor.process import Child, scrubbed
@@ -41,6 +42,8 @@ LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer woul
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child that does not serve yet: one may have been lost on it, and no client waits for more.
 UNREADY_GRACE_S: Final = 0.5
+# A loading child that somebody stopped: longer than it takes to look at it, far shorter than LOAD_TIMEOUT.
+STOPPED_S: Final = 20.0
 KEY_BYTES: Final = 32
 PORT: Final = "{port}"  # in the command line of a program that is not ours
 RECORDS: Final = "runners"
@@ -193,9 +196,13 @@ class Children:
     async def _follow_load(self, model: ModelId, generation: int, running: _Running) -> None:
         """Tell of every sign of progress until the child serves: it said something, or read on."""
         weights = WeightsRead(running.child.pid, running.argv)
-        seen = None
+        seen, stopped_since = None, math.inf
         while not running.serves:
             await anyio.sleep(PROGRESS_EVERY_S)
+            stopped_since = min(stopped_since, anyio.current_time()) if is_stopped(running.child.pid) else math.inf
+            if anyio.current_time() - stopped_since > STOPPED_S:
+                self._post(ChildHung(model, generation, f"it was stopped (SIGSTOP) for more than {STOPPED_S:g} s"))
+                return
             fraction = weights.fraction()
             if seen != (seen := (running.log.n_lines, fraction)):
                 self._post(LoadProgressed(model, generation, fraction))

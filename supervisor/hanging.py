@@ -47,6 +47,13 @@ CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _UTIME, _STIME = 11, 12  # columns of /proc/PID/stat after the name
 
 
+def is_stopped(pid: int) -> bool:
+    """Say whether somebody has stopped this process (proc(5), state ``T``), so that it does nothing at all."""
+    with suppress(OSError, IndexError):
+        return (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0] in {b"T", b"t"}
+    return False
+
+
 class HangWatch:
     """Watches one child. ``is_busy`` says whether it has requests in flight: only then is it asked anything."""
 

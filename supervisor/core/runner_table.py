@@ -85,6 +85,7 @@ TRANSITIONS: Final[Mapping[tuple[RunnerState, type[RunnerEvent]], Handler]] = {
     (S.READY, RequestFinished): runner_moves.finish,
     (S.READY, ProcessExited): failing.died,
     (S.READY, StopRequested): runner_moves.stop_ready,
+    (S.LOADING, ChildHung): runner_moves.hang,
     (S.READY, ChildHung): runner_moves.hang,
     (S.READY, KeepAliveChanged): runner_moves.keep_as_long,
     (S.READY, DeadlinePassed): runner_moves.unload,

@@ -68,10 +68,9 @@ ILLEGAL = {
         set(RunnerState) - {RunnerState.STARTING, RunnerState.STOPPING}, [ProcessSpawned, SpawnFailed]
     ),
     # before there is a process nothing can be said of it, and after its exit there is none
-    *itertools.product([RunnerState.STARTING], [LoadProgressed, WrongDevices, BecameReady, ProcessExited]),
+    *itertools.product([RunnerState.STARTING], [LoadProgressed, WrongDevices, BecameReady, ChildHung, ProcessExited]),
     *itertools.product([RunnerState.STOPPED, RunnerState.BACKOFF, RunnerState.FAILED], [ProcessExited]),
     *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady, WrongDevices]),  # said once, before
-    *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [ChildHung]),  # only who serves is watched
     *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [RequestFinished]),  # nothing was granted yet
     # these states have no deadline
     *itertools.product([RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING], [DeadlinePassed]),
@@ -249,6 +248,15 @@ def test_out_of_memory_while_serving_teaches_what_a_runner_takes_there() -> None
     runner, commands = step(serving, OUT_OF_MEMORY, 5.0, LIMITS)
     assert commands[-1] == Learn(MODEL, "CUDA0", 768 * MIB)
     assert (runner.state, runner.deadline, runner.margins) == (RunnerState.BACKOFF, 5.0, {})
+
+
+def test_a_child_that_hangs_while_it_loads_is_ended_by_force_and_its_load_failed() -> None:
+    stopping, (stop,) = step(runner_in(RunnerState.LOADING), ChildHung(MODEL, 1, "it was stopped"), 5.0, LIMITS)
+    assert isinstance(stop, StopProcess)
+    assert stop.at_once
+    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 6.0, LIMITS)
+    assert isinstance(report, ReportFailure)
+    assert (failed.state, report.while_loading) == (RunnerState.BACKOFF, True)
 
 
 @pytest.mark.parametrize("state", [RunnerState.READY, RunnerState.DRAINING])

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 import pytest
 
-from supervisor.hanging import HangWatch, Patience
+from supervisor.hanging import HangWatch, Patience, is_stopped
 from supervisor.health import LOADING, wait_serving
 from supervisor.weights_read import WeightsRead
 
@@ -180,3 +180,15 @@ def test_what_a_process_reads_of_its_weights_is_seen_either_way(tmp_path: Path, 
 def test_where_nothing_can_be_seen_the_progress_is_not_known(tmp_path: Path) -> None:
     assert WeightsRead(os.getpid(), ["llama-server", "-hf", "somebody/something"]).fraction() is None
     assert WeightsRead(2**22 + 1, ["llama-server", "-m", str(tmp_path / "none.gguf")]).fraction() is None
+
+
+def test_a_process_that_somebody_stopped_is_told_from_one_that_waits() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        try:
+            assert not is_stopped(process.pid)
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+            assert is_stopped(process.pid)
+        finally:
+            process.kill()
+    assert not is_stopped(process.pid)
