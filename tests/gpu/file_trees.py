@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_tree(root: Path, files: dict[str, str | int]) -> None:
+def write_tree(root: Path, files: Mapping[str, str | int]) -> None:
     """Write files below a root, as sysfs or procfs would show them."""
     for name, content in files.items():
         path = root / name

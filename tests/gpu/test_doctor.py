@@ -18,6 +18,7 @@ from test_nvml import RTX3060, RTX4090
 
 from gpu import doctor, facts
 from gpu.card import Card, Fault, Link, Probe, Vendor
+from gpu.control_groups import ThreadLimit
 from gpu.detect import detect
 from gpu.doctor import Finding, examine, is_healthy
 from gpu.facts import Facts, Holder, PciGpu, Service
@@ -81,6 +82,11 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         {"nvidia": Probe(faults=(Fault("NVIDIA: the driver was upgraded", "reboot"),)), "cards": {}},
         "the driver was upgraded",
         "reboot",
+    ),
+    "too few threads for a runner": (
+        {"services": (Service("this process", None, 65536, threads=ThreadLimit(26, "control group /a")),)},
+        "leaves this process 26 more threads",
+        "--pids-limit",
     ),
     "driver that knows no card": ({"nvidia": Probe()}, "the driver does not know the card", "kernel log"),
     "no device node for CUDA": ({"nodes": frozenset({"nvidiactl"})}, "/dev/nvidia-uvm is missing", "nvidia-modprobe"),
@@ -215,6 +221,11 @@ NOTES: dict[str, tuple[dict[str, Any], str, str]] = {
         "RPC worker h:1 is busy",
         "other client",
     ),
+    "few threads": (
+        {"services": (Service("this process", None, 65536, threads=ThreadLimit(60, "control group /a")),)},
+        "the control group /a leaves this process 60 more threads; a model takes about 27",
+        "TasksMax=infinity",
+    ),
     "few files for a shell": ({"services": (Service("this process", None, 1024),)}, "1024 files", "LimitNOFILE="),
     "a worker without a cap": (
         {
@@ -313,6 +324,68 @@ def test_the_surroundings_are_read_from_the_kernels_files(tmp_path: Path) -> Non
     ]
     (holder,) = found.holders
     assert (holder.parent, holder.unit) == ("/v/bin/python /v/bin/planner serve", "x.service")
+
+
+SERVES = "/v/bin/planner\0serve\0"
+UNIFIED = "1 1 0:1 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
+PIDS = "1 1 0:1 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids"
+
+
+@pytest.mark.parametrize(
+    "files,left,by",
+    [
+        ({"proc/900/limits": "Max processes  unlimited  unlimited  processes"}, None, None),
+        (
+            {
+                "proc/900/cgroup": "0::/a/planner.service",
+                "proc/900/mountinfo": UNIFIED,
+                "sys/fs/cgroup/a/pids.max": "100",
+                "sys/fs/cgroup/a/pids.current": "70",
+                "sys/fs/cgroup/a/planner.service/pids.max": "40",
+                "sys/fs/cgroup/a/planner.service/pids.current": "5",
+            },
+            30,
+            "control group /sys/fs/cgroup/a",
+        ),
+        (
+            {
+                "proc/900/cgroup": "5:pids:/x\n0::/",
+                "proc/900/mountinfo": PIDS,
+                "sys/fs/cgroup/pids/x/pids.max": "9",
+                "sys/fs/cgroup/pids/x/pids.current": "4",
+                "sys/fs/cgroup/pids/pids.max": "max",
+            },
+            5,
+            "control group /sys/fs/cgroup/pids/x",
+        ),
+        (
+            {
+                "proc/900/limits": "Max processes  100  100  processes",
+                "proc/900/status": "Uid:\t1000\t1000\nThreads:\t7",
+                "proc/901/status": "Uid:\t1000\t1000\nThreads:\t13",
+                "proc/902/status": "Uid:\t1001\t1001\nThreads:\t50",
+            },
+            80,
+            "limit of processes for its user",
+        ),
+        (
+            {
+                "proc/900/limits": "Max processes  100  100  processes",
+                "proc/900/status": "Uid:\t0\t0\nThreads:\t99",
+            },
+            None,
+            None,
+        ),
+    ],
+)
+def test_how_many_threads_a_service_may_start_is_told_by_its_tightest_limit(
+    tmp_path: Path, files: dict[str, str | int], left: int | None, by: str | None
+) -> None:
+    write_tree(tmp_path, {"proc/900/cmdline": SERVES} | files)
+    detected = detect({"PATH": ""}, llama_server=tmp_path / "none", root=tmp_path)
+    service = facts.gather(detected, {}, tmp_path).services[-1]
+    assert service.who == "planner serve (process 900)"
+    assert (service.threads.left, service.threads.by) == (left, by) if service.threads else left is None
 
 
 @pytest.fixture
