@@ -10,7 +10,7 @@ from supervisor.core.commands import Command, ReadMachine, Reject
 from supervisor.core.events import RunnerEvent
 from supervisor.core.pool import LoadPhase, Pool
 from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner, RunnerState
-from supervisor.core.types import ModelId, Refusal, RefusalKind, Ticket
+from supervisor.core.types import ModelId, Refusal, RefusalKind, Ticket, TicketId
 
 RETRY_AFTER_BUSY_S: Final = 5.0  # a queue that is full empties at the pace of answers, which take seconds
 LONGEST_RETRY_AFTER_S: Final = 300.0  # whoever comes back later than that asks anew anyway
@@ -35,9 +35,20 @@ def step_runner(pool: Pool, event: RunnerEvent, now: float) -> Outcome:
     load_failed = before.state in IS_LOADING and after.state not in {*IS_LOADING, RunnerState.READY}
     given_up = after.state is RunnerState.FAILED and before.state is not RunnerState.FAILED
     if given_up or (load_failed and not after.wanted_back):
-        pool, more = refuse(pool, pool.waiting_for(after.model), load_failed_refusal(after, now))
+        pool, again = (pool, frozenset()) if given_up else _tried_again(pool, after)
+        told = tuple(one for one in pool.waiting_for(after.model) if one.id not in again)
+        pool, more = refuse(pool, told, load_failed_refusal(after, now))
         commands += more
     return pool, commands
+
+
+def _tried_again(pool: Pool, runner: Runner) -> tuple[Pool, frozenset[TicketId]]:
+    """Return who goes on waiting though the load has failed: once each, where it was killed."""
+    if runner.state is not RunnerState.BACKOFF or runner.last_failure is None or not runner.last_failure.killed:
+        return pool, frozenset()
+    again = frozenset(one.id for one in pool.waiting_for(runner.model) if not one.tried_again)
+    waiting = tuple(replace(one, tried_again=True) if one.id in again else one for one in pool.waiting)
+    return replace(pool, waiting=waiting), again
 
 
 def asked_anew(pool: Pool) -> Pool:
@@ -71,7 +82,8 @@ def retry_after_s(pool: Pool, model: ModelId) -> float:
 
 def load_failed_refusal(runner: Runner, now: float) -> Refusal:
     """Return what those are told who wait for a runner that failed."""
-    failure = runner.pending_failure or runner.last_failure
+    has_failed = runner.state in {RunnerState.BACKOFF, RunnerState.FAILED}
+    failure = runner.last_failure if has_failed else runner.pending_failure
     reason = "it was stopped" if failure is None else failure.reason
     kind = RefusalKind.LOAD_TIMEOUT if failure is not None and failure.timed_out else RefusalKind.LOAD_FAILED
     retry_after = RETRY_AFTER_BUSY_S if runner.deadline is None else max(1.0, runner.deadline - now)

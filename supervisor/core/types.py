@@ -191,13 +191,17 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a runner failed. ``reason`` is one line; ``exit`` reads ``exit status 1`` or ``killed by SIGKILL``."""
+    """How a runner failed. ``reason`` is one line; ``exit`` reads ``exit status 1`` or ``killed by SIGKILL``.
+
+    ``killed``: a signal ended it that was not ours, which says little about whether the next child will last.
+    """
 
     at: float
     reason: str
     exit: str | None = None
     log_tail: tuple[str, ...] = ()
     timed_out: bool = False
+    killed: bool = False
     shortage: Shortage | None = None
     remedy: Decision | None = None  # what the next load does about it
 
@@ -229,7 +233,8 @@ class Refusal:
 class Ticket:
     """A request that waits for a lease. ``keep_alive_s`` None: as the runner has it.
 
-    ``owed``: its runner became ready while it waited, and is not evicted before it was served.
+    ``owed``: its runner became ready while it waited, and is not evicted before it was served. ``tried_again``: a load
+    that it waited for was killed; the next one that is ends its waiting.
     """
 
     id: TicketId
@@ -239,3 +244,4 @@ class Ticket:
     options: LoadOptions = NO_OPTIONS
     keep_alive_s: float | None = None
     owed: bool = False
+    tried_again: bool = False

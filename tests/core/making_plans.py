@@ -114,10 +114,14 @@ class Bench:
         return self.post(RequestFinished(model, self.pool.runner(model).generation, client))
 
     def exit(
-        self, model: ModelId, last_error: str | None = None, shortage: Shortage | None = None
+        self,
+        model: ModelId,
+        last_error: str | None = None,
+        shortage: Shortage | None = None,
+        how: str = "exit status 1",
     ) -> tuple[Command, ...]:
         generation = self.pool.runner(model).generation
-        return self.post(ProcessExited(model, generation, "exit status 1", last_error, shortage=shortage))
+        return self.post(ProcessExited(model, generation, how, last_error, shortage=shortage))
 
     def wait(self, seconds: float) -> tuple[Command, ...]:
         self.now += seconds

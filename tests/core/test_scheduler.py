@@ -123,6 +123,61 @@ def test_a_failed_load_tells_its_waiters_the_last_error_line() -> None:
     assert bench.one(Reject).refusal.message.endswith("unable to allocate CUDA0 buffer")
 
 
+def test_a_load_that_was_killed_is_tried_again_once_for_each_who_waits() -> None:
+    bench = Bench()
+    first = bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.exit(A, how="killed by SIGKILL")
+    assert refusals(bench.commands) == []
+    bench.post(TimePassed())
+    second = bench.arrive(A)
+    bench.answer_to(A, make_plan())
+    bench.spawn(A)
+    bench.exit(A, how="killed by SIGKILL")
+    assert refusals(bench.commands) == [(first, RefusalKind.LOAD_FAILED)]
+    bench.wait(1.0)
+    bench.answer_to(A, make_plan())
+    assert granted(bench.finish_load(A)) == [second]
+
+
+def test_a_load_that_was_killed_while_its_last_client_had_left_is_not_tried_again() -> None:
+    bench = Bench()
+    bench.post(RequestAbandoned(bench.arrive(A)))
+    bench.answer_to(A, make_plan())
+    bench.spawn(A)
+    bench.exit(A, how="killed by SIGKILL")
+    bench.wait(60.0)
+    assert bench.all(PlanModel) == []
+
+
+def test_a_stuck_load_that_was_killed_by_us_is_not_tried_again() -> None:
+    bench = Bench()
+    ticket = bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.wait(bench.pool.limits.load_timeout_s)
+    assert refusals(bench.commands) == [(ticket, RefusalKind.LOAD_TIMEOUT)]
+    bench.exit(A, how="killed by SIGKILL")
+    bench.wait(60.0)
+    assert bench.all(PlanModel) == []
+
+
+def test_who_waits_for_a_load_that_is_stopped_is_told_so_whatever_failed_before() -> None:
+    bench = Bench()
+    bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.exit(A, "boom")
+    bench.wait(1.0)
+    ticket = bench.arrive(A)
+    bench.answer(make_plan())
+    bench.spawn(A)
+    bench.post(StopRequested(A, bench.pool.runner(A).generation))
+    assert refusals(bench.commands) == [(ticket, RefusalKind.LOAD_FAILED)]
+    assert bench.one(Reject).refusal.message.endswith("it was stopped")
+
+
 def test_a_crashed_runner_comes_back_and_who_waited_is_served_by_the_new_child() -> None:
     bench = Bench()
     bench.bring_up(A)
