@@ -68,8 +68,11 @@ class Resolved:
         return {value.setting.field: value.value for value in self.values}
 
 
-def resolve(environ: Environ, *, light: bool = False) -> Resolved:
-    """Read every setting (or those that ``planner explain`` needs) from the environment. Raises nothing."""
+def resolve(environ: Environ, *, light: bool = False, serving: bool = True) -> Resolved:
+    """Read every setting (or those that ``planner explain`` needs) from the environment. Raises nothing.
+
+    What only a service may not do is no problem for whoever is not ``serving``, such as its clients.
+    """
     values: list[Value] = []
     problems: list[Problem] = []
     warnings = _unknown_names(environ)
@@ -78,7 +81,7 @@ def resolve(environ: Environ, *, light: bool = False) -> Resolved:
             continue
         value = _one(setting, environ, problems, warnings)
         values.append(value)
-    if not light:
+    if serving and not light:
         problems += _contradictions(values)
     return Resolved(tuple(values), tuple(problems), tuple(warnings))
 

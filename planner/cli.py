@@ -28,7 +28,10 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "check": "supervisor.check",
         "key": "supervisor.client.keys",
         **dict.fromkeys(
-            ("run", "ps", "list", "show", "load", "unload", "stop", "reset", "logs", "yield", "pull", "rm", "cp"),
+            (
+                *("run", "ps", "list", "show", "load", "unload", "stop", "reset", "logs", "yield"),
+                *("pull", "create", "rm", "cp"),
+            ),
             "supervisor.client.commands",
         ),
         "--version": "planner.commands.here",

@@ -27,6 +27,7 @@ with a service running:
   planner reset MODEL             let a model that failed be tried again
   planner yield DEVICE SIZE       free memory for another program for a while
   planner pull | rm | cp NAME     fetch a model into the store | delete it | give it a second name
+  planner create NAME -f FILE     make a model as a Modelfile says
 
   planner --version               which planner, and which llama.cpp
 

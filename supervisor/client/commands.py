@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
 from config.parse import parse_duration, parse_size
 from planner.errors import InvalidRequest
 from planner.units import format_size
-from supervisor.client import chat, tables
+from supervisor.client import chat, making, tables
 from supervisor.client.names import choose
 from supervisor.client.service import Service, service
 from supervisor.client.transfer import Transfer
@@ -47,6 +49,9 @@ def main(name: str, words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         sys.stdout.write(command.usage)
         return OK
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal or a pipe cannot say is no reason to fail
+            stream.reconfigure(errors="replace")
     return command.run(service(os.environ), _sorted(command, words))
 
 
@@ -114,7 +119,7 @@ def _logs(at: Service, words: Words) -> int:
 def _run(at: Service, words: Words) -> int:
     asked = " ".join(words.names[1:])
     piped = "" if sys.stdin.isatty() else sys.stdin.read()
-    question = "\n\n".join(part for part in (asked, piped.strip()) if part)
+    question = "\n\n".join(part for part in (asked, piped.strip()) if part).encode(errors="replace").decode()
     is_terminal = sys.stdout.isatty()
     conversation = chat.Conversation(
         at,
@@ -173,6 +178,12 @@ def _pull(at: Service, words: Words) -> int:
     body = {"model": words.names[0], "insecure": "--insecure" in words.switches}
     with at.lines("POST", "/api/pull", body) as lines:
         Transfer(sys.stdout, sys.stdout.isatty()).follow(lines)
+    return OK
+
+
+def _create(at: Service, words: Words) -> int:
+    file = Path(words.values.get("-f") or words.values.get("--file", "Modelfile"))
+    making.create(at, words.names[0], file, Transfer(sys.stdout, sys.stdout.isatty()))
     return OK
 
 
@@ -271,6 +282,17 @@ Fetches a model from its registry into the store. A pull that was interrupted go
 """,
         (1, 1),
         switches=frozenset({"--insecure"}),
+    ),
+    "create": Command(
+        _create,
+        """\
+planner create NAME [-f MODELFILE]
+
+Makes a model as a Modelfile says (./Modelfile where not given). Files behind FROM and ADAPTER are looked for beside it
+and sent to the service, unless it has them.
+""",
+        (1, 1),
+        frozenset({"-f", "--file"}),
     ),
     "rm": Command(_rm, "planner rm NAME ...\n\nDeletes models from the store.\n", (1, None)),
     "cp": Command(_cp, "planner cp NAME NEW_NAME\n\nGives a model of the store a second name.\n", (2, 2)),

@@ -6,7 +6,7 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -47,42 +47,77 @@ class Service:
 
     def get(self, path: str) -> Any:
         """Return the JSON that the service answers. Raises ServiceError."""
-        with self._answer("GET", path, None, {}) as answer:
+        with self._answer("GET", path, None, {}) as answer, self._reached():
             return _json(answer)
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return the JSON that the service answers, which may take as long as a load. Raises ServiceError."""
-        with self._answer("POST", path, body, {}) as answer:
+        with self._answer("POST", path, _encoded(body), {}) as answer, self._reached():
             return _json(answer)
+
+    def send(self, path: str, chunks: Iterable[bytes], size_bytes: int) -> None:
+        """Post so many bytes as they are. Raises ServiceError."""
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size_bytes)}
+        with self._answer("POST", path, chunks, headers):
+            pass
 
     @contextmanager
     def lines(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
     ) -> Iterator[Iterator[str]]:
         """Yield the answer's lines as they come. Leaving early closes the connection, at which the work stops."""
-        with self._answer(method, path, body, headers or {}) as answer:
-            yield _lines(answer)
+        with self._answer(method, path, _encoded(body), headers or {}) as answer:
+            yield self._lines(answer)
 
     @contextmanager
     def _answer(
-        self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes | Iterable[bytes] | None, headers: Mapping[str, str]
     ) -> Iterator[http.client.HTTPResponse]:
         connection = self._connection()
         try:
-            sent = {"Content-Type": "application/json", **headers}
-            if self.api_key is not None:
-                sent["Authorization"] = f"Bearer {self.api_key}"
-            connection.connect()
-            connection.sock.settimeout(None)  # a load takes minutes; Ctrl-C ends the wait
-            connection.request(method, path, None if body is None else json.dumps(body).encode(), sent)
-            answer = connection.getresponse()
-            if answer.status >= HTTPStatus.BAD_REQUEST:
-                raise ServiceError(_refusal(answer), status=answer.status)
+            with self._reached():
+                answer = self._asked(connection, method, path, body, headers)
             yield answer
-        except (OSError, http.client.HTTPException) as error:
-            raise ServiceError(self._unreachable(error)) from None
         finally:
             connection.close()
+
+    def _asked(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None,
+        headers: Mapping[str, str],
+    ) -> http.client.HTTPResponse:
+        sent = {"Content-Type": "application/json", **headers}
+        if self.api_key is not None:
+            sent["Authorization"] = f"Bearer {self.api_key}"
+        connection.connect()
+        connection.sock.settimeout(None)  # a load takes minutes; Ctrl-C ends the wait
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before all was sent: the answer says why
+            connection.request(method, path, body, sent)
+        answer = connection.getresponse()
+        if answer.status >= HTTPStatus.BAD_REQUEST:
+            raise ServiceError(_refusal(answer), status=answer.status)
+        return answer
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Raise ServiceError for what goes wrong with the connection meanwhile."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise ServiceError(self._unreachable(error)) from None
+
+    def _lines(self, answer: http.client.HTTPResponse) -> Iterator[str]:
+        while line := self._line(answer):
+            if len(line) > MAX_LINE_BYTES:
+                raise ServiceError(f"a line of the answer is longer than {MAX_LINE_BYTES} bytes")
+            yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+    def _line(self, answer: http.client.HTTPResponse) -> bytes:
+        with self._reached():
+            return answer.readline(MAX_LINE_BYTES + 1)
 
     def _connection(self) -> http.client.HTTPConnection:
         if self.tls is None:
@@ -102,7 +137,7 @@ class Service:
 
 def service(environ: Mapping[str, str]) -> Service:
     """Return the service that this environment's settings describe. Raises InvalidRequest for bad ones."""
-    resolved = resolve(environ)
+    resolved = resolve(environ, serving=False)
     if resolved.problems:
         raise InvalidRequest(str(ConfigError(resolved.problems)))
     values = resolved.by_field()
@@ -123,6 +158,10 @@ def _trusting(certificate: Path) -> ssl.SSLContext:
     return context
 
 
+def _encoded(body: Mapping[str, Any] | None) -> bytes | None:
+    return None if body is None else json.dumps(body).encode()
+
+
 def _json(answer: http.client.HTTPResponse) -> Any:
     text = answer.read(MAX_ANSWER_BYTES + 1)
     if len(text) > MAX_ANSWER_BYTES:
@@ -131,13 +170,6 @@ def _json(answer: http.client.HTTPResponse) -> Any:
         return json.loads(text) if text else {}
     except ValueError:
         raise ServiceError("the service's answer is no JSON: is another program listening there?") from None
-
-
-def _lines(answer: http.client.HTTPResponse) -> Iterator[str]:
-    while line := answer.readline(MAX_LINE_BYTES + 1):
-        if len(line) > MAX_LINE_BYTES:
-            raise ServiceError(f"a line of the answer is longer than {MAX_LINE_BYTES} bytes")
-        yield line.decode("utf-8", "replace").rstrip("\r\n")
 
 
 def _refusal(answer: http.client.HTTPResponse) -> str:

@@ -34,12 +34,15 @@ class Transfer:
                 self._end_line()
                 raise ServiceError(step["error"])
             succeeded = step["status"] == "success"
-            self._show(step["status"], step.get("digest"), step.get("completed"), step.get("total"))
+            self.show(step["status"], step.get("digest"), step.get("completed"), step.get("total"))
         self._end_line()
         if not succeeded:
             raise ServiceError("the connection to the service was lost; do it again: what was fetched is kept")
 
-    def _show(self, status: str, digest: str | None, completed: int | None, total: int | None) -> None:
+    def show(
+        self, status: str, digest: str | None = None, completed: int | None = None, total: int | None = None
+    ) -> None:
+        """Show one step; one of a part that has a digest moves the bar on."""
         if digest is not None and total:
             self.parts[digest] = (completed or 0, total)
         if digest is not None and self.is_terminal:

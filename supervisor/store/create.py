@@ -70,7 +70,7 @@ def _of_modelfile(spec: CreateRequest) -> Recipe:
     named = [source for source, blob in zip(read.sources, blobs, strict=True) if blob is None]
     adapters = [_blob(source, spec.adapters) for source in read.adapters]
     missing = [source for source, blob in zip(read.adapters, adapters, strict=True) if blob is None]
-    missing += [source for source in named if _is_path(source) or len(blobs) > 1]
+    missing += [source for source in named if modelfile.is_path(source) or len(blobs) > 1]
     if missing:
         raise BadCreate(
             f"{missing[0][:SHOWN_SOURCE]!r} is no file of this request: send it as a blob first, and name its digest"
@@ -91,10 +91,6 @@ def _blob(source: str, sent: Mapping[str, str]) -> str | None:
     """Return the digest that FROM or ADAPTER stands for, None where it is something else."""
     digest = source.removeprefix("@").replace("sha256-", "sha256:")
     return digest if manifests.DIGEST.fullmatch(digest) else sent.get(source)
-
-
-def _is_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.lower().endswith((".gguf", ".safetensors", ".bin"))
 
 
 def create(folder: StoreFolder, name: ModelName, made: Recipe, tell: Callable[[Progress], None]) -> set[str]:

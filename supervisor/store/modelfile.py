@@ -107,6 +107,11 @@ def parse(text: str) -> Modelfile:
     )
 
 
+def is_path(source: str) -> bool:
+    """Say whether what stands behind FROM or ADAPTER is written as a file rather than as a model's name."""
+    return source.startswith((".", "/", "~")) or source.lower().endswith((".gguf", ".safetensors", ".bin"))
+
+
 def _commands(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield line number, command in lower case, and value with its quotes taken off."""
     lines = _LINES.findall(text)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from config import light
 from config.parse import format_duration, format_size, parse_duration, parse_size
-from config.resolve import ConfigError, Problem
+from config.resolve import ConfigError, Problem, resolve
 from config.settings import Settings, load
 from config.table import SETTINGS, Setting
 from config.values import Address, DeviceBytes, RpcServer
@@ -117,6 +117,10 @@ def test_listening_beyond_this_machine_needs_a_key_or_explicit_permission(host: 
         load({"PLANNER_HOST": host})
     assert load({"PLANNER_HOST": host, "PLANNER_API_KEYS": "abc"}).settings.api_keys == ("abc",)
     assert load({"PLANNER_HOST": host, "PLANNER_ALLOW_REMOTE": "true"}).settings.allow_remote
+
+
+def test_a_client_may_name_a_service_elsewhere_without_a_key() -> None:
+    assert resolve({"PLANNER_HOST": "gpu-box"}, serving=False).problems == ()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:1234", "[::1]:80", "::1", "http://127.0.0.9:11434/"])

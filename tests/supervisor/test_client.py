@@ -120,6 +120,8 @@ def test_what_is_loaded_is_listed_unloaded_and_loaded_again(
         (("yield", "CUDA0", "much"), 2, "8GiB"),
         (("yield", "CUDA9", "1GiB"), 1, "CUDA9"),
         (("rm", "nobody"), 1, "nobody"),
+        (("rm", "tiny-chat"), 1, "a file of the models folder"),
+        (("cp", "tiny-chat", "other"), 1, "a file of the models folder"),
         (("logs", "tiny-embedding"), 1, "tiny-embedding"),
     ],
 )
@@ -139,11 +141,100 @@ def test_what_is_typed_wrong_is_told_in_one_line(
     assert done.stderr.count("\n") == 1
 
 
+def test_a_model_is_made_of_a_modelfile_and_the_files_beside_it(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    """What the service has already is not sent again; FROM may name a model too."""
+    service = serve()
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "weights.gguf").write_bytes(chat_model.read_bytes())
+    (folder / "Modelfile").write_text("FROM ./weights.gguf\nPARAMETER temperature 0\n")
+    (folder / "Second").write_text("FROM first\nSYSTEM be brief\n")
+    done = planner(service, "create", "first", "-f", str(folder / "Modelfile"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()][:2] == ["reading", "sending"]
+    assert done.stdout.endswith("success\n")
+    assert "sending" not in planner(service, "create", "first", "-f", str(folder / "Modelfile")).stdout
+    assert planner(service, "create", "second", "-f", str(folder / "Second")).returncode == 0
+    assert "be brief" in planner(service, "show", "second").stdout
+    assert planner(service, "run", "second", "hello").stdout.startswith(tiny_models.TEXT[:20])
+
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("FROM ./nowhere.gguf\n", "there is no file"),
+        ("FROM ./folder\n", "name the GGUF file in it"),
+        ("FROM ./words.gguf\n", "no GGUF file"),
+        ("FORM ./words.gguf\n", "(line 1)"),
+        ("FROM nobody\n", "nobody"),
+        (None, "-f names the Modelfile"),
+    ],
+)
+def test_a_modelfile_that_cannot_be_made_is_told_in_one_line(
+    serve: Serve, planner: Planner, model_folder: Path, tmp_path: Path, text: str | None, says: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "words.gguf").write_text("words")
+    if text is not None:
+        (tmp_path / "Modelfile").write_text(text)
+    done = planner(serve(), "create", "new", "-f", str(tmp_path / "Modelfile"))
+    assert done.returncode in {1, 2}
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_may_not_be_sent_is_refused_with_the_reason(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    """The service hangs up before all of it was sent."""
+    service = serve(PLANNER_API_KEYS="first")
+    with (tmp_path / "large.gguf").open("wb") as file:
+        file.truncate(64 << 20)
+    (tmp_path / "Modelfile").write_text("FROM ./large.gguf\n")
+    done = planner(service, "create", "new", "-f", str(tmp_path / "Modelfile"), PLANNER_API_KEYS="second")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "key" in done.stderr
+
+
 def test_without_a_service_each_command_says_how_to_start_one(planner: Planner) -> None:
     for words in (("ps",), ("run", "tiny", "hello"), ("pull", "tiny"), ("stop", "tiny")):
         done = planner(None, *words)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "planner serve" in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_the_answer_without_a_word(
+    serve: Serve, environ: dict[str, str], endless_model: Path
+) -> None:
+    service = serve(PLANNER_CONTEXT_LENGTH="32768")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "planner", "run", "endless", "hello"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}"},
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(20)
+    process.stdout.close()
+    assert (process.wait(WITHIN_S), process.stderr.read()) == (141, b"")
+    process.stderr.close()
+
+
+def test_bytes_that_are_no_text_are_asked_all_the_same(serve: Serve, environ: dict[str, str], chat_model: Path) -> None:
+    service = serve()
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "run", "tiny-chat", b"na\xefve"],
+        input=b"\xff caf\xe9",
+        capture_output=True,
+        timeout=WITHIN_S,
+        check=False,
+        env={**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}", "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(
@@ -172,6 +263,18 @@ def test_a_key_lets_its_holder_in_once_the_service_has_read_the_file_again(
     assert planner(service, "list", PLANNER_API_KEYS=key).returncode == 0
     assert "needed" in planner(service, "list").stderr
     assert key not in keys.read_text()
+
+
+def test_who_takes_the_last_key_out_of_the_file_lets_nobody_in(
+    serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    planner(None, "key", "laptop", PLANNER_KEYS_FILE=str(keys))
+    service = serve(PLANNER_KEYS_FILE=str(keys))
+    keys.write_text("")
+    service.process.send_signal(signal.SIGHUP)
+    service.read_log("config.reloaded")
+    assert "needed" in planner(service, "list").stderr
 
 
 def test_a_file_with_a_mistake_changes_nothing_in_a_running_service(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from supervisor.gateway.ollama.ndjson import Json, send_lines, send_whole
 API_VERSION: Final = "0.17.4"
 SUCCESS: Final = "success"
 NO_PUSH: Final = "push is not supported: this service fetches models and serves them, it does not publish any"
+NOT_STORED: Final = " in the store: it is a file of the models folder, which is changed there"
 NO_STORE: Final = "this service keeps no store: put GGUF files into its models folder instead"
 
 
@@ -74,7 +75,7 @@ class Library:
         try:
             await self._kept().copy(source, fields.text("destination"))
         except NotInStore as error:
-            raise OllamaError(HTTPStatus.NOT_FOUND, f'model "{source}" not found') from error
+            raise OllamaError(HTTPStatus.NOT_FOUND, f'model "{source}" not found{await self._why(source)}') from error
         await self._runtime.rescan()
         return web.Response()
 
@@ -86,7 +87,10 @@ class Library:
             model = await self._runtime.resolve(name)
         except UnknownModel as error:
             raise model_not_found(name) from error
-        await self._kept().delete(name)
+        try:
+            await self._kept().delete(name)
+        except NotInStore as error:
+            raise OllamaError(HTTPStatus.NOT_FOUND, f"model '{name}' not found{await self._why(name)}") from error
         await self._runtime.unload(model)
         await self._runtime.rescan()
         return web.Response()
@@ -109,6 +113,13 @@ class Library:
     async def push(self, _request: web.Request) -> web.Response:
         """Answer ``POST /api/push``."""
         raise OllamaError(HTTPStatus.NOT_IMPLEMENTED, NO_PUSH)
+
+    async def _why(self, name: str) -> str:
+        """Return why a name is not in the store although it is served; nothing where it is not served either."""
+        with suppress(UnknownModel):
+            await self._runtime.resolve(name)
+            return NOT_STORED
+        return ""
 
     def _kept(self) -> Store:
         if self._store is None:
