@@ -181,6 +181,7 @@ def _gateway_options(settings: Settings, files: OperatorFiles) -> GatewayOptions
         version=_version(),
         api_keys=settings.api_keys,
         clients=files.clients,
+        keys_needed=not (settings.host.is_loopback or settings.allow_remote),
         origins=settings.origins,
         loopback_only=settings.host.is_loopback,
         max_body_bytes=settings.max_body,

@@ -39,11 +39,13 @@ _caller: ContextVar[Caller] = ContextVar("caller", default=NOBODY_NAMED)
 class Clients:
     """Everybody who has a key, and how many requests each has in work. ``api_keys`` may do everything.
 
-    Nobody is told apart, and nobody is kept out, where there are no keys at all.
+    Nobody is told apart, and nobody is kept out, where there are no keys at all, and never were: whoever takes the last
+    one away wants nobody let in. ``needed``: a key is needed even so.
     """
 
     api_keys: tuple[str, ...] = ()
     named: Mapping[str, Client] = field(default_factory=dict)
+    needed: bool = False
     _in_work: Counter[str] = field(default_factory=Counter)
     _by_hash: dict[str, Caller] = field(default_factory=dict)
 
@@ -56,13 +58,14 @@ class Clients:
         self.named = named
         self._by_hash = {hash_of(key): Caller(SHARED, ANYBODY) for key in self.api_keys}
         self._by_hash |= {client.hash: Caller(name, client) for name, client in named.items()}
+        self.needed |= bool(self._by_hash)
 
     def identify(self, headers: Mapping[str, str], remote: str | None) -> Caller:
         """Return who sent these headers from this address. Raises ``Unauthorized``.
 
         A key comes as a bearer token or in ``X-Api-Key``.
         """
-        if not self._by_hash:
+        if not self.needed:
             return Caller(remote or "", ANYBODY)
         scheme, _, token = headers.get("Authorization", "").partition(" ")
         sent = [token.strip()] if scheme.lower() == "bearer" else []

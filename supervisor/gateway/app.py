@@ -42,7 +42,7 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     Without a store no model can be fetched, made or removed.
     """
     exposition = Exposition(runtime)
-    clients = Clients(options.api_keys, options.clients)
+    clients = Clients(options.api_keys, options.clients, options.keys_needed)
     patience = Patience(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
     permitted = PermittedRuntime(runtime)
     app = web.Application(

@@ -23,15 +23,16 @@ class GatewayOptions:
     """How the HTTP side behaves.
 
     ``api_keys`` and the keys of ``clients``: one of them is needed on everything but probes and the page; where there
-    are none, none is. ``origins``: browser
-    origins that may use the service beside this machine's own, ``*`` within them is a wildcard. ``loopback_only``: the
-    service listens on this machine only, so that a Host header naming another one is an attack. A connection is cut
-    that brings no request within ``head_timeout_s``, or stalls for ``stall_timeout_s``.
+    are none, none is, unless ``keys_needed``. ``origins``: browser origins that may use the service beside this
+    machine's own, ``*`` within them is a wildcard. ``loopback_only``: the service listens on this machine only, so that
+    a Host header naming another one is an attack. A connection is cut that brings no request within ``head_timeout_s``,
+    or stalls for ``stall_timeout_s``.
     """
 
     version: str
     api_keys: tuple[str, ...] = ()
     clients: Mapping[str, Client] = field(default_factory=lambda: MappingProxyType({}))
+    keys_needed: bool = False
     origins: tuple[str, ...] = ()
     loopback_only: bool = True
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES

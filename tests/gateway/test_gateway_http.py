@@ -189,6 +189,14 @@ async def test_a_key_is_needed_for_everything_that_tells_something(
             assert (await answer.json())["error"]["type"] == "authentication_error"
 
 
+async def test_where_keys_are_needed_and_there_are_none_nobody_is_let_in(
+    serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    url = await serve(keys_needed=True)
+    async with http.get(f"{url}/status", headers={"X-Api-Key": "anything"}) as answer:
+        assert answer.status == 401
+
+
 @pytest.mark.parametrize(
     "origin,allowed",
     [
