@@ -31,8 +31,9 @@ from planner.types import Device, DeviceKind, Machine, Placement
 from planner.weights import tensor_homes
 
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the
-# tokens is that many times as large, and what does not (rotations, copied weights) is in both or in the prompt's only.
-_TOKENS_RATIO: Final = 4
+# tokens is that many times as large, and what does not (rotations, copied weights, logits that are put out) is in both
+# or in the prompt's only. With fewer, what does not grow decides, and may lie worse in the smaller graph.
+_TOKENS_RATIO: Final = 32
 
 # Their last prompt graph is of one sequence: it grows with the square of a sequence's tokens (``sched_reserve``).
 _ONE_SEQUENCE_LAST: Final = frozenset({"kimi-linear", "minimax-01"})
