@@ -18,7 +18,7 @@ from gpu.card import Card, Probe, Vendor, cuda_overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.matching import match, unmatched
 from gpu.rpc import Worker
-from gpu.rpc_devices import RpcServer, rpc_devices
+from gpu.rpc_devices import RpcDevices, RpcServer, rpc_devices
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 Environ = Mapping[str, str]
@@ -49,12 +49,17 @@ class Detected:
     nvidia: Probe
     amd: Probe
     memory: host.HostMemory
-    workers: tuple[Worker, ...]
+    of_workers: RpcDevices
     cards: Mapping[str, Card]
     machine_key: tuple[str, ...]
 
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the RPC workers that were asked."""
+        return self.of_workers.workers
 
-def detect(
+
+def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, each by its name
     environ: Environ,
     *,
     llama_server: Path | None = None,
@@ -63,16 +68,19 @@ def detect(
     previous: Detected | None = None,
     owner: int | None = None,
     named: Container[str] = (),
+    lightly: bool = False,
     root: Path = Path("/"),
 ) -> Detected:
     """Return this machine as llama-server will see it. Raises nothing: what cannot be read is a warning.
 
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
-    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept,
-    unless cards came or went since: it is asked again what it lists. ``owner`` is
-    the process whose runners' mapped weights are not to be counted as available, and do not close to their owner a card
-    that takes one process at a time. ``named`` are devices that the user
-    asked for by name, to be used even where llama.cpp would leave them out.
+    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept, unless cards
+    came or went since: it is asked again what it lists. ``owner`` is the process whose runners' mapped weights are not
+    to be counted as available, and which may use a card that takes one process at a time and has one of them. ``named``
+    are devices that the user asked for by name, to be used even where llama.cpp would leave them out.
+
+    ``lightly``: only drivers and the kernel are asked, neither llama-server nor workers, whose figures and warnings
+    stay those of ``previous``; but where cards came or went it is a look like any other.
     """
     nvidia, amd = nvml.probe(), rocm.probe(root)
     ours = frozenset[int]() if owner is None else host.runners(owner, root)
@@ -81,17 +89,22 @@ def detect(
     if previous is not None and previous.llama.server is not None and previous.machine_key == machine_key:
         search = replace(previous.llama, server=previous.llama.server.without_free())
     else:
+        lightly = False
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
     memory = host.read(root).without(host.mapped_bytes(ours, root))
-    local, by_name, warnings = _local_devices(cards, search, memory, environ, machine_key, named)
-    workers = rpc_devices(
-        rpc_servers,
-        protocol=search.build.rpc_protocol,
-        memory=memory,
-        leased=leased,
-        previous=previous.machine.devices if previous else (),
-    )
+    server = search.server if lightly else _with_free(search.server, cards, environ, machine_key)
+    local, by_name, warnings = _local_devices(cards, server, memory, environ, named)
+    if previous is not None and lightly:
+        local, workers = _as_before(previous, local), previous.of_workers
+    else:
+        workers = rpc_devices(
+            rpc_servers,
+            protocol=search.build.rpc_protocol,
+            memory=memory,
+            leased=leased,
+            previous=previous.machine.devices if previous else (),
+        )
     devices = (*workers.devices, *local, *workers.absent)
     machine = Machine(
         devices=devices,
@@ -100,7 +113,15 @@ def detect(
         warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
-    return Detected(machine, search, nvidia, amd, memory, workers.workers, by_name, machine_key)
+    return Detected(machine, search, nvidia, amd, memory, workers, by_name, machine_key)
+
+
+def _as_before(previous: Detected, local: Sequence[Device]) -> tuple[Device, ...]:
+    """Return the devices with the figures of before for those of which no driver tells what is free."""
+    known = {device.name: device.free_bytes for device in previous.machine.devices}
+    return tuple(
+        replace(device, free_bytes=known.get(device.name)) if device.free_bytes is None else device for device in local
+    )
 
 
 def _looked_for(search: Search, rpc_servers: Sequence[RpcServer]) -> tuple[str, ...]:
@@ -120,21 +141,22 @@ def _machine_key(cards: Sequence[Card], root: Path) -> tuple[str, ...]:
     return (*drivers, *nodes, *(f"{card.uuid or card.pci_bus_id}" for card in cards))
 
 
+def _with_free(
+    server: Server | None, cards: Sequence[Card], environ: Environ, machine_key: Sequence[str]
+) -> Server | None:
+    """Return the server, asked anew where nobody else knows what is free on its devices and its answer is old."""
+    if server is None or not any(
+        device.free_bytes is None and _nobody_knows_free(card) for device, card in match(server.listed, cards, environ)
+    ):
+        return server
+    return llama.refresh(server, environ, machine_key=machine_key)
+
+
 def _local_devices(
-    cards: Sequence[Card],
-    search: Search,
-    memory: host.HostMemory,
-    environ: Environ,
-    machine_key: Sequence[str],
-    named: Container[str],
+    cards: Sequence[Card], server: Server | None, memory: host.HostMemory, environ: Environ, named: Container[str]
 ) -> tuple[tuple[Device, ...], dict[str, Card], list[str]]:
     """Return the devices of this machine, the cards behind them by their names, and a warning for each idle one."""
-    listed = search.server.listed if search.server else ()
-    matched = match(listed, cards, environ)
-    if search.server and any(device.free_bytes is None and _nobody_knows_free(card) for device, card in matched):
-        # Nobody but llama-server knows what is free there, and its cached answer does not.
-        fresh = llama.refresh(search.server, environ, machine_key=machine_key)
-        matched = match(fresh.listed, cards, environ)
+    matched = match(server.listed if server else (), cards, environ)
     shares = Counter(card for _, card in matched if card is not None)
     devices = [_device(device, card, memory, n_shares=shares[card] if card else 1) for device, card in matched]
     devices = _beside_discrete(devices, named)
@@ -142,7 +164,7 @@ def _local_devices(
     idle = [f"{device.name} ({device.description}): {device.why_not}" for device in devices if device.why_not]
     names = {device.name for device in devices}
     for card in _with_names(unmatched(matched, cards), environ):
-        device = _unusable(card, names, search.server, memory)
+        device = _unusable(card, names, server, memory)
         names.add(device.name)
         by_name[device.name] = card
         devices.append(device)

@@ -12,10 +12,12 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gpu import bounded
 from gpu.card import Card, Fault, Link, Probe, Vendor
+from gpu.control_groups import lines
 from gpu.host import process_name
 from planner.types import ProcessUse
 
@@ -87,6 +89,12 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
         return found
     what = f"NVIDIA: the driver gave no answer within {timeout_s:g} s"
     return _failed(Fault(what, "see nvidia-smi and the kernel log (dmesg); a reboot ends a wedged driver"))
+
+
+def is_asleep(root: Path = Path("/")) -> bool:
+    """Say whether a card of NVIDIA's sleeps, as a notebook's does: NVML would wake every one of them."""
+    states = (root / "sys/bus/pci/drivers/nvidia").glob("*/power/runtime_status")
+    return any(lines(state) == ["suspended"] for state in states)
 
 
 def _failed(fault: Fault) -> Probe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,7 @@ from supervisor.store.folder import StoreFolder
 # For what is missing, and for files that came, went or grew: a look at the names and times of a hundred costs 1 ms. It
 # works on network file systems too, where no kernel tells of changes.
 LOOK_AGAIN_S: Final = 2.0
+SHOWN_FOR_S: Final = 30.0  # a figure that is shown again and again, to Prometheus say, is not older than this by much
 RESCAN_EVERY_S: Final = 30.0  # for what changed without a trace in those times, such as a blob that was removed
 RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, must not keep the disk busy
 LLAMA_SERVER: Final = "llama-server"
@@ -63,10 +65,12 @@ class Inventory:
         folder_optional: bool = False,
         learned: Learned | None = None,
         rescan_every_s: float = RESCAN_EVERY_S,
+        shown_for_s: float = SHOWN_FOR_S,
     ) -> None:
         self._places = ScanModels(models, store, folder_optional)
         self._stamp = 0
         self._rescan_every_s = rescan_every_s
+        self._shown_for_s = shown_for_s
         self._planning = planning
         self._learned = learned or Learned()
         self._catalogue = Catalogue()
@@ -78,9 +82,11 @@ class Inventory:
         self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
         self._held: Mapping[str, int] = {}
         self._warned: frozenset[str] = frozenset()
+        self._was_shown = False
         self.llama: LlamaBuild | None = None
         self.machine: Machine | None = None
         self.when_models_change: Callable[[], None] = lambda: None
+        self.held_now: Callable[[], Mapping[str, int]] = lambda: self._held
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -124,8 +130,24 @@ class Inventory:
         else:
             _log.debug("machine.read")
 
-    async def _look(self, gone: Mapping[str, int]) -> Surroundings:
-        answer = await self._planning.ask(LookAround(Situation(self.machine, self._held, {}, gone)))
+    def was_shown(self) -> None:
+        """Note that somebody looks at the machine, for whom ``follow_what_is_shown`` may read it again."""
+        self._was_shown = True
+
+    async def follow_what_is_shown(self) -> None:
+        """Read again what is free, where somebody looked since and the last reading is old: one that nobody sees rests.
+
+        A driver that gives no answer is told of by the next plan.
+        """
+        if not self._was_shown or anyio.current_time() < self._looked_at + self._shown_for_s:
+            return
+        self._was_shown = False
+        self._held = self.held_now()
+        with suppress(PlanningFailed):
+            self._take(await self._look({}, lightly=True))
+
+    async def _look(self, gone: Mapping[str, int], *, lightly: bool = False) -> Surroundings:
+        answer = await self._planning.ask(LookAround(Situation(self.machine, self._held, {}, gone), lightly))
         if isinstance(answer, Surroundings):
             return answer
         raise PlanningFailed(answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}")
@@ -134,6 +156,7 @@ class Inventory:
         """Look again for what is missing, and for models that come and go, for as long as the service runs."""
         while True:
             await anyio.sleep(LOOK_AGAIN_S)
+            await self.follow_what_is_shown()
             if LLAMA_SERVER in self._problems:
                 await self.look_around()
             elif (

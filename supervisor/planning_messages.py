@@ -35,9 +35,13 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class LookAround:
-    """Ask what machine this is and which llama-server it has; answered by ``Surroundings``."""
+    """Ask what machine this is and which llama-server it has; answered by ``Surroundings``.
+
+    ``lightly``: only to show it. Then nothing is woken, and neither llama-server nor an RPC worker is asked.
+    """
 
     situation: Situation
+    lightly: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ class Supervisor:
             stop_grace_s=options.stop_grace_s,
         )
         inventory.when_models_change = self._follow_models
+        inventory.held_now = lambda: ledger.held_bytes(self._writer.pool)
         self._started_at = time.time()
         self._clock = views.Clock()
 
@@ -107,6 +108,7 @@ class Supervisor:
         """Return the state of everything, at once."""
         now, pool, inventory, clock = anyio.current_time(), self._writer.pool, self._inventory, self._clock
         clock.follow(now)
+        inventory.was_shown()
         return Snapshot(
             version=self._options.version,
             started_at=self._started_at,

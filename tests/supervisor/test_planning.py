@@ -162,3 +162,71 @@ def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_
     runner = {"CUDA0": 40 * MIB}
     assert free_mib(held=runner, gone={}) == 50
     assert free_mib(held={}, gone=runner) == believed_mib
+
+
+CARD = """card NVIDIA_GeForce_RTX_4090 GPU-aaaa 0 41 0
+memory 25757220864 393216000 {used}
+"""
+LISTED = "Available devices:\\n  CUDA0: NVIDIA GeForce RTX 4090 (24189 MiB, 24000 MiB free)\\n"
+
+
+@pytest.fixture
+def stubbed(tmp_path: Path, nvml_folder: Path) -> dict[str, str]:
+    """Return an environment with one card, as ``FAKE_NVML`` says, and a llama-server that lists it while it is there.
+
+    The llama-server writes what it is asked to ``asked``.
+    """
+    cards, server = tmp_path / "nvml.txt", tmp_path / "llama-server"
+    server.write_text(f"""#!/bin/sh
+echo $1 >> {tmp_path}/asked
+[ $1 = --version ] && echo 'version: 1 (abc)' && exit
+grep -q error {cards} || printf '{LISTED}'
+""")
+    server.chmod(0o755)
+    cards.write_text(CARD.format(used=0))
+    return {
+        "PLANNER_LLAMA_SERVER": str(server),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "LD_LIBRARY_PATH": str(nvml_folder),
+        "FAKE_NVML": str(cards),
+    }
+
+
+async def seen(inventory: Inventory) -> list[tuple[str, int]]:
+    """Look at what is shown, let it be followed, and return each device with what is free there."""
+    inventory.was_shown()
+    await inventory.follow_what_is_shown()
+    assert inventory.machine is not None
+    return [(str(one.name), one.free_bytes or 0) for one in inventory.machine.devices]
+
+
+@pytest.mark.anyio
+async def test_what_is_shown_is_read_again_when_it_is_old_and_not_while_nobody_looks(
+    tmp_path: Path, stubbed: dict[str, str]
+) -> None:
+    async with PlanningProcess(stubbed) as planning:
+        young, old = Inventory(tmp_path, planning), Inventory(tmp_path, planning, shown_for_s=0.0)
+        await young.look_around()
+        await old.look_around()
+        before, asked = old.machine, (tmp_path / "asked").read_text()
+        (tmp_path / "nvml.txt").write_text(CARD.format(used=20 * GIB))
+        await old.follow_what_is_shown()
+        assert old.machine is before, "nobody looked"
+        busy = 25757220864 - 393216000 - 20 * GIB
+        assert await seen(young) != [("CUDA0", busy)], "its reading is not old yet"
+        assert await seen(old) == [("CUDA0", busy)]
+        assert (tmp_path / "asked").read_text() == asked, "llama-server would make a context on every card"
+
+
+@pytest.mark.anyio
+async def test_a_card_that_falls_off_the_bus_and_comes_back_is_followed_by_what_is_shown(
+    tmp_path: Path, stubbed: dict[str, str]
+) -> None:
+    async with PlanningProcess(stubbed) as planning:
+        inventory = Inventory(tmp_path, planning, shown_for_s=0.0)
+        await inventory.look_around()
+        for error, names, n_warnings in (("", ["CUDA0"], 0), ("error 15\n", [], 1), ("", ["CUDA0"], 0)):
+            (tmp_path / "nvml.txt").write_text(CARD.format(used=0) + error)
+            assert [name for name, _ in await seen(inventory)] == names
+            assert inventory.machine is not None
+            assert len(inventory.machine.warnings) == n_warnings
