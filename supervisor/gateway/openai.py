@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any, Final
 
 import aiohttp
 from aiohttp import hdrs, web
 
 from planner.types import Role
-from supervisor.api import Amendments, ModelView, Runtime, Snapshot
+from supervisor.api import Amendments, ModelView, Preset, Runtime, Snapshot
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.loading import progress_told
 from supervisor.gateway.needs import need_of
 from supervisor.gateway.peek import Peek, peek, peek_form
+from supervisor.gateway.preset import is_spoken, loaded_by, with_preset
 from supervisor.gateway.proxy import forward
 from supervisor.status.view import model_state
 
@@ -70,15 +72,20 @@ class OpenAI:
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream
         exchange.model = model = await self._runtime.resolve(wanted.model)
-        role = PASSED_THROUGH[request.path] or self._role_of(model)
+        role, preset = self._known(model)
+        role = PASSED_THROUGH[request.path] or role
+        need = replace(need, load=loaded_by(preset, need.load))
         async with AsyncExitStack() as stack:
             async with progress_told(request, self._runtime, model):
                 lease = await stack.enter_async_context(self._runtime.acquire(model, role, need))
-            body = _amended(body, lease.amendments, is_form=wanted.is_form)
+            if not wanted.is_form:
+                body = _amended(request.path, body, lease.amendments, preset)
             return await forward(request.app[self._session], lease, request, request.path, body)
 
-    def _role_of(self, model: str) -> Role:
-        return next(view.role for view in self._runtime.snapshot().models if view.id == model)
+    def _known(self, model: str) -> tuple[Role, Preset]:
+        """Return what a model is for and what its Modelfile says; of one that has just gone, anything will do."""
+        views = (view for view in self._runtime.snapshot().models if view.id == model)
+        return next(((view.role, view.preset) for view in views), (Role.CHAT, Preset()))
 
     async def _models(self, _request: web.Request) -> web.Response:
         snapshot = self._runtime.snapshot()
@@ -95,11 +102,13 @@ def _peeked(request: web.Request, body: bytes) -> Peek:
     return peek_form(body, content_type) if content_type.lower().startswith(FORM) else peek(body)
 
 
-def _amended(body: bytes, amendments: Amendments | None, *, is_form: bool) -> bytes:
-    """Return the body as the operator wants it to be; a form goes on as it is."""
-    if amendments is None or is_form:
+def _amended(path: str, body: bytes, amendments: Amendments | None, preset: Preset) -> bytes:
+    """Return the body as the operator wants it to be, and where nothing is said of it, as the model's Modelfile."""
+    if amendments is None and not is_spoken(preset):
         return body
-    return json.dumps(amendments.applied(json.loads(body)), ensure_ascii=False).encode()
+    fields = json.loads(body)
+    fields = fields if amendments is None else amendments.applied(fields)
+    return json.dumps(with_preset(path, fields, preset)).encode()
 
 
 def _entry(model: ModelView, snapshot: Snapshot) -> dict[str, Any]:

@@ -344,6 +344,35 @@ def test_a_modelfiles_template_is_what_the_model_is_spoken_to_in(client: ollama.
         client.delete(name)
 
 
+def test_a_modelfile_holds_in_openais_api_and_anthropics_too(
+    service: Service, client: ollama.Client, folder: Path
+) -> None:
+    """Where a request says nothing of its own; a Modelfile's context is loaded as well."""
+    digest = client.create_blob(folder / "chat.gguf")
+    parameters = {"num_predict": 2, "num_ctx": 2 * N_CTX}
+    messages = [ollama.Message(role="user", content="one"), ollama.Message(role="assistant", content="two")]
+    client.create("kind", files={"chat.gguf": digest}, system="be kind", messages=messages, parameters=parameters)
+    asked = {"model": "kind", "messages": [HELLO]}
+
+    def answer(path: str, **more: object) -> Any:
+        return json.loads(service.request("POST", path, {**asked, **more}).read())
+
+    assert answer("/apply-template")["prompt"].split("</s>")[:3] == [
+        "<|system|>be kind",
+        "<|user|>one",
+        "<|assistant|>two",
+    ]
+    own = [{"role": "system", "content": "be brief"}, HELLO]
+    assert "be kind" not in answer("/apply-template", messages=own)["prompt"]
+    assert answer("/v1/chat/completions")["choices"][0]["message"]["content"] == "Hello! I"
+    assert answer("/v1/chat/completions", max_tokens=3)["usage"]["completion_tokens"] == 3
+    assert answer("/v1/completions", prompt="hello")["usage"]["completion_tokens"] == 2
+    counts = [answer("/v1/messages/count_tokens", model=model)["input_tokens"] for model in ("kind", "chat")]
+    assert counts[0] > counts[1]
+    assert {entry.model: entry.context_length for entry in client.ps().models}["kind:latest"] == 2 * N_CTX
+    client.delete("kind")
+
+
 def test_what_the_store_refuses_is_told_with_a_status_or_at_the_end_of_the_stream(
     service: Service, client: ollama.Client
 ) -> None:
