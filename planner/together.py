@@ -52,10 +52,11 @@ class Together:
         return all(isinstance(outcome, Plan) for outcome in self.outcomes)
 
 
-def together(wanted: Sequence[Wanted], policy: Policy, search: Search) -> Together:
+def together(wanted: Sequence[Wanted], policy: Policy, search: Search, advise: Search | None = None) -> Together:
     """Return the best that orders and contexts allow: most models that fit, most of them wholly on devices.
 
-    Raises InvalidRequest as the search does.
+    ``search`` is asked in every attempt; ``advise`` once for each model that does not fit in the best of them, and its
+    answer is returned. Raises InvalidRequest as the searches do.
     """
     sized = sorted(
         enumerate(wanted), key=lambda each: (-each[1].model.summary.tensor_bytes, each[1].model.summary.path)
@@ -64,17 +65,24 @@ def together(wanted: Sequence[Wanted], policy: Policy, search: Search) -> Togeth
     found = _best(canonical, policy, search, _orders(len(canonical)))
     if not found.is_complete and any(_is_free(each, policy) for each in wanted):
         found = _with_shorter_contexts(canonical, policy, search, found)
+    outcomes = found.outcomes if advise is None else found.advised(advise)
     back = {named: rank for rank, (named, _) in enumerate(sized)}
-    return Together(tuple(found.outcomes[back[index]] for index in range(len(wanted))), found.left_bytes)
+    return Together(tuple(outcomes[back[index]] for index in range(len(wanted))), found.left_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """The outcomes in canonical order, of the models planned in another ``order``."""
+    """The outcomes in canonical order, and what was ``asked`` for each, of the models planned in another ``order``."""
 
     order: tuple[int, ...]
+    asked: tuple[tuple[Wanted, Policy], ...]
     outcomes: tuple[PlanOutcome, ...]
     left_bytes: Mapping[str, int | None]
+
+    def advised(self, advise: Search) -> tuple[PlanOutcome, ...]:
+        """Return the outcomes, those without a plan asked for once more."""
+        pairs = zip(self.outcomes, self.asked, strict=True)
+        return tuple(outcome if isinstance(outcome, Plan) else advise(*asked) for outcome, asked in pairs)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -102,17 +110,27 @@ class _Attempt:
         return self.rank == (len(self.outcomes), len(self.outcomes))
 
 
-def _best(wanted: Sequence[Wanted], policy: Policy, search: Search, orders: Iterable[tuple[int, ...]]) -> _Attempt:
-    """Return the best attempt of these orders; the first one with which everything lies on devices is taken."""
+def _best(
+    wanted: Sequence[Wanted],
+    policy: Policy,
+    search: Search,
+    orders: Iterable[tuple[int, ...]],
+    *,
+    all_or_none: bool = False,
+) -> _Attempt:
+    """Return the best attempt of these orders; the first one with which everything lies on devices is taken.
+
+    With ``all_or_none`` an attempt ends with the first model that does not fit, and has the outcomes up to there.
+    """
     planned: dict[tuple[int, ...], PlanOutcome] = {}
     best: _Attempt | None = None
     for order in orders:
-        attempt = _in_order(wanted, order, policy, search, planned)
+        attempt = _in_order(wanted, order, policy, search, planned, all_or_none=all_or_none)
         if best is None or (attempt.rank, attempt.speed) > (best.rank, best.speed):
             best = attempt
         if best.is_complete:
             break
-    return best or _Attempt((), (), MappingProxyType({}))
+    return best or _Attempt((), (), (), MappingProxyType({}))
 
 
 def _orders(count: int) -> Iterator[tuple[int, ...]]:
@@ -129,9 +147,12 @@ def _in_order(
     policy: Policy,
     search: Search,
     planned: dict[tuple[int, ...], PlanOutcome],
+    *,
+    all_or_none: bool,
 ) -> _Attempt:
     """Plan one model after the other. Orders that begin alike share what was ``planned`` for their beginning."""
     outcomes: dict[int, PlanOutcome] = {}
+    asked: dict[int, tuple[Wanted, Policy]] = {}
     left: dict[str, int | None] = {}
     mapped = 0
     for place, index in enumerate(order):
@@ -139,13 +160,17 @@ def _in_order(
         if begun not in planned:
             planned[begun] = search(wanted[index], policy)
         outcome = outcomes[index] = planned[begun]
+        asked[index] = wanted[index], policy
         if isinstance(outcome, Plan):
             policy = _beside(policy, outcome)
             left = {usage.name: usage.headroom_bytes for usage in outcome.usages}
             room = left[HOST]
             left[HOST] = None if room is None else room - mapped  # promises leave out what is mapped
             mapped += outcome.host.mapped_bytes or 0
-    return _Attempt(order, tuple(outcomes[index] for index in range(len(wanted))), left)
+        elif all_or_none:
+            break
+    canonical = sorted(outcomes)
+    return _Attempt(order, tuple(asked[i] for i in canonical), tuple(outcomes[i] for i in canonical), left)
 
 
 def _beside(policy: Policy, plan: Plan) -> Policy:
@@ -173,17 +198,18 @@ def _is_free(wanted: Wanted, policy: Policy) -> bool:
 def _with_shorter_contexts(wanted: Sequence[Wanted], policy: Policy, search: Search, found: _Attempt) -> _Attempt:
     """Return the attempt with the longest common context that is better placed than what was found; else that one."""
 
-    def attempt(n_ctx: int, orders: Iterable[tuple[int, ...]]) -> _Attempt:
-        return _best([_limited(each, policy, n_ctx) for each in wanted], policy, search, orders)
+    def attempt(n_ctx: int, orders: Iterable[tuple[int, ...]], *, all_or_none: bool) -> _Attempt:
+        limited = [_limited(each, policy, n_ctx) for each in wanted]
+        return _best(limited, policy, search, orders, all_or_none=all_or_none)
 
-    least = best = attempt(MIN_CONTEXT, _orders(len(wanted)))
+    least = best = attempt(MIN_CONTEXT, _orders(len(wanted)), all_or_none=False)
     if least.rank <= found.rank:
         return found
     trained = max(each.model.hparams.n_ctx_train or MIN_CONTEXT for each in wanted if _is_free(each, policy))
     low, high = MIN_CONTEXT // CONTEXT_ALIGNMENT, -(-trained // CONTEXT_ALIGNMENT)
     for _ in range(CONTEXT_HALVINGS if least.fits else 0):
         middle = (low + high) // 2
-        tried = attempt(middle * CONTEXT_ALIGNMENT, [least.order])
+        tried = attempt(middle * CONTEXT_ALIGNMENT, [least.order], all_or_none=True)
         low, high, best = (middle, high, tried) if tried.rank >= least.rank else (low, middle, best)
     return best
 

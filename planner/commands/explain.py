@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from planner import companions, flags
 from planner.commands import terminal
 from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest
 from planner.explain import to_json
-from planner.explain_text import to_text
-from planner.limits import one_more_gib
-from planner.model import read_model
+from planner.model import ModelFacts, read_model
 from planner.oracle import ask
-from planner.requirement import all_on_devices
 from planner.search import placement
-from planner.search.candidates import Oracle
-from planner.together import Wanted, together
-from planner.together_text import together_to_json, together_to_text
 from planner.types import Machine, Plan, PlanOutcome, PlanRequest, Policy
+
+if TYPE_CHECKING:
+    from planner.search.candidates import Oracle
 
 FITS: Final = 0
 DOES_NOT_FIT: Final = 3
+
+Asked = tuple[ModelFacts, PlanRequest]
 
 
 def main(name: str, words: Sequence[str]) -> int:
@@ -56,45 +56,63 @@ class _Question:
     where: Surroundings
     oracle: Oracle | None
 
-    def wanted(self, path: str) -> Wanted:
-        """Return what is asked of the model at this path. Raises ModelFileError."""
+    def asked(self, path: str) -> Asked:
+        """Return the model at this path, its companions attached, and what is asked of it. Raises ModelFileError."""
         model = read_model(path)
         request = self.line.request_of(model.role)
-        return Wanted(companions.attach(model, request), request)
+        return companions.attach(model, request), request
 
-    def planned(self, wanted: Wanted, policy: Policy, machine: Machine | None = None) -> PlanOutcome:
+    def planned(
+        self, asked: Asked, policy: Policy, machine: Machine | None = None, *, advises: bool = True
+    ) -> PlanOutcome:
         """Return the best placement under this policy that keeps to what is required. Raises InvalidRequest."""
-        there = machine or self.where.machine
+        model, there, build = asked[0], machine or self.where.machine, self.where.build
 
         def search(request: PlanRequest) -> PlanOutcome:
-            return placement.search(wanted.model, request, there, policy, self.where.build, self.oracle)
+            return placement.search(model, request, there, policy, build, self.oracle, advises=advises)
 
-        found = all_on_devices(wanted.request, search) if self.line.options.require else search(wanted.request)
+        found = search(asked[1]) if self.line.options.require is None else _on_devices(asked[1], search)
         return replace(found, warnings=(*self.where.warnings, *self.line.notes, *found.warnings))
+
+
+def _on_devices(request: PlanRequest, search: Callable[[PlanRequest], PlanOutcome]) -> PlanOutcome:
+    from planner.requirement import all_on_devices
+
+    return all_on_devices(request, search)
 
 
 def _alone(question: _Question) -> bool:
     """Print the plan for one model, and say whether it fits."""
-    where, wanted = question.where, question.wanted(question.line.options.models[0])
-
-    def planned_on(machine: Machine) -> PlanOutcome:
-        return question.planned(wanted, where.policy, machine)
-
-    outcome = planned_on(where.machine)
+    asked = question.asked(question.line.options.models[0])
+    outcome = question.planned(asked, question.where.policy)
     if question.line.options.versus is not None:
-        return _beside(question, wanted, outcome, question.line.options.versus)
-    if question.line.options.json:
+        _show_beside(question, asked, outcome, question.line.options.versus)
+    elif question.line.options.json:
         terminal.write_json(to_json(outcome))
     else:
-        more = one_more_gib(outcome, where.machine, planned_on) if isinstance(outcome, Plan) else ()
-        terminal.write(to_text(outcome, terminal.columns(), terminal.style(), tuple(more)))
+        _show(question, asked, outcome)
     return isinstance(outcome, Plan)
+
+
+def _show(question: _Question, asked: Asked, outcome: PlanOutcome) -> None:
+    """Print an outcome for a reader, and what more memory would buy."""
+    from planner.explain_text import to_text
+    from planner.limits import one_more_gib
+
+    def planned_on(machine: Machine) -> PlanOutcome:
+        return question.planned(asked, question.where.policy, machine, advises=False)
+
+    more = one_more_gib(outcome, question.where.machine, planned_on) if isinstance(outcome, Plan) else ()
+    terminal.write(to_text(outcome, terminal.columns(), terminal.style(), tuple(more)))
 
 
 def _together(question: _Question) -> bool:
     """Print how several models share the machine, and say whether they fit."""
-    wanted = [question.wanted(path) for path in question.line.options.models]
-    result = together(wanted, question.where.policy, question.planned)
+    from planner.together import Wanted, together
+    from planner.together_text import together_to_json, together_to_text
+
+    wanted = [Wanted(*question.asked(path)) for path in question.line.options.models]
+    result = together(wanted, question.where.policy, partial(question.planned, advises=False), question.planned)
     if question.line.options.json:
         terminal.write_json(together_to_json(result))
     else:
@@ -102,8 +120,8 @@ def _together(question: _Question) -> bool:
     return result.fits
 
 
-def _beside(question: _Question, wanted: Wanted, outcome: PlanOutcome, text: str) -> bool:
-    """Print the plan beside what llama-server would do with other flags, and say whether ours fits."""
+def _show_beside(question: _Question, wanted: Asked, outcome: PlanOutcome, text: str) -> None:
+    """Print the plan beside what llama-server would do with other flags."""
     from planner import versus, versus_text
     from planner.oracle_fit import fitted
 
@@ -124,4 +142,3 @@ def _beside(question: _Question, wanted: Wanted, outcome: PlanOutcome, text: str
         terminal.write_json(versus_text.versus_to_json(outcome, other))
     else:
         terminal.write(versus_text.versus_to_text(outcome, other, terminal.columns(), terminal.style()))
-    return isinstance(outcome, Plan)

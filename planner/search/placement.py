@@ -51,11 +51,14 @@ def search(
     policy: Policy,
     build: LlamaBuild,
     oracle: Oracle | None = None,
+    *,
+    advises: bool = True,
 ) -> PlanOutcome:
     """Return the best placement, or why there is none, or why llama.cpp would refuse these flags.
 
     ``oracle`` is asked for what the formulas do not cover; where it cannot say either, the plan is marked
-    ``fit_by_llama``. Raises InvalidRequest for a request that makes no sense on this machine.
+    ``fit_by_llama``. With ``advises`` False a refusal does not say what would have to change: each change is tried,
+    which takes longer than the search. Raises InvalidRequest for a request that makes no sense on this machine.
     """
 
     def answer(changed: PlanRequest, there: Machine = machine) -> PlanOutcome:
@@ -66,6 +69,8 @@ def search(
         return outcome
     if plan := relaxed(request, outcome, answer):
         return plan
+    if not advises:
+        return outcome
     has_experts = bool(model.hparams.n_expert)
     return replace(outcome, nearest=nearest(request, machine, outcome, answer, has_experts=has_experts))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from planner.types import (
     DeviceKind,
     DeviceName,
     Machine,
+    NoFit,
     PerDevice,
     PlacementKind,
     Plan,
@@ -40,10 +42,11 @@ def machine(*sizes: int, host: int = GIB) -> Machine:
 
 
 def ask(paths: list[Path], where: Machine, request: PlanRequest, policy: Policy = NO_CACHE) -> Together:
-    def one(wanted: Wanted, policy: Policy) -> PlanOutcome:
-        return search(wanted.model, wanted.request, where, policy, PINNED_BUILD)
+    def one(wanted: Wanted, policy: Policy, *, advises: bool = False) -> PlanOutcome:
+        return search(wanted.model, wanted.request, where, policy, PINNED_BUILD, advises=advises)
 
-    return together([Wanted(read_model(str(path)), request) for path in paths], policy, one)
+    wanted = [Wanted(read_model(str(path)), request) for path in paths]
+    return together(wanted, policy, one, partial(one, advises=True))
 
 
 def total(result: Together, name: str) -> int:
@@ -84,6 +87,13 @@ def test_what_fits_alone_need_not_fit_together(models: list[Path]) -> None:
     tight = ask(models, machine(sum(needed) - 1), WHOLE)
     assert not tight.fits
     assert sum(isinstance(outcome, Plan) for outcome in tight.outcomes) == 1
+
+
+def test_what_does_not_fit_beside_the_others_says_what_would_have_to_change(models: list[Path]) -> None:
+    needed = sum(total(ask([path], machine(256 * MIB), WHOLE), "RPC0") for path in models)
+    refused = [each for each in ask(models, machine(needed - 1), WHOLE).outcomes if isinstance(each, NoFit)]
+    assert len(refused) == 1
+    assert any(near.fits for near in refused[0].nearest)
 
 
 def test_nothing_is_promised_twice(models: list[Path]) -> None:
