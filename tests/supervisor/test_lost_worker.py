@@ -12,13 +12,14 @@ import anyio
 import pytest
 from event_log import EventLog
 from rpc_worker import RpcWorker, start_worker
+from running_service import Serve
 from supervising import Supervising
 
 from planner.types import Role
 from supervisor.api import Lease, RunnerView
 from supervisor.runtime import Supervisor
 
-pytestmark = [pytest.mark.anyio, pytest.mark.llama]
+pytestmark = pytest.mark.llama
 
 # 1.5, 0.7 and 0.4 GiB by 1000 / 13: small enough for this model to need all three.
 CAPS_KIB = (19968, 9318, 5325)
@@ -54,6 +55,11 @@ async def answering(lease: Lease, n_events: int) -> AsyncIterator[None]:
         yield
 
 
+def servers(workers: list[RpcWorker]) -> str:
+    """Return the setting that names these workers with their caps."""
+    return ",".join(f"{worker.endpoint}={cap}KiB" for worker, cap in zip(workers, CAPS_KIB, strict=True))
+
+
 def used(supervisor: Supervisor) -> list[str]:
     """Return the devices that the one runner uses."""
     runner = only_runner(supervisor)
@@ -66,6 +72,7 @@ def only_runner(supervisor: Supervisor) -> RunnerView:
     return runner
 
 
+@pytest.mark.anyio
 async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again_when_it_is_back(
     supervising: Supervising,
     models: Callable[..., Path],
@@ -74,9 +81,7 @@ async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again
     log: EventLog,
 ) -> None:
     workers = [start() for _ in CAPS_KIB]
-    caps = zip(workers, CAPS_KIB, strict=True)
-    servers = ",".join(f"{worker.endpoint}={cap}KiB" for worker, cap in caps)
-    settings = {"PLANNER_RPC_SERVERS": servers}
+    settings = {"PLANNER_RPC_SERVERS": servers(workers)}
     async with supervising(models(endless_model), settings, keep_alive_s=0.0) as supervisor:
         async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
             assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
@@ -100,3 +105,34 @@ async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again
             assert used(supervisor) == ["RPC0", "RPC1", "RPC2", "Host"]
             async with answering(lease, 3):
                 pass
+
+
+def test_what_users_see_of_a_worker_that_dies_is_in_the_stream_and_in_the_status(
+    serve: Serve, endless_model: Path, start: Callable[..., RpcWorker]
+) -> None:
+    workers = [start() for _ in CAPS_KIB]
+    service = serve(PLANNER_RPC_SERVERS=servers(workers), PLANNER_CONTEXT_LENGTH="512")
+    gone = workers[1].endpoint
+
+    def on_workers() -> list[str]:
+        return [one["device"] for one in service.runner()["devices"] if one["device"] != "Host"]
+
+    stream = service.chat("tiny-endless", stream=True)
+    assert stream.read(10)
+    assert on_workers() == ["RPC0", "RPC1", "RPC2"]
+    workers[1].process.kill()
+    rest = stream.read().decode()
+    assert '"code": "runner_lost"' in rest
+    assert "Remote RPC server crashed" in rest
+    assert "[DONE]" not in rest
+    assert gone in service.read_log("machine.warning")["warning"]
+    (shown,) = (one for one in service.get("/status")["devices"] if not one["usable"])
+    assert shown["description"] == f"{gone} (unreachable)"
+    assert "start ggml-rpc-server there or take it out of RPC_SERVERS" in shown["why_not"]
+    assert service.chat("tiny-endless", max_tokens=2).status == 200
+    assert 0 < len(on_workers()) < len(workers), "as many as help, of those that are left"
+    start(gone)
+    assert service.request("POST", "/api/generate", {"model": "tiny-endless", "keep_alive": 0}).status == 200
+    assert service.chat("tiny-endless", max_tokens=2).status == 200
+    assert on_workers() == ["RPC0", "RPC1", "RPC2"]
+    assert all(one["usable"] for one in service.get("/status")["devices"])
