@@ -35,10 +35,12 @@ from supervisor.core.types import ModelId
 from supervisor.hanging import HangWatch, is_stopped
 from supervisor.health import wait_healthy, wait_serving
 from supervisor.logs import ChildLog
-from supervisor.process import Child, scrubbed
+from supervisor.process import READ_BYTES, Child, scrubbed
 from supervisor.weights_read import WeightsRead
 
 LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
+# A child that serves says two hundred lines for each request: they are taken together. Shorter than LAST_WORDS_S.
+LISTEN_EVERY_S: Final = 0.05
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child that does not serve yet: one may have been lost on it, and no client waits for more.
 UNREADY_GRACE_S: Final = 0.5
@@ -191,6 +193,8 @@ class Children:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, Listening):
                     tasks.start_soon(self._serve, model, generation, running, fact.url)
+            if running.serves and len(data) < READ_BYTES:
+                await running.child.wait_exited(LISTEN_EVERY_S)
         silent.set()
 
     async def _follow_load(self, model: ModelId, generation: int, running: _Running) -> None:

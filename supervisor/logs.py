@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 
 import anyio
@@ -28,8 +29,9 @@ class ChildLog:
     def __init__(self, buffer_devices: Mapping[str, str], logger: structlog.typing.FilteringBoundLogger) -> None:
         self._buffer_devices = buffer_devices
         self._log = logger
+        self._debug = logger.is_enabled_for(logging.DEBUG)
         self._rest = b""
-        self._lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._lines: deque[bytes] = deque(maxlen=KEPT_LINES)  # as they came: hardly any is ever read again
         self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
         self._measured: Counter[str] = Counter()
         self.n_lines = 0
@@ -38,10 +40,14 @@ class ChildLog:
 
     def feed(self, data: bytes) -> list[Fact]:
         """Take what was read from the pipe; return the facts in the lines that it completed."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > MAX_LINE_BYTES:
-            self._rest = self._rest[:MAX_LINE_BYTES]
-        facts = [fact for line in lines if (fact := self._take(line)) is not None]
+        whole, _, self._rest = (self._rest + data).rpartition(b"\n")
+        self._rest = self._rest[:MAX_LINE_BYTES]
+        lines = whole.split(b"\n")
+        if not self._debug and loglines.state_nothing(whole):
+            self._keep(lines)
+            facts = []
+        else:
+            facts = [fact for line in lines if (fact := self._take(line)) is not None]
         self._wake()
         return facts
 
@@ -80,7 +86,7 @@ class ChildLog:
                 yield f"({new - len(fresh)} lines are left out here: they came faster than they were read)"
             seen = self.n_lines
             for line in fresh:
-                yield line
+                yield _text(line)
             if seen == self.n_lines:
                 if not follow or self._closed:
                     return
@@ -90,24 +96,31 @@ class ChildLog:
     @property
     def tail(self) -> tuple[str, ...]:
         """Return the last lines."""
-        return tuple(self._lines)[-TAIL_LINES:]
+        return tuple(_text(line) for line in list(self._lines)[-TAIL_LINES:])
 
     def _wake(self) -> None:
         said, self._said = self._said, None
         if said is not None:
             said.set()
 
+    def _keep(self, lines: Sequence[bytes]) -> None:
+        self._lines.extend([line[:MAX_LINE_BYTES] for line in lines])
+        self.n_lines += len(lines)
+
     def _take(self, raw: bytes) -> Fact | None:
-        line = raw[:MAX_LINE_BYTES].decode(errors="replace").rstrip("\r")
-        if not line.strip():
+        if not raw.strip():
             return None
-        self._lines.append(line)
-        self.n_lines += 1
-        self._log.debug("child.says", line=line)
-        fact = loglines.read(line)
+        self._keep([raw])
+        text = _text(raw[:MAX_LINE_BYTES])
+        self._log.debug("child.says", line=text)
+        fact = loglines.read(text)
         match fact:
             case ErrorLine():
                 self._errors.append(fact)
             case BufferSize(kind=kind) if kind is not BufferKind.OUTPUT:
                 self._measured[loglines.device_of(fact.buffer, self._buffer_devices)] += fact.size_bytes
         return fact
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace").rstrip("\r")

@@ -118,6 +118,11 @@ class Child:
         await anyio.wait_readable(self._pidfd)
         self._exited.set()
 
+    async def wait_exited(self, within_s: float | None) -> None:
+        """Return as soon as ``wait_exit`` has returned, or after so long (None: no limit)."""
+        with anyio.move_on_after(within_s):
+            await self._exited.wait()
+
     def reap(self) -> str:
         """Kill what is left of the group, reap the process, return ``exit status N`` or ``killed by SIGNAME``."""
         self._signal(signal.SIGKILL)
@@ -138,8 +143,7 @@ class Child:
             if self._exited.is_set():
                 return
             self._signal(number)
-            with anyio.move_on_after(grace_s if number != signal.SIGKILL else None):
-                await self._exited.wait()
+            await self.wait_exited(grace_s if number != signal.SIGKILL else None)
 
     def kill(self) -> None:
         """End the process at once, and whatever it has started."""
