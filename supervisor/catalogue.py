@@ -69,6 +69,12 @@ class ModelEntry:
     settings: ModelSettings = field(default_factory=ModelSettings)
     external: ExternalRunner | None = None
 
+    @property
+    def loaded_files(self) -> tuple[object, ...]:
+        """Return what is another one once a runner of it would load other bytes: in a store a blob's name is enough."""
+        version = "" if self.full_name else self.digest
+        return self.path, self.mmproj, self.adapters, version
+
 
 def scan(folder: Path, read: Callable[[str], ModelFacts]) -> tuple[ModelEntry, ...]:
     """Return the models below the folder, by id. ``read`` gives a file's facts and raises PlannerError.

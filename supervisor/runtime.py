@@ -79,6 +79,7 @@ class Supervisor:
         inventory.held_now = lambda: ledger.held_bytes(self._writer.pool)
         self._started_at = time.time()
         self._clock = views.Clock()
+        self._loaded_files: dict[ModelId, tuple[object, ...]] = {}
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Serve until ``shut_down`` was called and every child is gone. Cancelled, it takes its children with it."""
@@ -96,6 +97,12 @@ class Supervisor:
         settings = configured.scheduling(self._inventory.entries)
         if settings != self._writer.pool.settings:
             self._writer.post(SettingsChanged(settings))
+        for entry in self._inventory.entries:
+            runner = self._writer.pool.runner(entry.id)
+            if self._loaded_files.get(entry.id, entry.loaded_files) != entry.loaded_files and runner.state in HAS_CHILD:
+                _log.info("model.changed", model=entry.id)
+                self._stop(runner)  # the next request loads what lies there now
+        self._loaded_files |= {entry.id: entry.loaded_files for entry in self._inventory.entries}
 
     def shut_down(self) -> None:
         """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""
@@ -145,10 +152,13 @@ class Supervisor:
         runner = self._writer.pool.runner(entry.id)
         if runner.state not in HAS_CHILD:
             return False
-        drain_until = anyio.current_time() + self._writer.pool.limits.drain_timeout_s
-        self._writer.post(StopRequested(runner.model, runner.generation, drain_until))
+        self._stop(runner)
         await self._writer.until(lambda pool: _is_gone(pool.runner(runner.model), runner.generation))
         return True
+
+    def _stop(self, runner: Runner) -> None:
+        drain_until = anyio.current_time() + self._writer.pool.limits.drain_timeout_s
+        self._writer.post(StopRequested(runner.model, runner.generation, drain_until))
 
     def reset(self, model: str) -> bool:
         """Let a runner that failed or backs off be tried again at once; False where there was nothing to forgive."""

@@ -27,7 +27,7 @@ class Service:
 
     def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
         connection = self.closing.enter_context(closing(HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)))
-        connection.request(method, path, None if body is None else json.dumps(body))
+        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body))
         return self.closing.enter_context(connection.getresponse())
 
     def get(self, path: str) -> Any:

@@ -64,6 +64,46 @@ def test_a_model_is_pulled_asked_copied_and_deleted_through_the_service(
     assert list((tmp_path / "store" / "blobs").iterdir()) == []
 
 
+def test_a_model_that_became_another_is_loaded_anew_and_one_of_other_words_is_not(
+    serve: Serve, chat_model: Path, endless_model: Path, tmp_path: Path
+) -> None:
+    """Under its name; a file of the folder as well as a model of the store."""
+    file = tmp_path / "models" / "tiny.gguf"
+    file.parent.mkdir()
+    file.write_bytes(chat_model.read_bytes())
+    service = serve(PLANNER_MODELS=str(file.parent))
+
+    def sent(path: Path) -> dict[str, str]:
+        data = path.read_bytes()
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        service.request("POST", f"/api/blobs/{digest}", data)
+        return {path.name: digest}
+
+    def pid(model: str) -> int:
+        assert service.chat(model, max_tokens=2).status == 200
+        (runner,) = (one for one in service.get("/status")["runners"] if one["model"] == model)
+        return int(runner["pid"])
+
+    def make(path: Path, **more: str) -> None:
+        body = {"model": "own", "files": sent(path), **more}
+        assert steps(service, "/api/create", body)[-1] == {"status": "success"}
+
+    make(chat_model)
+    first = pid("own:latest")
+    make(chat_model, system="Be kind.")
+    assert pid("own:latest") == first
+    make(endless_model)
+    service.read_log("model.changed")
+    assert pid("own:latest") != first
+    before = pid(file.stem)
+    new = file.with_suffix(".part")
+    new.write_bytes(endless_model.read_bytes())
+    new.replace(file)
+    service.request("POST", "/manage/rescan", {})
+    service.read_log("model.changed")
+    assert pid(file.stem) != before
+
+
 def test_a_user_who_has_only_a_store_needs_no_folder_of_files(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
     put_model(tmp_path / ".ollama/models", f"{HOST}/library/tiny/1b", [("model", chat_model)])
     service = serve(PLANNER_MODELS="", PLANNER_STORE="", HOME=str(tmp_path), XDG_DATA_HOME=str(tmp_path / "data"))
