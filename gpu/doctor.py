@@ -16,6 +16,7 @@ from gpu.facts import Facts, Holder, Service
 from gpu.llama import BUILD_COMMAND
 from gpu.matching import visible_cuda, visible_hip
 from gpu.rpc import WorkerState
+from gpu.show import wrapped
 from planner.types import HOST_POOL, Device, DeviceKind
 from planner.units import GIB, MIB, format_size
 
@@ -349,14 +350,20 @@ def as_json(findings: tuple[Finding, ...]) -> dict[str, Any]:
     }
 
 
-def as_text(findings: tuple[Finding, ...]) -> str:
-    """Return one line for each check that found nothing, and two for each finding: what, and what mends it."""
+def as_text(findings: tuple[Finding, ...], columns: int = 80) -> str:
+    """Return one line for each check that found nothing, and for each finding what it is and what mends it.
+
+    No line is wider than ``columns`` but one that mends, which is a command to be copied.
+    """
+    indent = " " * len("WRONG  ")
     lines = []
     for about, _ in CHECKS:
         mine = [finding for finding in findings if finding.about == about]
         lines += [] if mine else [f"ok     {about}"]
         for one in mine:
-            lines += [f"{'WRONG' if one.wrong else 'note':<7}{about}: {one.what}", f"       -> {one.fix}"]
+            first, *more = wrapped(f"{about}: {one.what}", indent, columns)
+            severity = "WRONG" if one.wrong else "note"
+            lines += [f"{severity:<{len(indent)}}{first.lstrip()}", *more, f"{indent}-> {one.fix}"]
     n_wrong = sum(finding.wrong for finding in findings)
     verdict = "Nothing is wrong." if not n_wrong else f"{n_wrong} thing{'s are' if n_wrong > 1 else ' is'} wrong."
     return "\n".join([*lines, "", verdict])

@@ -28,16 +28,19 @@ class Answers:
 
 def load(environ: Mapping[str, str], key: Sequence[str]) -> Answers | None:
     """Return the answers kept under this key, or None."""
+    file = _file(environ, key)
     try:
-        kept = json.loads(_file(environ, key).read_text(encoding="utf-8"))
+        kept = json.loads(file.read_text(encoding="utf-8")) if file else {}
         return Answers(*(str(kept[name]) for name in ("version", "list_devices", "backends")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def store(environ: Mapping[str, str], key: Sequence[str], answers: Answers) -> None:
-    """Keep the answers under this key; another process never sees half a file."""
+    """Keep the answers under this key, where there is a folder to keep them; nobody ever sees half a file."""
     file = _file(environ, key)
+    if file is None:
+        return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
@@ -47,9 +50,11 @@ def store(environ: Mapping[str, str], key: Sequence[str], answers: Answers) -> N
         return
 
 
-def _file(environ: Mapping[str, str], key: Sequence[str]) -> Path:
+def _file(environ: Mapping[str, str], key: Sequence[str]) -> Path | None:
     base = environ.get("XDG_CACHE_HOME", "")
     if not base.startswith("/"):
-        base = f"{environ.get('HOME', '/nonexistent')}/.cache"
+        base = f"{environ.get('HOME', '')}/.cache"
+    if not base.startswith("/") or base == "/.cache":
+        return None  # a service without a home
     digest = hashlib.blake2b("\0".join((_SCHEMA, *key)).encode(), digest_size=_DIGEST_BYTES).hexdigest()
     return Path(base) / "loadmaster" / f"llama-server-{digest}.json"

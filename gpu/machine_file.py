@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from gpu.whatif import MAX_DEVICES, WhatIfError
-from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
+from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 MAX_FILE_BYTES: Final = 1 << 20  # sixteen devices take some KiB
+_NAME: Final = re.compile(r"[A-Za-z]+[0-9]*|RPC\[[^\s\[\],]+\]")  # CUDA0, BLAS, and a worker that did not answer
+_MEANT: Final[dict[type, str]] = {int: "number", str: "text", bool: "true or false"}
 _REQUIRED: Final[Any] = object()
 
 T = TypeVar("T")
@@ -58,11 +61,16 @@ def _device(row: Any, where: str) -> Device:
     if kind not in set(DeviceKind):
         raise _BadFieldError(f"{where}: kind {kind!r} is none of {', '.join(DeviceKind)}")
     name = _field(row, "name", where, str)
+    if not (name == HOST if kind == DeviceKind.HOST else _NAME.fullmatch(name)):
+        raise _BadFieldError(f"{where}: {name!r} is no name that llama-server gives a device of the kind {kind}")
+    total, free = _bytes(row, "total_bytes", where), _bytes(row, "free_bytes", where)
+    if total is not None and free is not None and free > total:
+        raise _BadFieldError(f"{where}: free_bytes is more than total_bytes")
     return Device(
         name=DeviceName(name),
         kind=DeviceKind(kind),
-        total_bytes=_bytes(row, "total_bytes", where),
-        free_bytes=_bytes(row, "free_bytes", where),
+        total_bytes=total,
+        free_bytes=free,
         pool=PoolId(_field(row, "pool", where, str, HOST_POOL if kind == DeviceKind.HOST else name)),
         description=_field(row, "description", where, str, ""),
         uuid=_field(row, "uuid", where, str, None),
@@ -97,7 +105,7 @@ def _field(row: dict[str, Any], name: str, where: str, kind: type[T], default: A
     if value is _REQUIRED:
         raise _BadFieldError(f"{where}: {name} is missing")
     if value is not default and not isinstance(value, kind):
-        raise _BadFieldError(f"{where}: {name} is {value!r}, where a {kind.__name__} belongs")
+        raise _BadFieldError(f"{where}: {name} is {value!r}, where a {_MEANT[kind]} belongs")
     return value
 
 

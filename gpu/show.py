@@ -83,10 +83,10 @@ def as_text(machine: Machine, cards: Mapping[str, Card] = MappingProxyType({}), 
     lines = [f"{figures}  {text}".rstrip() for figures, text in zip(left, about, strict=True)]
     for number, device in reversed(list(enumerate(devices, start=1))):
         notes = _notes(device, machine)
-        lines[number + 1 : number + 1] = [line for note in notes for line in _wrapped(note, indent, columns)]
+        lines[number + 1 : number + 1] = [line for note in notes for line in wrapped(note, indent, columns)]
     mentioned = {device.why_not for device in devices if device.why_not}
     warnings = [line for line in machine.warnings if not any(why in line for why in mentioned)]
-    rest = [line for warning in warnings for line in _wrapped(f"warning: {warning}", "", columns)]
+    rest = [line for warning in warnings for line in wrapped(f"warning: {warning}", "", columns)]
     if not machine.devices:
         rest += ["No GPU found. Looked for:", *(f"  {place}" for place in machine.looked_for)]
     return "\n".join([*lines, "", *rest] if rest else lines)
@@ -140,7 +140,7 @@ def _notes(device: Device, machine: Machine) -> list[str]:
     ]
 
 
-def _wrapped(text: str, indent: str, columns: int) -> list[str]:
+def wrapped(text: str, indent: str, columns: int) -> list[str]:
     """Return the text in lines of this width, broken between words."""
     lines, line = [], indent
     for word in text.split():

@@ -231,8 +231,10 @@ def _find(text: str, more_cards: Path | None) -> CatalogueCard:
     from difflib import get_close_matches  # noqa: PLC0415 - only a slip of the keyboard pays for it
 
     nearest = get_close_matches(wanted, by_plain, n=3, cutoff=0.5)
-    hint = ", ".join(by_plain[match].key for match in nearest) or ", ".join(list(cards)[:8]) + ", ..."
-    raise WhatIfError(f"--gpu {text!r} is not in the card catalogue; nearest: {hint} (or say custom:mem=SIZE)")
+    hint = (
+        "nearest: " + ", ".join(by_plain[match].key for match in nearest) if nearest else f"it has {', '.join(cards)}"
+    )
+    raise WhatIfError(f"--gpu {text!r} is not in the card catalogue; {hint} (or say custom:mem=SIZE)")
 
 
 def _plain(text: str) -> str:

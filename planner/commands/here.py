@@ -19,6 +19,9 @@ SOMETHING_IS_WRONG: Final = 1
 
 def main(name: str, words: Sequence[str]) -> int:
     """Run the command of this name. Raises PlannerError."""
+    if words and words[0] in {"-h", "--help"}:
+        terminal.write(f"planner {name} [--json]\n\n{ABOUT[name]}\n")
+        return FINE
     if any(word != "--json" for word in words):
         raise InvalidRequest(f"planner {name} takes --json and nothing else")
     return COMMANDS[name](as_json=bool(words))
@@ -45,7 +48,7 @@ def _doctor(*, as_json: bool) -> int:
     if as_json:
         terminal.write_json(doctor.as_json(findings))
     else:
-        terminal.write(doctor.as_text(findings) + "\n")
+        terminal.write(doctor.as_text(findings, terminal.columns()) + "\n")
     return FINE if doctor.is_healthy(findings) else SOMETHING_IS_WRONG
 
 
@@ -85,6 +88,14 @@ def _version(*, as_json: bool) -> int:
     return FINE
 
 
+ABOUT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "devices": "Shows what llama-server can use here by its names, what is free there, what is left out and why.",
+        "doctor": "Says what is wrong with this machine and what mends it. Exit status 0: nothing is, 1: something is.",
+        "config": "Shows every setting in force and where it comes from.",
+        "--version": "Shows our version and that of the llama-server that is launched.",
+    }
+)
 COMMANDS: Final[Mapping[str, Callable[..., int]]] = MappingProxyType(
     {"devices": _devices, "doctor": _doctor, "config": _config, "--version": _version}
 )

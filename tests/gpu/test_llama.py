@@ -179,3 +179,10 @@ def test_cpu_features_are_the_kernels_words_for_them(tmp_path: Path) -> None:
         "processor : 0\nflags : fpu avx2 avx512f amx_int8 smep fma\n\nprocessor : 1\n"
     )
     assert llama.cpu_features(tmp_path) == {"avx2", "avx512f", "amx_int8", "fma"}
+
+
+def test_a_service_without_a_home_keeps_nothing_and_writes_nowhere(tmp_path: Path) -> None:
+    server = write_server(tmp_path / "a", NO_DEVICES)
+    for home in ({}, {"HOME": ""}, {"XDG_CACHE_HOME": "relative"}):
+        llama.ask(server, {"PATH": "/usr/bin:/bin", **home})
+    assert calls(tmp_path / "a") == ["--version", "--list-devices"] * 3

@@ -26,12 +26,13 @@ KINDS = st.sampled_from([kind for kind in DeviceKind if kind is not DeviceKind.H
 def machines(draw: st.DrawFn) -> Machine:
     """Draw a machine of up to four devices in up to three pools."""
     pools = [MemoryPool(PoolId(f"pool{n}"), draw(SIZES), draw(SIZES)) for n in range(3)]
+    totals = [draw(SIZES) for _ in range(draw(st.integers(0, 4)))]
     devices = tuple(
         Device(
             name=DeviceName(f"D{number}"),
             kind=draw(KINDS),
-            total_bytes=draw(SIZES),
-            free_bytes=draw(SIZES),
+            total_bytes=total,
+            free_bytes=draw(SIZES if total is None else st.none() | st.integers(0, total)),
             pool=draw(st.sampled_from(pools)).id,
             description=draw(st.text(max_size=5)),
             uuid=draw(st.none() | st.just("GPU-1")),
@@ -43,7 +44,7 @@ def machines(draw: st.DrawFn) -> Machine:
             usable=draw(st.booleans()),
             why_not=draw(st.none() | st.just("because")),
         )
-        for number in range(draw(st.integers(0, 4)))
+        for number, total in enumerate(totals)
     )
     base = whatif.machine(host_memory_bytes=GIB)
     return replace(base, devices=devices, pools=(*base.pools, *pools))
@@ -71,7 +72,14 @@ def document() -> dict[str, Any]:
         (lambda d: d["devices"][0].update(free_bytes=-1), "free_bytes is -1"),
         (lambda d: d["devices"][0].update(free_bytes=True), "free_bytes is True"),
         (lambda d: d["devices"][0].update(kind="tpu"), "kind 'tpu' is none of cuda"),
-        (lambda d: d["devices"][0].update(name=["CUDA0"]), "where a str belongs"),
+        (lambda d: d["devices"][0].update(name=["CUDA0"]), "where a text belongs"),
+        (lambda d: d["devices"][0].update(name="CUDA0,CUDA1"), "'CUDA0,CUDA1' is no name"),
+        (lambda d: d["devices"][0].update(name=""), "'' is no name"),
+        (
+            lambda d: d["devices"][-1].update(name="X"),
+            "'X' is no name that llama-server gives a device of the kind host",
+        ),
+        (lambda d: d["devices"][0].update(free_bytes=1 << 50), "free_bytes is more than total_bytes"),
         (lambda d: d["devices"].append(d["devices"][0]), "CUDA0 is there twice"),
         (lambda d: d["devices"].append(7), "devices[2]: not an object"),
         (lambda d: d.update(pools=[{"id": 3}]), "pools[0]: id is 3"),
