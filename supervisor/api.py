@@ -362,6 +362,10 @@ class Runtime(Protocol):
         """
         ...
 
+    def model(self, model: str) -> ModelView:
+        """Return one model as a snapshot has it, at the cost of one. Raises UnknownModel where it has gone."""
+        ...
+
     def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
         """Return a context manager that waits for a lease on a runner of this model, loading it where need be.
 

@@ -212,6 +212,13 @@ class Inventory:
             raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r} in {self._where}; {hint}", closest=closest)
         return entry
 
+    def known(self, model: str) -> ModelEntry:
+        """Return the model of this id as it was last seen. Raises UnknownModel where it is not there any more."""
+        entry = self._catalogue.find(model)
+        if entry is None:
+            raise UnknownModel(f"the model {model!r} is not in {self._where} any more")
+        return entry
+
     async def find(self, name: str, role: Role) -> ModelEntry:
         """Return the model of this name for this role. Raises UnknownModel, BadModel, WrongRole.
 

@@ -21,6 +21,7 @@ from supervisor.api import (
     NO_NEED,
     LoadOptions,
     LoadProgress,
+    ModelView,
     Need,
     Snapshot,
     UnknownDevice,
@@ -127,7 +128,7 @@ class Supervisor:
             machine=inventory.machine,
             ledger=views.ledger_views(pool, inventory.machine, now),
             runners=views.runner_views(pool, clock),
-            models=views.model_views(inventory.entries, pool, self._options.n_ctx_per_slot),
+            models=tuple(views.model_view(one, pool, self._options.n_ctx_per_slot) for one in inventory.entries),
             queue_length=len(pool.waiting),
             queue_limit=pool.limits.max_queue,
             counters=self._writer.counters,
@@ -137,6 +138,10 @@ class Supervisor:
     async def resolve(self, name: str) -> str:
         """Return the public id that this name stands for. Raises UnknownModel."""
         return (await self._inventory.resolve(name)).id
+
+    def model(self, model: str) -> ModelView:
+        """Return one model as a snapshot has it. Raises UnknownModel where it has gone."""
+        return views.model_view(self._inventory.known(model), self._writer.pool, self._options.n_ctx_per_slot)
 
     @asynccontextmanager
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[ChildLease]:

@@ -129,29 +129,26 @@ def ledger_views(pool: Pool, machine: Machine | None, now: float) -> tuple[Devic
     return tuple(DeviceLedger(**asdict(row)) for row in rows)
 
 
-def model_views(entries: tuple[ModelEntry, ...], pool: Pool, n_ctx_per_slot: int | None) -> tuple[ModelView, ...]:
-    """Return every model of the folder; the context is the plan's, else what every conversation was promised."""
-    return tuple(
-        ModelView(
-            id=entry.id,
-            path=entry.path,
-            role=entry.role,
-            architecture=entry.architecture,
-            file_bytes=entry.file_bytes,
-            modified_at=entry.modified_at,
-            n_ctx_train=entry.n_ctx_train,
-            n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.n_ctx_per_slot,
-            problem=entry.problem,
-            digest=entry.digest,
-            quantization=entry.quantization,
-            n_params=entry.n_params,
-            n_embd=entry.n_embd,
-            capabilities=entry.capabilities,
-            preset=entry.preset,
-            aliases=entry.aliases,
-        )
-        for entry in entries
-        for plan in [pool.runner(entry.id).plan]
+def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> ModelView:
+    """Return one model of the folder; its context is the plan's, else what every conversation was promised."""
+    plan = pool.runner(entry.id).plan
+    return ModelView(
+        id=entry.id,
+        path=entry.path,
+        role=entry.role,
+        architecture=entry.architecture,
+        file_bytes=entry.file_bytes,
+        modified_at=entry.modified_at,
+        n_ctx_train=entry.n_ctx_train,
+        n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.n_ctx_per_slot,
+        problem=entry.problem,
+        digest=entry.digest,
+        quantization=entry.quantization,
+        n_params=entry.n_params,
+        n_embd=entry.n_embd,
+        capabilities=entry.capabilities,
+        preset=entry.preset,
+        aliases=entry.aliases,
     )
 
 

@@ -15,7 +15,18 @@ from typing import Any, Final
 
 from config.keys_file import Client, hash_of
 from planner.types import Role
-from supervisor.api import NO_NEED, ClientLimit, Lease, LoadProgress, Need, Runtime, Snapshot, UnknownModel, YieldResult
+from supervisor.api import (
+    NO_NEED,
+    ClientLimit,
+    Lease,
+    LoadProgress,
+    ModelView,
+    Need,
+    Runtime,
+    Snapshot,
+    UnknownModel,
+    YieldResult,
+)
 from supervisor.gateway.errors import NotPermitted, Unauthorized
 
 SHARED: Final = "shared key"  # the name of whoever holds a key of API_KEYS, which have none
@@ -142,6 +153,11 @@ class PermittedRuntime:
         self._check(model)
         return model
 
+    def model(self, model: str) -> ModelView:
+        """Return the model. Raises UnknownModel."""
+        self._check(model)
+        return self._runtime.model(model)
+
     def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
         """Wait for a lease, in the name of the client at hand. Raises UnknownModel."""
         self._check(model)
@@ -187,10 +203,7 @@ class PermittedRuntime:
     def _check(self, model: str) -> None:
         """Raise UnknownModel for a model that the client at hand may not use."""
         client = _caller.get().client
-        if not client.models:
-            return
-        aliases = next((one.aliases for one in self._runtime.snapshot().models if one.id == model), ())
-        if not _may_use(client, model, aliases):
+        if client.models and not _may_use(client, model, self._runtime.model(model).aliases):
             raise _unknown(model)
 
 

@@ -39,7 +39,7 @@ class Manage:
         """Answer once the model is loaded; whoever leaves before that leaves the load to go on."""
         fields = await _fields(request)
         model = await self._model(request, fields)
-        role = next(one.role for one in self._runtime.snapshot().models if one.id == model)
+        role = self._runtime.model(model).role
         need = Need(keep_alive_s=parse_keep_alive(fields.get("keep_alive")), load=LoadOptions(n_ctx=_n_ctx(fields)))
         async with self._runtime.acquire(model, role, need):
             return web.json_response({"model": model, "loaded": True})

@@ -72,20 +72,15 @@ class OpenAI:
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream
         exchange.model = model = await self._runtime.resolve(wanted.model)
-        role, preset = self._known(model)
-        role = PASSED_THROUGH[request.path] or role
-        need = replace(need, load=loaded_by(preset, need.load))
+        view = self._runtime.model(model)
+        role = PASSED_THROUGH[request.path] or view.role
+        need = replace(need, load=loaded_by(view.preset, need.load))
         async with AsyncExitStack() as stack:
             async with progress_told(request, self._runtime, model):
                 lease = await stack.enter_async_context(self._runtime.acquire(model, role, need))
             if not wanted.is_form:
-                body = _amended(request.path, body, lease.amendments, preset)
+                body = _amended(request.path, body, lease.amendments, view.preset)
             return await forward(request.app[self._session], lease, request, request.path, body)
-
-    def _known(self, model: str) -> tuple[Role, Preset]:
-        """Return what a model is for and what its Modelfile says; of one that has just gone, anything will do."""
-        views = (view for view in self._runtime.snapshot().models if view.id == model)
-        return next(((view.role, view.preset) for view in views), (Role.CHAT, Preset()))
 
     async def _models(self, _request: web.Request) -> web.Response:
         snapshot = self._runtime.snapshot()

@@ -179,10 +179,7 @@ class FakeRuntime:
         """Return a machine-less snapshot that lists the servers' models."""
         names = {name: server.role for name, server in self.servers.items()}
         names |= dict.fromkeys(self.endpoints, Role.CHAT)
-        models = tuple(
-            ModelView(name, f"/models/{name}.gguf", role, "llama", 1000, 1_700_000_000.5, 4096, 2048)
-            for name, role in names.items()
-        )
+        models = tuple(_view(name, role) for name, role in names.items())
         return Snapshot(
             version="0.1.0",
             started_at=time.time(),
@@ -197,6 +194,10 @@ class FakeRuntime:
             queue_length=0,
             queue_limit=512,
         )
+
+    def model(self, model: str) -> ModelView:
+        """Return a model of the snapshot."""
+        return _view(model, self.servers[model].role if model in self.servers else Role.CHAT)
 
     async def resolve(self, name: str) -> str:
         """Know the servers' models by their exact names."""
@@ -268,3 +269,7 @@ class FakeRuntime:
 
 
 Serve = Callable[..., Awaitable[str]]
+
+
+def _view(name: str, role: Role) -> ModelView:
+    return ModelView(name, f"/models/{name}.gguf", role, "llama", 1000, 1_700_000_000.5, 4096, 2048)

@@ -45,13 +45,10 @@ class Granting:
             raise OllamaError(400, MODEL_REQUIRED)
         try:
             found = await self.runtime.resolve(name)
-        except UnknownModel as error:
+            request[EXCHANGE].model = found
+            return self.runtime.model(found)
+        except UnknownModel as error:  # it may have gone since
             raise missing(name[:SHOWN_NAME]) from error
-        request[EXCHANGE].model = found
-        view = next((view for view in self.runtime.snapshot().models if view.id == found), None)
-        if view is None:  # it went while it was looked up
-            raise missing(name[:SHOWN_NAME])
-        return view
 
     @asynccontextmanager
     async def granted(
@@ -64,11 +61,7 @@ class Granting:
         async with self.runtime.acquire(model.id, role, need) as lease:
             load_s = exchange.elapsed_s() - before_s
             async with talking(request.app[self._session], lease) as runner:
-                yield Granted(runner, load_s, self._n_ctx(model))
-
-    def _n_ctx(self, model: ModelView) -> int | None:
-        lengths = (one.n_ctx_per_slot for one in self.runtime.snapshot().runners if one.model == model.id)
-        return next(lengths, model.n_ctx_per_slot)
+                yield Granted(runner, load_s, self.runtime.model(model.id).n_ctx_per_slot)
 
 
 def options_of(model: ModelView, asked: Mapping[str, Any]) -> dict[str, Any]:
