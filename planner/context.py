@@ -30,6 +30,12 @@ _POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_po
 # Architectures that end llama.cpp by GGML_ASSERT(ggml_can_repeat(b, a)) where sequences get unequal parts of a batch.
 _EVEN_SLOTS: Final = frozenset({"kimi-linear"})
 
+# The same where sequences have caches of their own at all: the bias of T5's decoder is that of one cache.
+_ONE_STREAM: Final = frozenset({"t5"})
+
+ABORTS_WITH_FLASH_ATTENTION: Final = frozenset({"plm"})
+"""Architectures whose V llama.cpp cannot store untransposed: GGML_ASSERT(a->ne[0] == b->ne[0]) in ggml_set_rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class ContextParams:
@@ -154,20 +160,28 @@ def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind]
 
 def aborts(model: ModelFacts, params: ContextParams) -> str | None:
     """Return why llama-server would end itself by an assertion while it loads, or None; it does not refuse these."""
-    n_tokens, n_slots = min(params.n_ctx, params.n_ubatch), params.n_seq_max
-    if params.n_outputs_max < n_slots:  # src/llama-context.cpp, output_reserve
+    facts, n_slots = model.hparams, params.n_seq_max
+    n_tokens = min(params.n_ctx, params.n_ubatch)
+    if facts.n_expert_used > facts.n_expert or (facts.n_expert and not facts.n_expert_used):
+        reason = f"of its {facts.n_expert} experts {facts.n_expert_used} are used"  # src/llama-model.cpp, load_hparams
+    elif params.n_outputs_max < n_slots:  # src/llama-context.cpp, output_reserve
         few = f"a batch of {params.n_outputs_max} has no output for each of {n_slots} slots"
-        flag = "--ubatch-size" if params.embeddings else "--batch-size"
-        return f"llama.cpp aborts while it loads, since {few}: give {flag} {n_slots}"
-    if not n_tokens % n_slots:
+        reason = f"{few}: give {'--ubatch-size' if params.embeddings else '--batch-size'} {n_slots}"
+    elif facts.architecture in ABORTS_WITH_FLASH_ATTENTION and params.flash_attn != "off" and n_tokens > 1:
+        reason = f"flash attention does not work with {facts.architecture}: give --flash-attn off"
+    elif facts.architecture in _ONE_STREAM and params.n_stream > 1:
+        reason = f"{facts.architecture} takes one cache only: give --kv-unified"
+    elif n_tokens % n_slots and _takes_even_slots_only(model, params):
+        reason = f"{n_slots} slots do not share a micro-batch of {n_tokens} evenly: give {_even(n_tokens, n_slots)}"
+    else:
         return None
-    share = f"since {n_slots} slots do not share a micro-batch of {n_tokens} evenly: give {_even(n_tokens, n_slots)}"
-    if model.hparams.architecture in _EVEN_SLOTS and not params.kv_unified:
-        return f"llama.cpp aborts while it loads {model.hparams.architecture}, {share}"
+    return f"llama.cpp aborts while it loads this model, since {reason}"
+
+
+def _takes_even_slots_only(model: ModelFacts, params: ContextParams) -> bool:
+    # A mean is of all tokens, the micro-batch rounded up; there are outputs for no more than it has.
     averages = params.embeddings and pooling(model.hparams, params) == "mean"
-    if averages:  # all tokens, the micro-batch rounded up; there are outputs for no more than it has
-        return f"llama.cpp aborts while it prepares to pool by mean, {share}"
-    return None
+    return averages or (model.hparams.architecture in _EVEN_SLOTS and not params.kv_unified)
 
 
 def _even(n_tokens: int, n_slots: int) -> str:
@@ -190,7 +204,7 @@ def _model_refusal(model: ModelFacts) -> str | None:
         return f"llama.cpp knows the architecture {architecture} by name but cannot load it"
     if model.byte_order != "little":
         return "this file is big-endian: convert it with gguf-py's gguf_convert_endian.py"
-    return None
+    return model.contradiction and f"--override-kv does not go with the file's tensors: {model.contradiction}"
 
 
 def _cache_refusal(model: ModelFacts, request: PlanRequest) -> str | None:

@@ -14,6 +14,7 @@ from planner.architectures import ARCHITECTURES
 from planner.errors import ModelFileError
 from planner.gguf import MetadataValue
 from planner.hparams import HParams
+from planner.shapes import contradiction
 from planner.types import ModelSummary, Role
 
 __all__ = ["Attachment", "HParams", "MetadataValue", "ModelFacts", "Tensor", "read_attachment", "read_model"]
@@ -61,8 +62,8 @@ class ModelFacts:
 
     ``tokens`` and other long arrays are not in ``metadata``: an array there is present only where it is short
     (``planner.gguf.MAX_KEPT_ARRAY``). ``shard_bytes`` are the sizes of the files of a split model. ``overrides`` are in
-    the metadata already. ``adapters``, ``projector`` and ``draft`` are what a request has loaded with the model
-    (``planner.companions``).
+    the metadata already; ``contradiction`` says which tensor does not go with them. ``adapters``, ``projector`` and
+    ``draft`` are what a request has loaded with the model (``planner.companions``).
     Compared by identity, so that what is computed once per model can be kept with it.
     """
 
@@ -75,6 +76,7 @@ class ModelFacts:
     shard_bytes: tuple[int, ...]
     byte_order: str = "little"
     overrides: tuple[str, ...] = ()
+    contradiction: str | None = None
     adapters: tuple[Attachment, ...] = ()
     projector: Attachment | None = None
     draft: ModelFacts | None = None
@@ -90,15 +92,15 @@ def read_model(path: str, overrides: tuple[str, ...] = ()) -> ModelFacts:
     ``overrides`` are metadata that count instead of the file's own, as ``KEY=TYPE:VALUE``. Raises ModelFileError for a
     file or shard that is missing, unreadable, malformed or no model, and InvalidRequest for a malformed override.
     """
-    headers = [_open(path)]
-    if overrides:
-        headers[0] = replace(headers[0], metadata=kv_overrides.applied(headers[0].metadata, overrides))
+    own = _open(path)
+    headers = [replace(own, metadata=kv_overrides.applied(own.metadata, overrides)) if overrides else own]
     paths = _shard_paths(path, headers[0])
     headers += [_open(shard) for shard in paths[1:]]
     _check_shards(paths, headers)
     tensors = _tensors(headers)
     first = headers[0]
-    facts = hparams.read_hparams(path, first, frozenset(tensor.name for tensor in tensors))
+    names = frozenset(tensor.name for tensor in tensors)
+    facts = hparams.read_hparams(path, first, names)
     return ModelFacts(
         summary=_summary(path, headers, facts),
         role=_role(facts),
@@ -109,7 +111,18 @@ def read_model(path: str, overrides: tuple[str, ...] = ()) -> ModelFacts:
         shard_bytes=tuple(header.file_bytes for header in headers),
         byte_order=first.byte_order,
         overrides=overrides,
+        contradiction=_contradiction(path, own, first, tensors) if overrides else None,
     )
+
+
+def _contradiction(path: str, own: gguf.Header, changed: gguf.Header, tensors: tuple[Tensor, ...]) -> str | None:
+    """Return which tensor does not go with the changed metadata, though it does with the file's own."""
+    names = frozenset(tensor.name for tensor in tensors)
+    before, after = (hparams.read_hparams(path, header, names) for header in (own, changed))
+    key = f"{after.architecture}.nextn_predict_layers"
+    had, has = (header.metadata.get(key, 0) for header in (own, changed))
+    added = has - had if isinstance(has, int) and isinstance(had, int) else 0
+    return contradiction(tensors, before, after, added)
 
 
 def read_attachment(path: str) -> Attachment:

@@ -110,6 +110,8 @@ def _flash_attn(model: ModelFacts, request: PlanRequest, policy: Policy) -> tupl
         return policy.flash_attn, "it is the setting PLANNER_FLASH_ATTENTION"
     if context.context_params(model, request).flash_attn == "off":
         return "off", f"{model.hparams.architecture} does not support it"
+    if model.hparams.architecture in context.ABORTS_WITH_FLASH_ATTENTION:
+        return "off", f"llama.cpp aborts with it on {model.hparams.architecture}"
     return "auto", f"{DEFAULT}, and is on wherever each layer's device can"
 
 

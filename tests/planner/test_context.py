@@ -224,6 +224,10 @@ def test_files_that_are_no_model_for_this_machine_are_refused(tmp_path: Path) ->
         ("llama", {"n_parallel": 3, "n_batch": 2, "n_ubatch": 1}, "--batch-size 3"),
         ("llama", {"n_parallel": 3, "n_ubatch": 1, "embeddings": True}, "--ubatch-size 3"),
         ("llama", {"n_parallel": 3, "n_ubatch": 1}, None),
+        ("plm", {"flash_attn": "on"}, "--flash-attn off"),
+        ("plm", {"flash_attn": "off"}, None),
+        ("t5", {"n_parallel": 2}, "--kv-unified"),
+        ("t5", {"n_parallel": 2, "kv_unified": True}, None),
     ],
 )
 def test_what_llama_server_does_not_survive_is_told(
@@ -233,3 +237,9 @@ def test_what_llama_server_does_not_survive_is_told(
     reason = aborts(model, params(model, n_ctx=4096, **knobs))
     assert (reason is not None) == (cure is not None)
     assert cure is None or str(reason).endswith(f"give {cure}")
+
+
+@pytest.mark.parametrize("n_expert,n_used", [(4, 5), (0, 2), (4, 0)])
+def test_a_routing_that_llama_cpp_asserts_against_is_told(tmp_path: Path, n_expert: int, n_used: int) -> None:
+    model = model_of(tmp_path, expert_count=n_expert, expert_used_count=n_used)
+    assert f"of its {n_expert} experts {n_used} are used" in str(aborts(model, params(model)))
