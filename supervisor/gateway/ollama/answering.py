@@ -38,16 +38,16 @@ _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("loadmaster.o
 async def chat_answer(runner: Runner, asked: ChatRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
     """Yield the answer to a conversation; one that is too long loses its oldest messages, as Ollama's does."""
     messages = chat.conversation(asked, model.preset)
-    form = form_of(model, asked.common, messages, sampling, tools=asked.tools)
+    form = await form_of(model, asked.common, messages, sampling, tools=asked.tools)
     try:
-        async for one in _read(runner, form.path, form.body(messages), form.reader(messages)):
+        async for one in _read(runner, form.path, await form.body(messages), form.reader(messages)):
             yield one
     except ContextExceeded as error:
         if not asked.common.truncate:
             raise OllamaError(400, INPUT_TOO_LONG) from error
         shorter = await shortened(messages, partial(form.count, runner), error.n_ctx)
         _log.warning("chat.truncated", messages=len(messages), kept=len(shorter))
-        async for one in _read(runner, form.path, form.body(shorter), form.reader(shorter)):
+        async for one in _read(runner, form.path, await form.body(shorter), form.reader(shorter)):
             yield one
 
 
@@ -73,7 +73,7 @@ async def generate_answer(
 async def _inserted(runner: Runner, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
     """Yield what belongs between the prompt and the suffix, by the Modelfile's template or the model's own tokens."""
     common = asked.common
-    rendered = inserted_text(model, asked)
+    rendered = await inserted_text(model, asked)
     if rendered is None:
         path, body = INFILL_PATH, generate.infill_body(asked, sampling)
     else:
@@ -91,15 +91,15 @@ async def _inserted(runner: Runner, asked: GenerateRequest, model: ModelView, sa
 async def _prompted(runner: Runner, asked: GenerateRequest, model: ModelView, sampling: Mapping[str, Any]) -> Answer:
     """Yield the answer to a prompt in its template, and at the end the tokens to go on from."""
     common, messages = asked.common, generate.as_conversation(asked, model.preset)
-    form = form_of(model, common, messages, sampling, own=asked.template)
+    form = await form_of(model, common, messages, sampling, own=asked.template)
     if asked.images:  # they are no tokens that one could go on from
         if asked.context:
             _log.warning("context.ignored", model=model.id, problem="a prompt with images cannot go on from tokens")
-        async for one in _read(runner, form.path, form.body(messages), form.reader(messages)):
+        async for one in _read(runner, form.path, await form.body(messages), form.reader(messages)):
             yield one
         return
     prompt = await form.text(runner, messages)
-    path, body, reader = form.path, form.body(messages), form.reader(messages)
+    path, body, reader = form.path, await form.body(messages), form.reader(messages)
     if asked.context:
         path, reader = COMPLETION_PATH, CompletionReader(common.n_top)
         body = generate.completion_body([*asked.context, prompt], common, sampling)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import structlog
+from anyio import to_thread
 
 from supervisor.api import ModelView
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
@@ -39,7 +41,7 @@ class Form(Protocol):
         """Return where llama-server takes it."""
         ...
 
-    def body(self, messages: Messages) -> dict[str, Any]:
+    async def body(self, messages: Messages) -> dict[str, Any]:
         """Return the body to send there."""
         ...
 
@@ -69,7 +71,7 @@ class HeadersForm:
         """Return where llama-server takes it."""
         return CHAT_PATH
 
-    def body(self, messages: Messages) -> dict[str, Any]:
+    async def body(self, messages: Messages) -> dict[str, Any]:
         """Return the body to send there."""
         return chat_body(messages, self.tools, self.common, self.sampling)
 
@@ -80,29 +82,30 @@ class HeadersForm:
 
     async def text(self, runner: Runner, messages: Messages) -> str:
         """Return the text that the model goes on from."""
-        return str((await runner.ask("/apply-template", self.body(messages)))["prompt"])
+        return str((await runner.ask("/apply-template", await self.body(messages)))["prompt"])
 
     async def count(self, runner: Runner, messages: Messages) -> int:
         """Return the tokens that the conversation takes."""
-        return int((await runner.ask(f"{CHAT_PATH}/input_tokens", self.body(messages)))["input_tokens"])
+        return int((await runner.ask(f"{CHAT_PATH}/input_tokens", await self.body(messages)))["input_tokens"])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ModelfilesForm:
-    """A Modelfile's template, rendered here."""
+    """A Modelfile's template, rendered here: beside the event loop, since a template may take its time."""
 
     template: Template
     common: Common
     sampling: Mapping[str, Any]
+    _rendered: tuple[Messages, str] = ((), "")
 
     @property
     def path(self) -> str:
         """Return where llama-server takes it."""
         return COMPLETION_PATH
 
-    def body(self, messages: Messages) -> dict[str, Any]:
+    async def body(self, messages: Messages) -> dict[str, Any]:
         """Return the body to send there."""
-        return completion_body(self._rendered(messages), self.common, self.sampling)
+        return completion_body(await self._text(messages), self.common, self.sampling)
 
     def reader(self, _messages: Messages) -> Reader:
         """Return what reads the answer's events."""
@@ -110,14 +113,17 @@ class ModelfilesForm:
 
     async def text(self, _runner: Runner, messages: Messages) -> str:
         """Return the text that the model goes on from."""
-        return self._rendered(messages)
+        return await self._text(messages)
 
     async def count(self, runner: Runner, messages: Messages) -> int:
         """Return the tokens that the conversation takes."""
-        return len(await tokens_of(runner, self._rendered(messages)))
+        return len(await tokens_of(runner, await self._text(messages)))
 
-    def _rendered(self, messages: Messages) -> str:
-        return self.template.conversation(messages, think=self.common.think)
+    async def _text(self, messages: Messages) -> str:
+        if self._rendered[0] is not messages:
+            text = await to_thread.run_sync(partial(self.template.conversation, messages, think=self.common.think))
+            self._rendered = messages, text
+        return self._rendered[1]
 
 
 async def tokens_of(runner: Runner, text: str, *, begins: bool = True) -> list[int]:
@@ -126,7 +132,7 @@ async def tokens_of(runner: Runner, text: str, *, begins: bool = True) -> list[i
     return list((await runner.ask("/tokenize", words))["tokens"])
 
 
-def form_of(
+async def form_of(
     model: ModelView,
     common: Common,
     messages: Messages,
@@ -144,19 +150,21 @@ def form_of(
         return by_header
     try:
         form = ModelfilesForm(read_template(wanted), common, sampling)
-        form.body(messages)
+        await form.body(messages)
     except TemplateError as error:
         _log_unusable(model, error)
         return by_header
     return form
 
 
-def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
+async def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
     """Return the text that asks for what belongs between prompt and suffix, None where no template says how."""
     wanted = asked.template or model.preset.template
     try:
         template = read_template(wanted) if wanted else None
-        return template.infill(asked.prompt, asked.suffix) if template is not None and template.inserts else None
+        if template is None or not template.inserts:
+            return None
+        return await to_thread.run_sync(template.infill, asked.prompt, asked.suffix)
     except TemplateError as error:
         _log_unusable(model, error)
         return None

@@ -25,7 +25,7 @@ from supervisor.gateway.ollama.go_syntax import (
 
 # A conversation of a million tokens is a few megabytes; a template that makes more of it goes round in circles.
 MAX_OUTPUT_CHARS: Final = 64 << 20
-# Some dozen for each message; a second's work, since nobody else is served meanwhile.
+# Some dozen for each message; half a second's work, in a thread.
 MAX_STEPS: Final = 100_000
 _VERB: Final = re.compile(r"%([svdq%])")
 
