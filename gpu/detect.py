@@ -80,8 +80,11 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     are devices that the user asked for by name, to be used even where llama.cpp would leave them out.
 
     ``lightly``: only drivers and the kernel are asked, neither llama-server nor workers, whose figures and warnings
-    stay those of ``previous``; but where cards came or went it is a look like any other.
+    stay those of ``previous``; but where cards came or went it is a look like any other, and where a card sleeps that
+    would be woken nobody is asked at all.
     """
+    if previous is not None and lightly and nvml.is_asleep(root):
+        return previous
     nvidia, amd = nvml.probe(), rocm.probe(root)
     ours = frozenset[int]() if owner is None else host.runners(owner, root)
     cards = (*(nvml.unless_taken(card, ours) for card in nvidia.cards), *amd.cards)

@@ -121,7 +121,14 @@ def _worker_devices(used: Sequence[Device], machine: Machine) -> tuple[str, ...]
 def _visible(used: Sequence[Device], kind: DeviceKind) -> tuple[Device, ...]:
     """Return the devices of this kind where all of them can be named by UUID, else none."""
     devices = tuple(device for device in used if device.kind is kind)
+    if kind is DeviceKind.CUDA and _reads_cudas_variable(used):
+        return ()
     return devices if all(device.uuid for device in devices) else ()
+
+
+def _reads_cudas_variable(used: Sequence[Device]) -> bool:
+    """Say whether HIP would take CUDA's variable for its own, having none: it would find none of its cards there."""
+    return any(device.kind is DeviceKind.ROCM and not device.uuid for device in used)
 
 
 def _environment(used: Sequence[Device], machine: Machine, build: LlamaBuild) -> dict[str, str]:
@@ -135,6 +142,8 @@ def _environment(used: Sequence[Device], machine: Machine, build: LlamaBuild) ->
     present = {device.kind for device in machine.devices}
     for kind, variable in _HIDE_ALL.items():
         known = kind in present or kind.value in build.backends
+        if kind is DeviceKind.CUDA and _reads_cudas_variable(used):
+            continue
         if known and not machine.what_if and all(device.kind is not kind for device in used):
             env[variable] = ""
     return env

@@ -19,7 +19,6 @@ from typing import Final
 
 from config import light
 from config.model_settings import ExternalRunner
-from gpu import nvml
 from gpu.detect import Detected, detect
 from gpu.llama import Search
 from planner import companions, gguf, oracle
@@ -68,8 +67,8 @@ class Worker:
     def answer(self, question: Question) -> Answer:
         """Return the answer to this question."""
         match question:
-            case LookAround(situation, lightly=True) if self._detected is not None:
-                return _surroundings(self._glance(situation, self._detected))
+            case LookAround(situation, lightly=True):
+                return _surroundings(self._detect(self._leased(situation), lightly=True))
             case LookAround(situation):
                 return _surroundings(self._look(situation, self._leased(situation)))
             case ScanModels():
@@ -104,10 +103,6 @@ class Worker:
                 self._headers.pop(next(iter(self._headers)))
             self._headers[key] = facts
         return self._headers[key]
-
-    def _glance(self, situation: Situation, previous: Detected) -> Detected:
-        """Return the machine with what its drivers and the kernel say now, as it was where that would wake a card."""
-        return previous if nvml.is_asleep() else self._detect(self._leased(situation), lightly=True)
 
     def _detect(self, leased: frozenset[str], *, lightly: bool = False) -> Detected:
         previous = self._detected

@@ -352,3 +352,20 @@ def test_this_machine_is_detected_with_its_host_last(llama_tools: Path, tmp_path
     assert shown["devices"][-1]["name"] == HOST
     assert any("llama-server" in place for place in shown["looked_for"])
     json.dumps(shown, allow_nan=False)
+
+
+def test_a_light_look_asks_nobody_where_a_card_sleeps_that_would_be_woken(
+    amd_machine: Path, rocm_path: Path, tmp_path: Path
+) -> None:
+    line = "  ROCm{}: AMD Radeon RX 7900 XTX (16368 MiB, 16368 MiB free)\n"
+    server = write_server(tmp_path / "a", f"Available devices:\n{line.format(0)}{line.format(1)}", backends=("hip",))
+    environ = {"ROCM_PATH": str(rocm_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    before = detect(environ, llama_server=server, root=amd_machine)
+    used = "sys/class/drm/renderD129/device/mem_info_vram_used"
+    state = "sys/bus/pci/drivers/nvidia/0000:01:00.0/power/runtime_status"
+    write_tree(amd_machine, {used: 10 * GIB, state: "suspended"})
+    assert detect(environ, previous=before, lightly=True, root=amd_machine) is before
+    write_tree(amd_machine, {state: "active"})
+    after = detect(environ, previous=before, lightly=True, root=amd_machine)
+    assert after.machine.device("ROCm1").free_bytes == 6 * GIB
+    assert after.machine.device("ROCm0") == before.machine.device("ROCm0")

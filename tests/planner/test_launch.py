@@ -94,6 +94,14 @@ def test_amd_cards_are_chosen_by_unique_id_and_then_counted() -> None:
     assert launch.read(spec.argv).devices == ("ROCm0",)
 
 
+@pytest.mark.parametrize("chosen", [("ROCm0",), ("CUDA0", "ROCm0")])
+def test_an_amd_card_without_a_unique_id_is_not_hidden_by_the_variable_for_nvidias(chosen: tuple[str, ...]) -> None:
+    both = machine(device("CUDA0", DeviceKind.CUDA, uuid="GPU-1"), device("ROCm0", DeviceKind.ROCM))
+    spec = launch.spec("m.gguf", PlanRequest(devices=chosen), both, BUILD)
+    assert "CUDA_VISIBLE_DEVICES" not in spec.env, "HIP would read it"
+    assert spec.argv[spec.argv.index("--device") + 1] == ",".join(chosen)
+
+
 def test_only_the_workers_that_are_used_are_connected() -> None:
     """Names count over the workers that are named, buffer types within their own worker."""
     request = PlanRequest(devices=("RPC3",), override_tensor=(("exps", "RPC3"),))
