@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from planner.flag_values import (
     MAX_DEVICES,
+    MAX_INT,
     choice,
     device_names,
     items,
@@ -64,6 +65,9 @@ class Flag:
 _AUTO_CONTEXT: Final = {"auto": "auto"}
 _AUTO_LAYERS: Final = {"auto": "auto", "all": "all", "-1": "auto", "-2": "all"}
 _UNSET: Final = {"auto": None, "-1": None}
+# Read as unsigned numbers, and bounded by the context or the batch (src/llama-context.cpp, constructor).
+_UNBOUNDED: Final = {"-1": MAX_INT}
+_BOUNDED_BY_BATCH: Final = {"0": MAX_INT, "-1": MAX_INT}
 _SWITCH_WORDS: Final = {  # common/arg.cpp, is_truthy, is_falsey and is_autoy
     **dict.fromkeys(("1", "true", "enabled"), "on"),
     **dict.fromkeys(("0", "false", "disabled"), "off"),
@@ -89,8 +93,8 @@ FLAGS: Final = (
     Flag("n_parallel", ("-np", "--parallel"), "slots: conversations at a time",
          (), "N", number_or(_UNSET, 1)),
     Flag("kv_unified", ("-kvu", "--kv-unified"), "one cache that all slots share", ("-no-kvu", "--no-kv-unified")),
-    Flag("n_batch", ("-b", "--batch-size"), "logical batch", (), "N", number(1)),
-    Flag("n_ubatch", ("-ub", "--ubatch-size"), "physical batch", (), "N", number(1)),
+    Flag("n_batch", ("-b", "--batch-size"), "logical batch", (), "N", number_or(_UNBOUNDED, 1)),
+    Flag("n_ubatch", ("-ub", "--ubatch-size"), "physical batch", (), "N", number_or(_BOUNDED_BY_BATCH, 1)),
     Flag("flash_attn", ("-fa", "--flash-attn"), "flash attention",
          (), "on|off|auto", choice("on", "off", "auto", also=_SWITCH_WORDS)),
     Flag("cache_type_k", ("-ctk", "--cache-type-k"), "type of the K cache", (), _TYPES, choice(*CACHE_TYPES)),

@@ -14,6 +14,7 @@ from planner import overrides
 from planner.errors import InvalidRequest
 from planner.flag_table import BY_NAME, FLAGS, Flag
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
+from planner.speculation import LOOKUP_FLAGS
 from planner.types import PlanRequest, Role
 
 PROGRAM: Final = "llama-server"
@@ -135,7 +136,7 @@ def _pass_on(reading: _Reading, name: str, rest: Iterator[str]) -> None:
     reading.passthrough += [name, *(_next(rest, name, "VALUE") for _ in range(PASSED_ON[name]))]
     if name in UNCOUNTED:
         reading.notes.append(f"{name} is handed to llama-server; the memory that it takes is not in these figures")
-    else:
+    elif name not in LOOKUP_FLAGS:
         reading.notes.append(f"{name} moves no memory; it is handed to llama-server as it is")
 
 
@@ -174,9 +175,23 @@ def _finish(reading: _Reading) -> CommandLine:
         del values["tensor_split"]  # all zero means "not given" (src/llama-model.cpp, load_tensors)
     if values.get("n_gpu_layers") == "auto":
         del values["n_gpu_layers"]
+    _keep_one_context(reading)
     request = PlanRequest(role=_role(values), passthrough=tuple(reading.passthrough), **values)
     _refuse_contradictions(request, options)
     return CommandLine(request, options, tuple(reading.notes))
+
+
+def _keep_one_context(reading: _Reading) -> None:
+    """Where ``-c`` says how much all slots share, the context of one only caps it (tools/server/server.cpp)."""
+    values = reading.values
+    if "n_ctx" not in values or "n_ctx_per_slot" not in values:
+        return
+    if values["n_ctx"] == "auto":
+        del values["n_ctx"]
+        return
+    cap = values.pop("n_ctx_per_slot")
+    reading.passthrough += ["--kv-unified-per-slot", str(cap)]
+    reading.notes.append(f"-c says what is reserved; of it a conversation gets {cap:,} tokens at most")
 
 
 def _role(values: Mapping[str, Any]) -> Role:
@@ -202,10 +217,6 @@ def _refuse_contradictions(request: PlanRequest, options: Options) -> None:
         (
             options.machine and (imagined or options.no_gpu),
             f"--machine and {imagined or '--no-gpu'}: the file says which devices there are",
-        ),
-        (
-            request.n_ctx is not None and request.n_ctx_per_slot,
-            "-c and --kv-unified-per-slot: give the sum over slots or the context of one, not both",
         ),
         (
             request.reranking and request.pooling not in {None, "rank"},

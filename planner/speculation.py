@@ -23,6 +23,9 @@ _BY_LOOKUP: Final[dict[str, tuple[int, str | None]]] = {
     "ngram-mod": (64, "--spec-ngram-mod-n-max"),
     "ngram-cache": (8, None),
 }
+LOOKUP_FLAGS: Final = frozenset(flag for _, flag in _BY_LOOKUP.values() if flag is not None)
+"""Flags that are handed on as they are, and counted here."""
+
 _KINDS: Final = (SIMPLE, "draft-eagle3", OWN_HEAD, "draft-dflash", "draft-dspark", *_BY_LOOKUP)
 _WITH_RULE: Final = frozenset({SIMPLE, OWN_HEAD, *_BY_LOOKUP})
 # Whose heads are never loaded, or drafted with by caches that have no rule here (src/llama-model.cpp, create_memory).

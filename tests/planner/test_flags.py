@@ -14,6 +14,7 @@ from requests_strategy import plan_requests
 
 from planner import flag_table, flags
 from planner.errors import InvalidRequest
+from planner.flag_values import MAX_INT
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
 from planner.types import PlanRequest, Role
 
@@ -159,7 +160,6 @@ def test_a_llama_server_command_line_can_be_pasted() -> None:
         ("--no-gpu --gpu rtx4090", "--no-gpu and --gpu rtx4090: with or without GPUs?"),
         ("--no-gpu -ngl 5", "--no-gpu and -ngl 5: there is no GPU"),
         ("--device CUDA0=1GiB --device CUDA0", "--device CUDA0=1GiB imagines a machine"),
-        ("-c 4096 --kv-unified-per-slot 512", "-c and --kv-unified-per-slot: "),
         ("--reranking --pooling mean", "--reranking and --pooling mean: reranking pools by rank"),
     ],
 )
@@ -186,3 +186,22 @@ def test_overrides_keep_the_order_of_the_line(words: str, places: list[str]) -> 
     assert len(patterns) == len(places)
     assert all(place in pattern for place, pattern in zip(places, patterns, strict=True))
     assert flags.parse(flags.write(request)).request.override_tensor == request.override_tensor
+
+
+def test_the_context_of_one_caps_what_the_sum_reserves() -> None:
+    line = flags.parse(["-c", "4096", "-np", "4", "--kv-unified-per-slot", "512"])
+    assert (line.request.n_ctx, line.request.n_ctx_per_slot) == (4096, None)
+    assert line.request.passthrough == ("--kv-unified-per-slot", "512")
+    assert any("512 tokens at most" in note for note in line.notes)
+    assert flags.parse(["-c", "auto", "--kv-unified-per-slot", "512"]).request.n_ctx_per_slot == 512
+
+
+@pytest.mark.parametrize("words", ["-ub 0", "-ub -1", "-b -1"])
+def test_an_unbounded_batch_is_bounded_by_what_it_is_made_of(words: str) -> None:
+    request = flags.parse(words.split()).request
+    assert MAX_INT in {request.n_batch, request.n_ubatch}
+
+
+def test_a_flag_that_the_figures_count_has_no_note() -> None:
+    assert flags.parse(["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", "64"]).notes == ()
+    assert flags.parse(["--spec-ngram-simple-size-n", "9"]).notes
