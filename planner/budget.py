@@ -7,7 +7,19 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from planner.types import Device, DeviceKind, DeviceUsage, Machine, Placement, Plan, Policy, PoolId, Shortfall
+from planner.types import (
+    Device,
+    DeviceKind,
+    DeviceUsage,
+    Figure,
+    HostDetail,
+    Machine,
+    Placement,
+    Plan,
+    Policy,
+    PoolId,
+    Shortfall,
+)
 from planner.units import MIB
 
 if TYPE_CHECKING:
@@ -114,11 +126,10 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
     return tuple(rows)
 
 
-def _host_allocated(ledger: MemoryLedger) -> int:
+def host_bytes(context: Figure, compute: Figure, detail: HostDetail) -> int:
     """Return the bytes that the host must really have: what is known, but for what is mapped (page cache)."""
-    host, detail = ledger.host, ledger.host_detail
     weights = (detail.allocated_bytes, detail.pinned_bytes)
-    parts = (*weights, host.context.bytes, host.compute.bytes, detail.output_buffer_bytes, detail.prompt_cache_bytes)
+    parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, detail.prompt_cache_bytes)
     return sum(part or 0 for part in parts)
 
 
@@ -130,7 +141,7 @@ def shortfalls(
     Where a figure is not known, the others alone have to fit.
     """
     needed = {row.name: row.known_bytes for row in rows if row.known_bytes and row.kind is not DeviceKind.HOST}
-    needed[machine.host.name] = _host_allocated(ledger)
+    needed[machine.host.name] = host_bytes(ledger.host.context, ledger.host.compute, ledger.host_detail)
     short = [
         Shortfall(name, bytes_needed, limit)
         for name, bytes_needed in needed.items()
@@ -152,8 +163,7 @@ def taken_bytes(plan: Plan) -> dict[str, int]:
     taken = {}
     for usage in plan.usages:
         if usage.kind is DeviceKind.HOST:
-            beside = (plan.host.output_buffer_bytes or 0) + (plan.host.prompt_cache_bytes or 0)
-            taken[usage.name] = usage.known_bytes - (plan.host.mapped_bytes or 0) + beside
+            taken[usage.name] = host_bytes(usage.context, usage.compute, plan.host)
         elif plan.fit_by_llama and usage.name in plan.placement.devices:
             taken[usage.name] = max(usage.free_bytes or 0, usage.known_bytes)
         elif usage.known_bytes:

@@ -181,10 +181,8 @@ def load_plan(plan: Plan, machine: Machine) -> LoadPlan:
 
 def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:
     """Return what is taken on one device; of the host, mapped weights left out: they are page cache."""
-    taken = usage.known_bytes
-    if usage.kind is DeviceKind.HOST:
-        parts = (host.allocated_bytes, host.pinned_bytes, host.output_buffer_bytes, host.prompt_cache_bytes)
-        taken = sum(part or 0 for part in (*parts, usage.context.bytes, usage.compute.bytes))
+    on_host = usage.kind is DeviceKind.HOST
+    taken = budget.host_bytes(usage.context, usage.compute, host) if on_host else usage.known_bytes
     headroom = None if usage.budget_bytes is None else usage.budget_bytes - taken
     return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom)
 
