@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from supervisor.api import LoadOptions, Preset
-from supervisor.gateway.ollama.options import RENAMED, SAMPLING_OPTIONS, load_options, of_preset
+from supervisor.gateway.ollama.options import RENAMED, load_options, of_preset
+from supervisor.parameters import SAMPLING
 
 # Where a system prompt is a message, and where it is a field.
 _CONVERSATIONS: Final = frozenset({"/v1/chat/completions", "/v1/chat/completions/input_tokens", "/apply-template"})
@@ -52,7 +53,7 @@ def with_preset(path: str, body: Mapping[str, Any], preset: Preset) -> dict[str,
 
 def _sampling(parameters: Mapping[str, Any], body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters by llama-server's names, the length left out where the request has its own."""
-    own = {name: value for name, value in of_preset(parameters).items() if name in SAMPLING_OPTIONS}
+    own = {name: value for name, value in of_preset(parameters).items() if name in SAMPLING}
     named = {RENAMED.get(name, name): value for name, value in own.items()}
     if _LENGTHS & body.keys() or named.get(_N_PREDICT, 0) <= 0:  # zero and below: no limit, with Ollama
         named.pop(_N_PREDICT, None)

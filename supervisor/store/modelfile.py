@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from supervisor.api import BadCreate
+from supervisor.parameters import KINDS, Kind
 
 MAX_TEXT: Final = 4 << 20  # characters; a licence or a long conversation, not a model
 _COMMANDS: Final = (
@@ -27,30 +28,11 @@ _LINES: Final = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 _WORD: Final = re.compile(r"\s*(\S*)\s*(.*)", re.DOTALL)
 _QUOTES: Final = ('"""', '"')
 
-_WHOLE: Final = ("int", re.compile(r"[+-]?\d{1,18}", re.ASCII), int)
-_NUMBER: Final = ("float", re.compile(r"[+-]?\d{1,18}(\.\d{0,18})?(e[+-]?\d{1,2})?", re.ASCII), float)
-_FLAG: Final = ("bool", re.compile("true|false|t|f|1|0"), lambda text: text in {"true", "t", "1"})
-# api/types.go, Options and Runner: what each is called in an error, looks like as text, and becomes.
-_PARAMETERS: Final[Mapping[str, tuple[str, re.Pattern[str], Callable[[str], Any]]]] = {
-    "draft_num_predict": _WHOLE,
-    "frequency_penalty": _NUMBER,
-    "main_gpu": _WHOLE,
-    "min_p": _NUMBER,
-    "num_batch": _WHOLE,
-    "num_ctx": _WHOLE,
-    "num_gpu": _WHOLE,
-    "num_keep": _WHOLE,
-    "num_predict": _WHOLE,
-    "num_thread": _WHOLE,
-    "presence_penalty": _NUMBER,
-    "repeat_last_n": _WHOLE,
-    "repeat_penalty": _NUMBER,
-    "seed": _WHOLE,
-    "temperature": _NUMBER,
-    "top_k": _WHOLE,
-    "top_p": _NUMBER,
-    "typical_p": _NUMBER,
-    "use_mmap": _FLAG,
+# What each kind is called in an error, looks like as text, and becomes.
+_READ: Final[Mapping[Kind, tuple[str, re.Pattern[str], Callable[[str], Any]]]] = {
+    Kind.WHOLE: ("int", re.compile(r"[+-]?\d{1,18}", re.ASCII), int),
+    Kind.REAL: ("float", re.compile(r"[+-]?\d{1,18}(\.\d{0,18})?(e[+-]?\d{1,2})?", re.ASCII), float),
+    Kind.FLAG: ("bool", re.compile("true|false|t|f|1|0"), lambda text: text in {"true", "t", "1"}),
 }
 # Ollama takes these still, and does nothing with them.
 _FORGOTTEN: Final = frozenset(
@@ -179,18 +161,19 @@ def parameter(name: str, value: Any) -> Any:
     """
     if name in _FORGOTTEN:
         return None
-    if name == "stop":
+    kind = KINDS.get(name)
+    if kind is None:
+        raise BadCreate(f"unknown parameter {_shown(name)}")
+    if kind is Kind.TEXTS:
         stops = [value] if isinstance(value, str) else value
         if isinstance(stops, list) and all(isinstance(one, str) for one in stops):
             return stops
-        raise BadCreate("invalid string value for parameter stop")
-    if name not in _PARAMETERS:
-        raise BadCreate(f"unknown parameter {_shown(name)}")
-    kind, pattern, made = _PARAMETERS[name]
-    whole = isinstance(value, float) and value.is_integer() and kind == "int"
+        raise BadCreate(f"invalid string value for parameter {name}")
+    word, pattern, made = _READ[kind]
+    whole = isinstance(value, float) and value.is_integer() and kind is Kind.WHOLE
     text = str(int(value) if whole else value).lower()
-    if not pattern.fullmatch(text) or (isinstance(value, bool) and kind != "bool"):
-        raise BadCreate(f"invalid {kind} value {_shown(value)} for parameter {name}")
+    if not pattern.fullmatch(text) or (isinstance(value, bool) and kind is not Kind.FLAG):
+        raise BadCreate(f"invalid {word} value {_shown(value)} for parameter {name}")
     return made(text)
 
 

@@ -1,63 +1,50 @@
 """Ollama's ``options``: what loads a model goes to the planner, what samples goes to llama-server by its own names.
 
-Names and types are those of api/types.go, ``Options`` and ``Runner``; a name that is not among them is only logged, as
-Ollama does, so that a client written for another version keeps working.
+A name that is none of Ollama's is only logged, as Ollama does, so that a client written for another version keeps
+working.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any, Final
 
 import structlog
 
 from supervisor.api import LoadOptions
 from supervisor.gateway.errors import BadRequest
+from supervisor.parameters import KINDS, Kind
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("loadmaster.ollama")
 
 
-class Kind(Enum):
-    """What an option's value has to be; the value is Ollama's word for it."""
-
-    WHOLE = "of type integer"
-    REAL = "of type float32"
-    FLAG = "of type boolean"
-    TEXTS = "of type array"
-
-
-LOAD_OPTIONS: Final[Mapping[str, Kind]] = {
-    "num_ctx": Kind.WHOLE,
-    "num_batch": Kind.WHOLE,
-    "num_gpu": Kind.WHOLE,
-    "main_gpu": Kind.WHOLE,
-    "use_mmap": Kind.FLAG,
+# Go's name of each kind, as it stands in error texts.
+_EXPECTED: Final = {
+    Kind.WHOLE: "of type integer",
+    Kind.REAL: "of type float32",
+    Kind.FLAG: "of type boolean",
+    Kind.TEXTS: "of type array",
 }
-# Ollama's default of each, since llama-server's own differ (top_p 0.95, min_p 0.05).
-SAMPLING_OPTIONS: Final[Mapping[str, tuple[Kind, Any]]] = {
-    "num_keep": (Kind.WHOLE, 4),
-    "seed": (Kind.WHOLE, -1),
-    "num_predict": (Kind.WHOLE, -1),
-    "top_k": (Kind.WHOLE, 40),
-    "top_p": (Kind.REAL, 0.9),
-    "min_p": (Kind.REAL, 0.0),
-    "typical_p": (Kind.REAL, 1.0),
-    "repeat_last_n": (Kind.WHOLE, 64),
-    "temperature": (Kind.REAL, 0.8),
-    "repeat_penalty": (Kind.REAL, 1.0),
-    "presence_penalty": (Kind.REAL, 0.0),
-    "frequency_penalty": (Kind.REAL, 0.0),
-    "stop": (Kind.TEXTS, ()),
+# Ollama's default of each sampling option, since llama-server's own differ (top_p 0.95, min_p 0.05).
+DEFAULTS: Final[Mapping[str, Any]] = {
+    "num_keep": 4,
+    "seed": -1,
+    "num_predict": -1,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repeat_last_n": 64,
+    "temperature": 0.8,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "stop": (),
 }
-# Known to Ollama, and decided by us: llama-server's threads are a setting of the service.
-NOT_OURS: Final[Mapping[str, Kind]] = {"num_thread": Kind.WHOLE, "draft_num_predict": Kind.WHOLE}
 # What Go's int holds; an infinite number (1e999) is none either.
 MAX_NUMBER: Final = 2**63
 # Where llama-server calls it otherwise (tools/server/server-schema.cpp).
 RENAMED: Final = {"num_keep": "n_keep", "num_predict": "n_predict"}
-
-KINDS: Final = {**LOAD_OPTIONS, **NOT_OURS, **{name: kind for name, (kind, _) in SAMPLING_OPTIONS.items()}}
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +59,10 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def of_preset(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def of_preset(own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's own parameters, those that are wrong left out: they must not make it unusable."""
     result: dict[str, Any] = {}
-    for name, value in parameters.items():
+    for name, value in own.items():
         try:
             result |= checked({name: value})
         except BadRequest as error:
@@ -96,12 +83,12 @@ def load_options(options: Mapping[str, Any]) -> LoadOptions:
 
 def sampling(options: Mapping[str, Any], n_ctx: int | None) -> dict[str, Any]:
     """Return the fields of a llama-server request. ``n_ctx`` is one conversation's, where it is known."""
-    values = {name: options.get(name, default) for name, (_, default) in SAMPLING_OPTIONS.items()}
+    values = {name: options.get(name, default) for name, default in DEFAULTS.items()}
     values["stop"] = [stop for stop in values["stop"] if stop]
     if values["num_predict"] <= 0:  # Ollama: no limit; llama-server's 0 would be no token at all
         values["num_predict"] = -1
     if values["repeat_last_n"] < 0:  # the whole context
-        values["repeat_last_n"] = n_ctx or SAMPLING_OPTIONS["repeat_last_n"][1]
+        values["repeat_last_n"] = n_ctx or DEFAULTS["repeat_last_n"]
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
@@ -118,7 +105,7 @@ def _value(name: str, kind: Kind, value: Any) -> Any:
             if not all(isinstance(one, str) for one in value):
                 raise BadRequest(f'option "{name}" must be of an array of strings', param="options")
             return list(value)
-    raise BadRequest(f'option "{name}" must be {kind.value}', param="options")
+    raise BadRequest(f'option "{name}" must be {_EXPECTED[kind]}', param="options")
 
 
 def _positive(value: int | None) -> int | None:
