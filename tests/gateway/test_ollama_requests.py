@@ -144,6 +144,28 @@ def test_options_that_nobody_knows_and_wrong_ones_of_a_model_are_left_out() -> N
     assert of_preset({"seed": 3, "top_k": "many"}) == {"seed": 3}
 
 
+@pytest.mark.parametrize(
+    "data,told",
+    [
+        (b"\x89PNG\r\n\x1a\n", "data:image/png;base64,"),
+        (b"\xff\xd8\xff\xe0....JFIF", "data:image/jpeg;base64,"),
+        (b"GIF89a", "data:image/gif;base64,"),
+        (b"RIFF\n\x01\x02\x03WEBPVP8 ", "data:image/webp;base64,"),
+        (b"RIFF\n\x01\x02\x03WAVEfmt ", "wav"),
+        (b"ID3\x04\x00", "mp3"),
+        (b"\xff\xfb\x90\x00", "mp3"),
+        (b"", "data:image/png;base64,"),
+    ],
+)
+def test_an_attachment_is_called_what_its_bytes_say(data: bytes, told: str) -> None:
+    text = base64.b64encode(data).decode()
+    (part,) = to_openai([Message("user", images=(text,))])[0]["content"]
+    if part["type"] == "image_url":
+        assert part["image_url"]["url"] == told + text
+    else:
+        assert part["input_audio"] == {"data": text, "format": told}
+
+
 def test_a_conversation_is_written_as_openai_does() -> None:
     look = ToolCall("look", {"at": 1})
     told = to_openai(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,17 @@ ASSISTANT: Final = "assistant"
 TOOL: Final = "tool"
 # How much of an attachment's base64 text tells what it is: the first 12 bytes.
 _MAGIC_CHARS: Final = 16
+# What the bytes of each kind begin with, as llama-server sees it (tools/mtmd/mtmd-helper.cpp).
+_SOUNDS: Final = {
+    "wav": re.compile(rb"RIFF....WAVE", re.DOTALL),
+    "mp3": re.compile(rb"ID3|\xff[\xe0-\xff]"),
+}
+_IMAGES: Final = {
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "gif": re.compile(rb"GIF8"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+    "bmp": re.compile(rb"BM"),
+}
 _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 
 
@@ -118,9 +130,11 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
 def _attachment(image: str) -> dict[str, Any]:
     """Return an image, or the sound that Ollama's clients send in the same place. It is data, never an address."""
     magic = base64.b64decode(image[:_MAGIC_CHARS])
-    if magic[:4] == b"RIFF" and magic[8:12] == b"WAVE":
-        return {"type": "input_audio", "input_audio": {"data": image, "format": "wav"}}
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}}
+    sound = next((kind for kind, pattern in _SOUNDS.items() if pattern.match(magic)), None)
+    if sound is not None:
+        return {"type": "input_audio", "input_audio": {"data": image, "format": sound}}
+    kind = next((kind for kind, pattern in _IMAGES.items() if pattern.match(magic)), "png")
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{image}"}}
 
 
 def _message(fields: Fields) -> Message:
