@@ -202,7 +202,7 @@ class FakeRuntime:
     async def resolve(self, name: str) -> str:
         """Know the servers' models by their exact names."""
         if self.refusal is None and name not in self.servers and name not in self.endpoints:
-            raise UnknownModel(f"there is no model {name!r}", closest=tuple(self.servers))
+            raise UnknownModel(f"there is no model {name!r}", closest=(*self.servers, *self.endpoints))
         return name
 
     @asynccontextmanager

@@ -285,6 +285,15 @@ async def test_what_is_no_http_is_refused_and_logged_in_one_line_without_its_byt
     assert "secret" not in caplog.text
 
 
+async def test_a_path_that_is_no_clients_of_ours_is_not_read_to_its_end(serve: Serve) -> None:
+    host, port = (await serve()).removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_a_body_that_is_not_encoded_as_it_says_is_the_clients_fault(
     serve: Serve, http: aiohttp.ClientSession
 ) -> None:
