@@ -10,7 +10,7 @@ from planner import overrides
 from planner.types import NoFit, PlacementKind, Plan, PlanOutcome, PlanRequest
 
 REQUIRED: Final = "--require gpu"
-_GIVE_UP: Final = frozenset({"-ngl auto", "--no-gpu"})  # changes that would leave layers to the host
+_GIVE_UP: Final = ("-ngl auto", "--no-gpu", "-ncmoe", "-ncffn")  # how changes begin that leave parts to the host
 
 
 def all_on_devices(request: PlanRequest, search: Callable[[PlanRequest], PlanOutcome]) -> PlanOutcome:
@@ -22,7 +22,7 @@ def all_on_devices(request: PlanRequest, search: Callable[[PlanRequest], PlanOut
     whole = replace(request, n_gpu_layers="all") if request.n_gpu_layers is None else request
     outcome = search(whole)
     if isinstance(outcome, NoFit):
-        nearest = tuple(near for near in outcome.nearest if near.change not in _GIVE_UP)
+        nearest = tuple(near for near in outcome.nearest if not near.change.startswith(_GIVE_UP))
         return replace(outcome, because=f"{REQUIRED} allows nothing on the host", nearest=nearest)
     if not isinstance(outcome, Plan) or (reason := left_on_host(outcome)) is None:
         return outcome
