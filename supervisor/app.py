@@ -76,15 +76,17 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
     for warning in loaded.warnings:
         _log.warning("config.odd", warning=warning)
     folder = StoreFolder(settings.store, settings.registry)
-    async with PlanningProcess(environ) as planning, ModelStore(folder) as store, anyio.create_task_group() as tasks:
-        models_origin = next(value.origin for value in loaded.values if value.setting.field == "models")
-        inventory = Inventory(
-            settings.models,
-            planning,
-            store=folder,
-            folder_optional=models_origin == DEFAULT_ORIGIN,
-            learned=Learned(settings.state_dir),
-        )
+    models_origin = next(value.origin for value in loaded.values if value.setting.field == "models")
+    planning = PlanningProcess(environ)
+    inventory = Inventory(
+        settings.models,
+        planning,
+        store=folder,
+        folder_optional=models_origin == DEFAULT_ORIGIN,
+        learned=Learned(settings.state_dir),
+    )
+    store = ModelStore(folder, files_of=inventory.files_of)
+    async with planning, store, anyio.create_task_group() as tasks:
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)

@@ -212,6 +212,13 @@ class Inventory:
             raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r} in {self._where}; {hint}", closest=closest)
         return entry
 
+    def files_of(self, name: str) -> tuple[str, ...]:
+        """Return the files of a model that is served from the folder; of any other, or of none, nothing."""
+        entry = self._catalogue.find(name)
+        if entry is None or entry.full_name or entry.external is not None or entry.problem is not None:
+            return ()
+        return entry.path, *filter(None, [entry.mmproj])
+
     def known(self, model: str) -> ModelEntry:
         """Return the model of this id as it was last seen. Raises UnknownModel where it is not there any more."""
         entry = self._catalogue.find(model)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial as bind
+from pathlib import Path
 from typing import Final, Self
 
 import aiohttp
@@ -19,17 +22,26 @@ from supervisor.store.pull import pull
 from supervisor.store.registry import Registry, base_url, is_plain
 from supervisor.store.sharing import Shared, Tell, Work
 
+COPIED_BYTES: Final = 4 << 20  # at a time
 MAX_PULLS: Final = 16  # different models at once; more only slow each other down
 
 
 class ModelStore:
     """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way.
 
-    ``stall_s`` is how long a server may be silent before it is asked anew.
+    ``stall_s`` is how long a server may be silent before it is asked anew. ``files_of`` returns the files of a model
+    that is served from elsewhere, of which one can be made here too; nothing where there is none of that name.
     """
 
-    def __init__(self, folder: StoreFolder, *, stall_s: float = STALL_S) -> None:
+    def __init__(
+        self,
+        folder: StoreFolder,
+        *,
+        stall_s: float = STALL_S,
+        files_of: Callable[[str], tuple[str, ...]] = lambda _name: (),
+    ) -> None:
         self._folder = folder
+        self._files_of = files_of
         self._stall_s = stall_s
         self._pulls: dict[tuple[str, bool], Shared] = {}
         self._session: aiohttp.ClientSession
@@ -83,10 +95,13 @@ class ModelStore:
         return run
 
     async def create(self, spec: CreateRequest) -> AsyncIterator[Progress]:
-        """Make a model from a parent, which is pulled where it is not here, or from blobs."""
+        """Make a model from a parent, which is copied or pulled where it is not here, or from blobs."""
         name = self._folder.target(spec.model)
         made = create.recipe(spec)
-        if made.parent is not None and self._folder.find(made.parent) is None:
+        if made.parent is not None and (files := self._files_of(made.parent)):
+            yield Progress(f"copying {made.parent}")
+            made = replace(made, parent=None, blobs=tuple([await self._taken_in(Path(file)) for file in files]))
+        elif made.parent is not None and self._folder.find(made.parent) is None:
             async for progress in self.pull(made.parent, insecure=False):
                 if progress.status != "success":
                     yield progress
@@ -106,6 +121,17 @@ class ModelStore:
         self._tasks.start_soon(shared.run)
         async for progress in shared.follow():
             yield progress
+
+    async def _taken_in(self, file: Path) -> str:
+        """Return the digest of the blob that a file on this machine becomes. Raises StoreError."""
+        try:
+            digest = await to_thread.run_sync(_digest_of, file)
+            if not await self.has_blob(digest):
+                async with await anyio.open_file(file, "rb") as stream:
+                    await self.put_blob(digest, _chunks(stream))
+        except OSError as error:
+            raise StoreError(f"{file} cannot be read ({error.strerror})") from error
+        return digest
 
     async def copy(self, source: str, destination: str) -> None:
         """Give a model a second name. Raises BadModelName, NotInStore, StoreError."""
@@ -143,3 +169,13 @@ class ModelStore:
             await to_thread.run_sync(work, *arguments)
         except OSError as error:
             raise writing.store_error(error, self._folder) from error
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+async def _chunks(stream: anyio.AsyncFile[bytes]) -> AsyncIterator[bytes]:
+    while chunk := await stream.read(COPIED_BYTES):
+        yield chunk

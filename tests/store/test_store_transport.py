@@ -16,8 +16,10 @@ from aiohttp import web
 from docker_registry import registry_server
 from store_layout import CONFIG, LAYER, MANIFEST, digest_of, said
 from web_server import WebServer, ranged, web_server
+from yarl import URL
 
 from supervisor.api import RegistryFailed, StoreFull
+from supervisor.store.fetching import Fetcher, open_session
 from supervisor.store.folder import StoreFolder
 from supervisor.store.store import ModelStore
 
@@ -168,6 +170,9 @@ async def test_plain_http_is_not_followed_to_from_where_tls_was_asked_for(tmp_pa
     async with web_server(registry_that(nothing)) as server, ModelStore(StoreFolder(tmp_path)) as store:
         with pytest.raises(RegistryFailed):
             await said(store.pull(f"{server.host}/library/m:1", insecure=False))
+        async with open_session() as session:
+            with pytest.raises(RegistryFailed, match="is plain HTTP, which was not allowed"):
+                await Fetcher(session, insecure=False).get(URL(server.url), {}).__aenter__()
     assert server.requests == []
 
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import companion_models
 import pytest
 from docker_registry import registry_server
 from running_service import Serve, Service
@@ -62,6 +63,23 @@ def test_a_model_is_pulled_asked_copied_and_deleted_through_the_service(
         assert service.request("DELETE", "/api/delete", {"model": name}).status == 200
     assert not {"tiny:1b", "own:latest", "me/other:2"} & set(tags(service))
     assert list((tmp_path / "store" / "blobs").iterdir()) == []
+
+
+def test_a_model_is_made_of_one_of_the_folder_with_its_eyes(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
+    """The folder stays as it was, and the new model needs it no more."""
+    folder = tmp_path / "models"
+    (folder / "see").mkdir(parents=True)
+    (folder / "see" / "eyes.gguf").write_bytes(chat_model.read_bytes())
+    companion_models.write_projector(folder / "see" / "mmproj-eyes.gguf", n_embd_text=64)
+    before = tree(folder)
+    service = serve(PLANNER_MODELS=str(folder))
+    body = {"model": "own", "modelfile": "FROM see/eyes\nSYSTEM Be kind."}
+    told = [step["status"] for step in steps(service, "/api/create", body)]
+    assert (told[0], told[-1]) == ("copying see/eyes", "success")
+    assert tree(folder) == before
+    shutil.rmtree(folder / "see")
+    assert "vision" in tags(service)["own:latest"]["capabilities"]
+    assert service.chat("own", max_tokens=2).status == 200
 
 
 def test_a_model_that_became_another_is_loaded_anew_and_one_of_other_words_is_not(
