@@ -181,7 +181,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "mamba2": Shape(),
     "maple": Shape(rope=Rope.WINDOWED),
     "mellum": Shape(moe=_SCALED_MOE),
-    "mimo2": Shape(sinks=True, moe=Moe()),
+    "mimo2": Shape(sinks=True, plain_products=True, value_scale=When.IF_SET, moe=Moe()),
     "minicpm": Shape(
         embedding_scale=When.ALWAYS,
         rope_factors=True,

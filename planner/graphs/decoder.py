@@ -158,7 +158,8 @@ class Decoder:
             q = self.graph.same("scale", q)
         sinks = blocks.weight(f"{prefix}attn_sinks.weight") if shape.sinks else None
         x = blocks.attention(self.cache(il), q, k, v, il, sinks=sinks, capped=shape.capped_scores)
-        return blocks.biased(blocks.project(x, f"{prefix}attn_output"), f"{prefix}attn_output")
+        x = blocks.biased(blocks.project(x, f"{prefix}attn_output"), f"{prefix}attn_output")
+        return self.graph.same("scale", x) if self.settings.has(shape.value_scale, "attention.value_scale") else x
 
     def cache(self, il: int) -> CacheInputs:
         """Return the inputs of the cache that a layer uses."""
@@ -168,7 +169,8 @@ class Decoder:
         """Return query, key and value, normalized and with positions turned in."""
         blocks, how, prefix = self.blocks, self.shape.query_norm, f"blk.{il}.attn_"
         clamps = self.shape.clamps and self.settings.number("attention.clamp_kqv") > 0
-        q, k, v = blocks.qkv(x, il, clamps=clamps, rows_normed=how is QueryNorm.ROWS)
+        rows_normed, plain = how is QueryNorm.ROWS, self.shape.plain_products
+        q, k, v = blocks.qkv(x, il, clamps=clamps, rows_normed=rows_normed, plain=plain)
         if how is QueryNorm.NONE and self.blocks.has(f"{prefix}q_norm.weight"):
             raise KeyError(f"{prefix}q_norm.weight")
         if how is QueryNorm.AFTER_ROPE:

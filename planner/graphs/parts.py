@@ -179,16 +179,19 @@ class Parts:
         bias = self.weight(f"{name}.bias")
         return self.graph.same("add", x, bias) if bias else x
 
-    def qkv(self, x: Node, il: int, *, clamps: bool = False, rows_normed: bool = False) -> tuple[Node, Node, Node]:
+    def qkv(
+        self, x: Node, il: int, *, clamps: bool = False, rows_normed: bool = False, plain: bool = False
+    ) -> tuple[Node, Node, Node]:
         """Return query, key and value as heads (``build_qkv``): from one fused product, or from three.
 
-        With ``rows_normed``, query and key are normalized as whole rows first.
+        With ``rows_normed``, query and key are normalized as whole rows first; with ``plain``, scales and biases that
+        the file has for them are not read.
         """
         graph, hparams, n_tokens, prefix = self.graph, self.hparams, self.batch.n_tokens, f"blk.{il}.attn_"
         head_k, head_v = hparams.head_k_of(il), hparams.head_v_of(il)
         heads = ((head_k, hparams.n_head[il]), (head_k, hparams.n_head_kv[il]), (head_v, hparams.n_head_kv[il]))
         if self.has(f"{prefix}qkv.weight"):
-            fused = self.biased(self.project(x, f"{prefix}qkv"), f"{prefix}qkv")
+            fused = self._part(x, f"{prefix}qkv", plain=plain)
             if clamps:
                 fused = graph.same("clamp", fused)
             if not rows_normed:
@@ -196,13 +199,17 @@ class Parts:
                 return q, k, v
             parts = [graph.cont(graph.view(fused, (head * n, n_tokens), (fused.nb[1],))) for head, n in heads]
         else:
-            parts = [self.biased(self.project(x, prefix + part), prefix + part) for part in "qkv"]
+            parts = [self._part(x, prefix + part, plain=plain) for part in "qkv"]
             if clamps:
                 parts = [graph.same("clamp", part) for part in parts]
         if rows_normed:
             parts = [self.norm(parts[0], f"{prefix}q_norm", il), self.norm(parts[1], f"{prefix}k_norm", il), parts[2]]
         q, k, v = (graph.reshape(part, head, n, n_tokens) for part, (head, n) in zip(parts, heads, strict=True))
         return q, k, v
+
+    def _part(self, x: Node, name: str, *, plain: bool) -> Node:
+        product = self.project(x, name, scaled=not plain)
+        return product if plain else self.biased(product, name)
 
     def rope(self, x: Node, positions: Node, factors: Node | None = None) -> Node:
         """Return a tensor with positions turned in."""

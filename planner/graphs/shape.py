@@ -94,6 +94,8 @@ class Shape:
     rope_factors: bool = False
     query_norm: QueryNorm = QueryNorm.HEADS
     scaled_query: bool = False
+    plain_products: bool = False  # query, key and value without scales and biases, whatever the file has
+    value_scale: When = When.NEVER  # attention's output
     clamps: bool = False  # query, key and value, where the header says so
     temperature: bool = False  # the query is scaled by position, where the header says so
     sinks: bool = False
