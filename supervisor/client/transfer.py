@@ -16,12 +16,13 @@ BAR: Final = 24  # characters
 
 @dataclass(slots=True)
 class Transfer:
-    """Shows the steps of a pull or a create. ``digests`` are the parts under way: bytes there, bytes in all."""
+    """Shows the steps of a pull or a create. ``parts`` are those under way: bytes there, bytes in all."""
 
     out: TextIO
     is_terminal: bool
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
     shown: str = ""
+    begun: set[str] = field(default_factory=set)
 
     def follow(self, lines: Iterable[str]) -> None:
         """Show each line (an object of Ollama's API) until the last. Raises ServiceError for what ended it."""
@@ -49,7 +50,9 @@ class Transfer:
             self.out.write(CLEAR_LINE + self._bar())
             self.out.flush()
             self.shown = "bar"
-        elif status != self.shown:
+        elif status != self.shown and status not in self.begun:
+            if digest is not None:
+                self.begun.add(status)  # parts come side by side, and each is told of once
             self._end_line()
             self.out.write(f"{status}\n")
             self.out.flush()

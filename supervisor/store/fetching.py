@@ -83,6 +83,9 @@ class Fetcher:
                     url = _joined(url, location)
         except TimeoutError as error:
             raise Transient(f"{url.host} sent nothing for {self._session.timeout.sock_read:g} s") from error
+        except aiohttp.ClientSSLError as error:
+            plain = "; if it speaks plain HTTP, pull with insecure"
+            raise Transient(f"{url.host} does not speak TLS as expected ({error.os_error}){plain}") from error
         except (aiohttp.ClientError, ConnectionError) as error:
             raise Transient(f"{url.host}: {str(error) or type(error).__name__}") from error
         raise RegistryFailed(f"{origin} redirects more than {MAX_REDIRECTS} times")

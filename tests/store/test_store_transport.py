@@ -168,7 +168,7 @@ async def test_a_server_that_falls_silent_is_asked_anew_for_the_rest(tmp_path: P
 async def test_plain_http_is_not_followed_to_from_where_tls_was_asked_for(tmp_path: Path) -> None:
     """The registry's own address is plain HTTP by its setting; a name of another host is not."""
     async with web_server(registry_that(nothing)) as server, ModelStore(StoreFolder(tmp_path)) as store:
-        with pytest.raises(RegistryFailed):
+        with pytest.raises(RegistryFailed, match="if it speaks plain HTTP, pull with insecure"):
             await said(store.pull(f"{server.host}/library/m:1", insecure=False))
         async with open_session() as session:
             with pytest.raises(RegistryFailed, match="is plain HTTP, which was not allowed"):

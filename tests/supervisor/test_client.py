@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pty
 import signal
@@ -20,6 +22,7 @@ from running_service import Serve, Service
 from planner.errors import InvalidRequest
 from supervisor.client.names import choose
 from supervisor.client.tables import duration
+from supervisor.client.transfer import Transfer
 
 Planner = Callable[..., "subprocess.CompletedProcess[str]"]
 WITHIN_S = 60.0
@@ -317,3 +320,12 @@ def test_a_name_stands_for_the_one_model_that_it_is_part_of(ids: list[str], name
 )
 def test_spans_are_told_in_their_largest_unit(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_parts_that_come_side_by_side_take_a_line_each_in_a_pipe() -> None:
+    out = io.StringIO()
+    steps = [
+        {"status": f"pulling {part}", "digest": part, "completed": n, "total": 9} for n in range(3) for part in "ab"
+    ]
+    Transfer(out, is_terminal=False).follow(map(json.dumps, [*steps, {"status": "success"}]))
+    assert out.getvalue().splitlines() == ["pulling a", "pulling b", "success"]
