@@ -184,6 +184,14 @@ class Amendments:
         kept = {name: value for name, value in body.items() if name not in self.strip}
         return {**self.set, **kept, **self.force}
 
+    def in_words(self, words: Mapping[str, str]) -> Amendments:
+        """Return the same for a body whose fields have these other names."""
+        return Amendments(
+            {words.get(name, name): value for name, value in self.set.items()},
+            {words.get(name, name): value for name, value in self.force.items()},
+            tuple(words.get(name, name) for name in self.strip),
+        )
+
 
 class Lease(Protocol):
     """A grant to send one request to a runner. Leaving the context gives it back, exactly once."""

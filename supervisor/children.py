@@ -70,6 +70,7 @@ class _Running:
     api_key: str
     log: ChildLog
     pinned: tuple[PinnedDevice, ...] = ()
+    is_program: bool = False
     used: list[UsingDevice] = field(default_factory=list)
     serves: bool = False
     until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
@@ -127,7 +128,7 @@ class Children:
             _log.warning("stray.not_recorded", **about, pid=child.pid, reason=str(error))
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
         self._running[command.model, command.generation] = running = _Running(
-            child, argv, api_key, log, command.plan.pinned
+            child, argv, api_key, log, command.plan.pinned, program is not None
         )
         tasks.start_soon(self._tend, command.model, command.generation, running)
         if program is not None and url is not None:
@@ -179,7 +180,9 @@ class Children:
             child.close()
             strays.forget(self._records, child.pid)
             del self._running[model, generation]
-        self._post(ProcessExited(model, generation, exit_, log.last_error, log.tail, log.shortage))
+        said = log.tail[-1:] if running.is_program else ()  # nobody knows what its complaints look like
+        last_error = log.last_error or "".join(said) or None
+        self._post(ProcessExited(model, generation, exit_, last_error, log.tail, log.shortage))
 
     async def _listen(
         self, model: ModelId, generation: int, running: _Running, tasks: TaskGroup, silent: anyio.Event

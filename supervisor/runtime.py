@@ -98,12 +98,13 @@ class Supervisor:
         settings = configured.scheduling(self._inventory.entries)
         if settings != self._writer.pool.settings:
             self._writer.post(SettingsChanged(settings))
-        for entry in self._inventory.entries:
-            runner = self._writer.pool.runner(entry.id)
-            if self._loaded_files.get(entry.id, entry.loaded_files) != entry.loaded_files and runner.state in HAS_CHILD:
-                _log.info("model.changed", model=entry.id)
-                self._stop(runner)  # the next request loads what lies there now
-        self._loaded_files |= {entry.id: entry.loaded_files for entry in self._inventory.entries}
+        files = {entry.id: entry.loaded_files for entry in self._inventory.entries}
+        for runner in tuple(self._writer.pool.runners.values()):
+            now = files.get(runner.model)
+            if runner.state in HAS_CHILD and self._loaded_files.get(runner.model, now) != now:
+                _log.info("model.gone" if now is None else "model.changed", model=runner.model)
+                self._stop(runner)  # the next request loads what lies there now, if anything does
+        self._loaded_files = files
 
     def shut_down(self) -> None:
         """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""

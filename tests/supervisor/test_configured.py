@@ -88,6 +88,44 @@ def test_requests_get_the_fields_that_the_operator_sets_forces_and_strips(
     assert answer["usage"]["completion_tokens"] == 5
 
 
+def test_what_is_forced_holds_through_every_api(configured: Configured, chat_model: Path) -> None:
+    service = configured("[models.tiny-chat]\nforce = { max_tokens = 3 }\n")
+    messages = [{"role": "user", "content": "hello"}]
+    openai = post(service, model="tiny-chat", messages=messages, max_tokens=9)
+    assert openai["usage"]["completion_tokens"] == 3
+    body = {"model": "tiny-chat", "messages": messages, "max_tokens": 9}
+    anthropic = json.loads(service.request("POST", "/v1/messages", body).read())
+    assert anthropic["usage"]["output_tokens"] == 3
+    body = {"model": "tiny-chat", "messages": messages, "stream": False, "options": {"num_predict": 9}}
+    ollama = json.loads(service.request("POST", "/api/chat", body).read())
+    assert ollama["eval_count"] == 3
+
+
+def test_a_loaded_model_whose_file_goes_is_unloaded(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
+    """Nobody can ask for it any more, nor unload it."""
+    models = tmp_path / "few"
+    models.mkdir()
+    file = models / "passing.gguf"
+    file.write_bytes(chat_model.read_bytes())
+    service = serve(PLANNER_MODELS=str(models), PLANNER_KEEP_ALIVE="-1")
+    assert service.chat("passing").status == 200
+    file.unlink()
+    service.read_log("model.gone")
+    service.read_log("runner.stopped")
+    assert service.chat("passing").status == 404
+
+
+@pytest.mark.parametrize("says", ["", "print('no card is free')"], ids=["without a word", "with its last words"])
+def test_a_program_that_does_not_start_is_told_with_its_last_words(configured: Configured, says: str) -> None:
+    cmd = json.dumps([sys.executable, "-c", f"{says}\nraise SystemExit(7)"])
+    url = "http://127.0.0.1:{port}"
+    service = configured(f'[external.broken]\ncmd = {cmd}\nurl = "{url}"\nhealth = "/"\nmemory = {{ Host = "1MiB" }}\n')
+    answer = service.request("POST", "/v1/chat/completions", {"model": "broken"})
+    assert answer.status == 502
+    told = json.loads(answer.read())["error"]["message"]
+    assert told.endswith("exit status 7: no card is free" if says else "exit status 7")
+
+
 def test_a_program_that_is_no_llama_server_is_started_asked_and_counted(
     configured: Configured, program: str, chat_model: Path
 ) -> None:

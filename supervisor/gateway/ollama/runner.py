@@ -20,6 +20,8 @@ from supervisor.gateway.proxy import RunnerLine
 
 DATA: Final = b"data: "
 DONE: Final = b"[DONE]"
+# What llama-server calls in its own words what operators write in OpenAI's.
+OWN_WORDS: Final[Mapping[str, str]] = {"max_tokens": "n_predict", "max_completion_tokens": "n_predict"}
 # tools/server/server-common.cpp, ``format_error_response``
 EXCEEDED: Final = "exceed_context_size_error"
 
@@ -57,7 +59,7 @@ class Runner:
     async def _asked(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
         amendments = self._lease.amendments
-        sent = body if amendments is None else amendments.applied(body)
+        sent = body if amendments is None else amendments.in_words(OWN_WORDS).applied(body)
         upstream = await self._line.post(self._session, path, json.dumps(sent).encode(), headers)
         try:
             if upstream.status != HTTPStatus.OK:
