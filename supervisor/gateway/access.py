@@ -146,11 +146,11 @@ class PermittedRuntime:
         """Return the model's id. Raises UnknownModel."""
         try:
             model = await self._runtime.resolve(name)
+            self._check(model)
         except UnknownModel:
             if not _caller.get().client.models:
                 raise
-            raise _unknown(name) from None  # the names that resemble it may be others'
-        self._check(model)
+            raise _unknown(name) from None  # neither the names that resemble it, nor whether it is another's alias
         return model
 
     def model(self, model: str) -> ModelView:

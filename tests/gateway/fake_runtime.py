@@ -200,7 +200,8 @@ class FakeRuntime:
         return _view(model, self.servers[model].role if model in self.servers else Role.CHAT)
 
     async def resolve(self, name: str) -> str:
-        """Know the servers' models by their exact names."""
+        """Know the servers' models by their names in any case."""
+        name = {known.lower(): known for known in (*self.servers, *self.endpoints)}.get(name.lower(), name)
         if self.refusal is None and name not in self.servers and name not in self.endpoints:
             raise UnknownModel(f"there is no model {name!r}", closest=(*self.servers, *self.endpoints))
         return name

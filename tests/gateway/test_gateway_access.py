@@ -45,13 +45,15 @@ async def test_a_client_sees_and_uses_the_models_on_its_list_and_no_others(
     assert [need.client for need in runtime.needs] == ["phone"]
 
 
-async def test_a_name_that_is_not_there_tells_a_limited_client_no_other_name(
+async def test_a_limited_client_is_told_no_name_but_the_one_that_it_asked_for(
     serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
 ) -> None:
+    """Neither one that resembles it, nor the one that it is another way of writing."""
     runtime.endpoints["private"] = NOWHERE
     url = await serve(clients=phone(models=("none*",)))
-    async with http.post(url + COMPLETIONS, json=chat("privat"), headers=AS_PHONE) as answer:
-        assert (answer.status, "private" in await answer.text()) == (404, False)
+    for name in ("privat", "PRIVATE"):
+        async with http.post(url + COMPLETIONS, json=chat(name), headers=AS_PHONE) as answer:
+            assert (answer.status, "private" in await answer.text()) == (404, False)
 
 
 @pytest.mark.parametrize(
