@@ -306,7 +306,11 @@ def document(rows: Sequence[Row]) -> str:
         f"- Its placements exceed a budget in {over[0]} cases with a pinned context, in {over[1]} with a free one;",
         "  ours in none.",
         "",
-        "`w`: everything is on cards. `!`: more than a budget.",
+        "`w`: everything is on cards. `!`: more than a budget. `<`: fewer than llama-fit-params.",
+        "",
+        "Where the planner has fewer, llama-fit-params sends some of one layer's experts to the next card",
+        "(`--override-tensor`), since the cards together have hardly a layer's room left. The planner divides no layer",
+        "between cards ([decision 0006](decisions/0006-the-objective-of-the-search.md)).",
         "",
         f"| model | cards: GiB | context | {' | '.join(COLUMNS)} |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -318,6 +322,10 @@ def _line(row: Row) -> str:
     cards = ", ".join(f"{budget / GIB:.1f}" for budget in row.case.budgets)
     pinned = [_cell(answer) for answer in row.pinned]
     free = [f"{answer.n_ctx:,}" if answer.tokens_per_s is not None else "none" for answer in row.free]
+    if verdict(_speed(row.pinned[0]), _speed(row.pinned[1]), EQUAL_SPEED) == "fewer":
+        pinned[0] += " <"
+    if verdict(row.free[0].n_ctx, row.free[1].n_ctx, 1) == "fewer":
+        free[0] += " <"
     cells = (row.case.model, cards, f"{row.case.n_ctx:,}", *pinned, *free, *map(_cell, row.free))
     return f"| {' | '.join(cells)} |"
 

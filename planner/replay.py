@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,6 +42,7 @@ _ONE_SEQUENCE_LAST: Final = frozenset({"kimi-linear", "minimax-01"})
 # Their generation graph is no smaller prompt graph: it gathers what the prompt's masks.
 _GATHERS_TO_GENERATE: Final = frozenset({"minimax-m3"})
 
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.(?!ffn_)")  # of a block's weights, those of attention and norms
 _F16_BYTES: Final = 2
 _CUDA_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
 
@@ -134,25 +136,36 @@ class _Replay:
     def _fuses_attention(self) -> bool:
         """Say whether flash attention is used: "auto" tries a graph and gives up where a layer's runs elsewhere.
 
-        (src/llama-context.cpp, ``resolve_fused_ops``.) Where all blocks are whole on devices, no graph is tried here.
+        (src/llama-context.cpp, ``resolve_fused_ops``.) Where it is known to stay, no graph is tried here.
         """
         params, hparams = self._params, self._model.hparams
         like_cuda = [backend.like_cuda for backend in self._backends]
         if not fuses_attention(hparams, params, self._placement, like_cuda):
             return False
-        if params.flash_attn == "on" or self._blocks_are_whole():
+        if params.flash_attn == "on" or self._attention_stays():
             return True
         return FLASH_ATTN not in self._astray(frozenset())
 
-    def _blocks_are_whole(self) -> bool:
-        """Say whether every block is on a device, and no weight or cache of one elsewhere."""
-        places = self._places
-        return (
-            places.cpu not in places.layers
-            and places.caches == places.layers
-            and not self._params.overrides
-            and all(home != places.cpu for name, home in places.weights.items() if name.startswith("blk."))
-        )
+    def _attention_stays(self) -> bool:
+        """Say whether attention is known to be computed where its layer lies, whatever lies elsewhere of its experts.
+
+        It comes right after the layer's keys are stored, which happens where the cache is, and before the projection
+        of its output. On the host these stay as long as a card takes no rows of so short a batch over. Where layers
+        read an earlier one's keys nothing is stored, and between recurrent layers there are other ways away.
+        """
+        places, hparams = self._places, self._model.hparams
+        on_host = places.cpu in places.layers
+        if places.caches != places.layers or (on_host and not self._stays_on_host()):
+            return False
+        if not on_host and not self._params.overrides:
+            return all(home != places.cpu for name, home in places.weights.items() if name.startswith("blk."))
+        blocks = ((_BLOCK.match(name), home) for name, home in places.weights.items())
+        plain = hparams.n_layer_kv_from_start is None and not any(hparams.recr_layers)
+        return plain and all(home == places.layers[int(block[1])] for block, home in blocks if block)
+
+    def _stays_on_host(self) -> bool:
+        takes = self._params.op_offload and any(backend.offloads for backend in self._backends)
+        return not takes or self._params.n_seq_max < OFFLOAD_MIN_ROWS
 
     def unfused(self) -> frozenset[str]:
         """Return the operations that are built from plainer ones: attention, then each of hyper-connections in turn."""

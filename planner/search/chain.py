@@ -15,10 +15,13 @@ _ROUNDING: Final = 1e-9  # of seconds that are summed in another order
 
 
 class Chain:
-    """An ordered problem, solved: ``seconds`` has the least seconds by number of bins, where there is a split."""
+    """An ordered problem, solved: ``seconds`` has the least seconds by number of bins, where there is a split.
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    Where they are not ``counted``, 1 stands for one bin or more, which takes a fraction of the time.
+    """
+
+    def __init__(self, problem: Problem, *, counted: bool = True) -> None:
+        self._problem, self._counted = problem, counted
         self._tables = Tables(problem)
         # By bins gone through and bins used: the least seconds for the first slots, by how many these are.
         self._states: list[list[list[float]]] = [[self._tables.on_host_s]]
@@ -32,6 +35,11 @@ class Chain:
         totals = enumerate(state[-1] for state in self._states[-1])
         least = len(self._problem.bins) if self._problem.all_bins else 0
         return {count: s for count, s in totals if s < inf and s <= limit_s and count >= least}
+
+    @property
+    def least_s(self) -> float:
+        """Return the least seconds of all, infinite where there is no split."""
+        return min(self.seconds.values(), default=inf)
 
     def split(self, count: int) -> Split:
         """Return the fastest split over that many bins, one of ``seconds``'s keys."""
@@ -52,13 +60,14 @@ class Chain:
         """Let the bin take slots after those before it, or none."""
         problem, before = self._problem, self._states[-1]
         after = [list(state) for state in before]
-        if len(before) <= problem.max_bins:
+        most = problem.max_bins if self._counted else 1
+        if len(before) <= most:
             after.append([inf] * (len(problem.reads) + 1))
         rest = range(index, len(problem.bins))
-        counts = range(index if problem.all_bins else 0, len(after) - 1)
+        counts = range(index if problem.all_bins else 0, min(len(before), problem.max_bins))
         ways = [(count, starts) for count in counts if (starts := self._tables.promising(before[count], rest))]
-        lowest = min((starts[0] for _, starts in ways), default=0)
         for count, starts in ways:
-            table = self._tables.of(index, first=not count, lowest=lowest)
-            table.take(before[count], starts, after[count + 1])
+            every = range(min(each[0] for _, each in ways), max(each[-1] for _, each in ways) + 1)
+            table = self._tables.of(index, first=not count, starts=every)
+            table.take(before[count], starts, after[min(count + 1, most)])
         self._states.append(after)

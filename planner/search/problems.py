@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import add
 from typing import Final, NamedTuple
 
 from planner import budget, cache, ggml, weights
 from planner.buffers import BufferType, buffer_type
 from planner.context import ContextParams
 from planner.model import ModelFacts, Tensor
-from planner.overrides import EXPERTS, FFN
+from planner.overrides import EXPERTS, FFN, Override
 from planner.search.learned import Learned, Mode, Part
 from planner.search.solver import Bin, Problem
 from planner.speed import cache_reads, pace, tensor_read
@@ -103,7 +104,11 @@ class Question:
         )
 
     def _charge(self, part: Part, device: Device) -> float:
-        return budget.overhead_bytes(device) + self.learned.expected(part, self.params.n_ctx_seq)
+        return budget.overhead_bytes(device) + self.expected(part)
+
+    def expected(self, part: Part) -> float:
+        """Return what the device that plays this part is expected to take beyond its layers."""
+        return self.learned.expected(part, self.params.n_ctx_seq, self.params.n_ubatch)
 
 
 class SpillPart(NamedTuple):
@@ -144,19 +149,21 @@ def _is_overridden(name: str, patterns: Sequence[re.Pattern[str]]) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _weights(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[int, ...]:
+def _weights(
+    model: ModelFacts, overrides: tuple[Override, ...], rule: BufferType, *, loads_draft_head: bool
+) -> tuple[int, ...]:
     """Return each slot's weights on a device of that rule, without what is overridden."""
-    patterns = [re.compile(pattern) for pattern, _ in params.overrides]
+    patterns = [re.compile(pattern) for pattern, _ in overrides]
     return tuple(
         sum(_allocation(tensor, rule) for tensor in tensors if not _is_overridden(tensor.name, patterns))
-        for tensors in weights.slot_tensors(model, loads_draft_head=params.loads_draft_head)
+        for tensors in weights.slot_tensors(model, loads_draft_head=loads_draft_head)
     )
 
 
 @lru_cache(maxsize=64)
 def _sizes(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[int, ...]:
     """Return each slot's weights on a device of that rule, with its cache where that follows the layer."""
-    own = _weights(model, params, rule)
+    own = _weights(model, params.overrides, rule, loads_draft_head=params.loads_draft_head)
     if not params.kv_offload:
         return own
     return tuple(map(sum, zip(own, (*cache.layer_bytes(model, params, rule), 0), strict=True)))
@@ -165,12 +172,23 @@ def _sizes(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[
 @lru_cache(maxsize=64)
 def _reads(model: ModelFacts, params: ContextParams) -> tuple[tuple[float, ...], float]:
     """Return what a token has read of each slot, and what it has read on the host whatever lies where."""
-    patterns = [re.compile(pattern) for pattern, _ in params.overrides]
-    draft_head = range(model.hparams.n_layer, model.hparams.n_layer_all)
+    own, on_host = _weight_reads(model, params.overrides, loads_draft_head=params.loads_draft_head)
     caches = (*cache_reads(model, params), 0.0)
-    reads, fixed = [], 0.0
-    for slot, tensors in enumerate(weights.slot_tensors(model, loads_draft_head=params.loads_draft_head)):
-        own, on_host = (caches[slot], 0.0) if params.kv_offload else (0.0, caches[slot])
+    if not params.kv_offload:
+        return own, on_host + sum(caches)
+    return tuple(map(add, own, caches)), on_host
+
+
+@lru_cache(maxsize=16)
+def _weight_reads(
+    model: ModelFacts, overrides: tuple[Override, ...], *, loads_draft_head: bool
+) -> tuple[tuple[float, ...], float]:
+    """Return what a token has read of each slot's weights, and of those that are overridden, on the host."""
+    patterns = [re.compile(pattern) for pattern, _ in overrides]
+    draft_head = range(model.hparams.n_layer, model.hparams.n_layer_all)
+    reads, on_host = [], 0.0
+    for slot, tensors in enumerate(weights.slot_tensors(model, loads_draft_head=loads_draft_head)):
+        own = 0.0
         for tensor in tensors if slot not in draft_head else ():
             read = tensor_read(model, tensor)
             if _is_overridden(tensor.name, patterns):
@@ -178,5 +196,4 @@ def _reads(model: ModelFacts, params: ContextParams) -> tuple[tuple[float, ...],
             else:
                 own += read
         reads.append(own)
-        fixed += on_host
-    return tuple(reads), fixed
+    return tuple(reads), on_host

@@ -7,11 +7,12 @@ subset of bins and every cut is covered, in time that grows with the subsets and
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from math import inf
 from operator import add
 from typing import Final, NamedTuple
@@ -83,10 +84,13 @@ class Split:
 
 
 class _Row(NamedTuple):
-    """The ways in which a bin's slots may end before one slot: the first possible start, and what spilling adds."""
+    """The ways in which a bin's slots may end before one slot: the first possible start, and what spilling adds.
+
+    Where the bin holds none of them, that start is the end itself.
+    """
 
     start: int
-    spill_s: list[float] | None
+    spill_s: list[float]
 
 
 class Solver:
@@ -189,7 +193,11 @@ class Tables:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._reads = [0.0, *accumulate(problem.reads)]
+        self._full_sizes = [0, *accumulate(_full_sizes(problem))]
         self._least_sizes = [0, *accumulate(_least_sizes(problem))]
+        self._least_density = _least_density(problem)
+        self._most_density = _most_density(problem)
+        self._left: dict[tuple[int, ...], _Left] = {}
         self._by_role: dict[tuple[int, bool], _Table] = {}
         self.limit_s = problem.limit_s * (1 + _ROUNDING)
         self.twins = [problem.bins.index(each) for each in problem.bins]
@@ -201,14 +209,16 @@ class Tables:
         seconds = (read / problem.host_bytes_per_s + problem.fixed_s for read in self._reads)
         return [s if allowed in {None, count} else inf for count, s in enumerate(seconds)]
 
-    def of(self, index: int, *, first: bool, lowest: int = 0) -> _Table:
-        """Return what this bin can take as the first one or a later one, from this slot on at least."""
+    def of(self, index: int, *, first: bool, starts: range | None = None) -> _Table:
+        """Return what this bin can take as the first one or a later one, from these starts or from any."""
+        starts = starts or range(len(self._reads))
         key = (self.twins[index], first)
-        if key not in self._by_role or self._by_role[key].lowest > lowest:
+        known = self._by_role.get(key)
+        if known is None or known.starts[0] > starts[0] or known.starts[-1] < starts[-1]:
             bin_ = self._problem.bins[index]
             most_extra_s = self._most_extra_s(bin_)
-            self._by_role[key] = _Table(self._problem, bin_, self._reads, most_extra_s, lowest, first=first)
-        return self._by_role[key]
+            known = self._by_role[key] = _Table(self._problem, bin_, self._reads, most_extra_s, starts, first=first)
+        return known
 
     def _most_extra_s(self, bin_: Bin) -> float:
         """Return the seconds that leaving parts of this bin's slots to the host may add, within the limit."""
@@ -218,25 +228,92 @@ class Tables:
         return self.limit_s - least_s if bin_.bytes_per_s >= problem.host_bytes_per_s else inf
 
     def promising(self, state: list[float], left: Sequence[int]) -> range:
-        """Return the least range of a state's slots from which the bins that are left may hold the rest in time."""
-        bins = [self._problem.bins[index] for index in left]
-        if not bins:
+        """Return the least range of a state's slots from which the bins that are left may hold the rest in time.
+
+        What they have no room for is read on the host, at least as many bytes as of the parts that are read least.
+        """
+        if not left:
             return range(0)
-        room = sum(max(*each.rooms, 0.0) for each in bins)
-        fastest = max(self._problem.host_bytes_per_s, *(each.bytes_per_s for each in bins))
-        reads, sizes = self._reads, self._least_sizes
-        first = bisect_left(sizes, sizes[-1] - room * (1 + _ROUNDING))
+        rest = self._of_left(tuple(left))
+        reads, sizes = self._reads, self._full_sizes
+        more_on_host_s = self._least_density * (1 / self._problem.host_bytes_per_s - 1 / rest.fastest)
+        first = bisect_left(self._least_sizes, self._least_sizes[-1] - rest.room)
+        over, limit_s = sizes[-1] - rest.room, self.limit_s
         within = [
             end
             for end in range(first, len(reads) - 1)
-            if state[end] < inf and state[end] + (reads[-1] - reads[end]) / fastest <= self.limit_s
+            if state[end] < inf
+            and state[end] + (reads[-1] - reads[end]) / rest.fastest + max(over - sizes[end], 0.0) * more_on_host_s
+            <= limit_s
+            and state[end] + rest.least_s(reads[-1] - reads[end]) <= limit_s
         ]
         return range(within[0], within[-1] + 1) if within else range(0)
+
+    def _of_left(self, left: tuple[int, ...]) -> _Left:
+        """Return what is known of these bins together."""
+        if left not in self._left:
+            bins = [self._problem.bins[index] for index in left]
+            self._left[left] = _Left.of(bins, self._most_density, self._problem.host_bytes_per_s)
+        return self._left[left]
+
+
+class _Left(NamedTuple):
+    """Bins together: their room, the speed of the fastest of them and the host, and how fast they read at best.
+
+    ``reads`` are the most bytes that the fastest ones can be made to read, by how many these are, ``seconds`` what that
+    takes, and ``speeds`` whose turn it is then: the host's at last.
+    """
+
+    room: float
+    fastest: float
+    reads: list[float]
+    seconds: list[float]
+    speeds: list[float]
+
+    @classmethod
+    def of(cls, bins: Sequence[Bin], most_density: float, host_bytes_per_s: float) -> _Left:
+        """Return this of bins of which a byte of room is read at most that often."""
+        rooms = sorted(((each.bytes_per_s, max(*each.rooms, 0.0)) for each in bins), reverse=True)
+        faster = [(speed, room * most_density) for speed, room in rooms if speed > host_bytes_per_s]
+        reads = [0.0, *accumulate(read for _, read in faster)]
+        seconds = [0.0, *accumulate(read / speed for speed, read in faster)]
+        speeds = [*(speed for speed, _ in faster), host_bytes_per_s]
+        return cls(sum(room for _, room in rooms) * (1 + _ROUNDING), speeds[0], reads, seconds, speeds)
+
+    def least_s(self, read: float) -> float:
+        """Return the seconds that no split of so many read bytes over these bins and the host is below."""
+        full = bisect_right(self.reads, read) - 1
+        return self.seconds[full] + (read - self.reads[full]) / self.speeds[full]
+
+
+def _full_sizes(problem: Problem) -> list[int]:
+    """Return the bytes of each slot in the bin that needs the least for it."""
+    return [min(sizes) for sizes in zip(*(each.sizes for each in problem.bins), strict=True)]
+
+
+def _most_density(problem: Problem) -> float:
+    """Return how many bytes are read at most for each byte of room."""
+    parts = [*zip(problem.reads, _full_sizes(problem), strict=False)]
+    if problem.max_spilled:
+        least = (min(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+        by_slot = zip(problem.spill_slots, problem.spill_reads, least, strict=False)
+        for slot, read, size in by_slot:
+            parts.append((read, size))
+            parts[slot] = (parts[slot][0] - read, parts[slot][1] - size)
+    return max((read / size if size > 0 else inf for read, size in parts if read > 0), default=0.0)
+
+
+def _least_density(problem: Problem) -> float:
+    """Return how many bytes are read at least for each byte that is left to the host of slots in bins."""
+    if not problem.max_spilled or not problem.bins:
+        return 0.0
+    sizes = (max(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+    return min((read / size for read, size in zip(problem.spill_reads, sizes, strict=True) if size), default=0.0)
 
 
 def _least_sizes(problem: Problem) -> list[int]:
     """Return bytes of each slot that every bin needs for it: what may be left to the host is left out."""
-    least = [min(sizes) for sizes in zip(*(each.sizes for each in problem.bins), strict=True)]
+    least = _full_sizes(problem)
     if least and problem.max_spilled:
         spills = (max(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
         for slot, size in zip(problem.spill_slots, spills, strict=True):
@@ -280,53 +357,65 @@ def bound_s(problem: Problem) -> float:
 
 
 class _Table:
-    """What one bin can take and what that costs, in the role of the first or of a later one."""
+    """What one bin can take from these starts and what that costs, in the role of the first or of a later one."""
 
     def __init__(
-        self, problem: Problem, bin_: Bin, reads: list[float], most_extra_s: float, lowest: int, *, first: bool
+        self, problem: Problem, bin_: Bin, reads: list[float], most_extra_s: float, starts: range, *, first: bool
     ) -> None:
         self._problem, self._bin, self._first, self._most_extra_s = problem, bin_, first, most_extra_s
-        self.lowest = lowest
+        self.starts = starts
         self._crossings_s = 2 * bin_.crossing_s
         self._minus_reads_s = [-read / bin_.bytes_per_s for read in reads]
-        self._sizes = [0, *accumulate(bin_.sizes)]
-        self._first_part = [bisect_left(problem.spill_slots, slot) for slot in range(len(bin_.sizes) + 1)]
-        self._spill_sizes = [0, *accumulate(bin_.spill_sizes)]
-        starts = [True, *(a != b for a, b in zip(problem.spill_slots, problem.spill_slots[1:], strict=False))]
-        self._slots_until = [0, *accumulate(starts[: len(problem.spill_slots)])]
+        self._sizes = _sums(bin_.sizes)
+        self._spill_sizes = _sums(bin_.spill_sizes)
+        self._first_part, self._slots_until = _part_slots(problem.spill_slots, len(bin_.sizes))
         slower = 1 / problem.host_bytes_per_s - 1 / bin_.bytes_per_s
-        away_s = [0.0, *accumulate(read * slower for read in problem.spill_reads)]
-        self._spill_s = [s + self._crossings_s * slots for s, slots in zip(away_s, self._slots_until, strict=False)]
-        # The first start that spills nothing, by end.
-        self._wholes = [
-            bisect_left(self._sizes, size - self._bin.room(first=first, output=False)) for size in self._sizes
+        away_s = _sums(problem.spill_reads)
+        self._spill_s = [
+            s * slower + self._crossings_s * slots for s, slots in zip(away_s, self._slots_until, strict=False)
         ]
-        self._wholes[-1] = bisect_left(self._sizes, self._sizes[-1] - self._room(len(bin_.sizes)))
-        self._rows = [None if end <= lowest else self._row(end) for end in range(len(reads))]
+        parts_before = (self._spill_sizes[part] for part in self._first_part)
+        self._beyond_parts = [parts - size for parts, size in zip(parts_before, self._sizes, strict=True)]
+        self._rows: dict[int, _Row] = {}
 
     def take(self, state: list[float], starts: range, into: list[float]) -> None:
         """Take slots from one of these starts of a state, as many as there is room for, to any end."""
-        before = list(map(add, state, self._minus_reads_s))  # the seconds less those that the slots take in this bin
-        for end in range(starts[0] + 1, len(into)):
-            row = self._rows[end]
-            if row is None or row.start > starts[-1]:
-                continue
-            ways = before[row.start : end] if row.spill_s is None else map(add, before[row.start : end], row.spill_s)
+        low, high = starts[0], starts[-1] + 1
+        # The seconds less those that the slots take in this bin.
+        before = list(map(add, state[low:high], self._minus_reads_s[low:high]))
+        for end, row in self._reached(starts):
+            first = max(row.start, low)
+            ways = map(add, before[first - low : end - low], row.spill_s[first - row.start :])
             seconds = min(ways) - self._minus_reads_s[end] + self._crossings_s
             into[end] = min(into[end], seconds)
 
+    def _reached(self, starts: range) -> Iterator[tuple[int, _Row]]:
+        """Yield every end that one of these starts reaches, and its row. What reaches an end reaches those before it.
+
+        But for the last, where the bin has another room: it holds the output.
+        """
+        last = len(self._bin.sizes)
+        for end in range(starts[0] + 1, last):
+            row = self._row(end)
+            if row.start > starts[-1]:
+                break
+            if row.start < end:
+                yield end, row
+        row = self._row(last)
+        if row.start <= starts[-1]:
+            yield last, row
+
     def last(self, index: int, before: list[float], end: int, least_s: float) -> Iterator[Segment]:
         """Yield the segments to this end that make these seconds of a state, with as little left out as must be."""
-        row = self._rows[end]
-        for start in range(row.start, end) if row else ():
-            spill_s = row.spill_s[start - row.start] if row and row.spill_s else 0.0
+        row = self._row(end)
+        for start, spill_s in enumerate(row.spill_s, row.start):
             if before[start] + self._own_s(start, end) + spill_s <= least_s * (1 + _ROUNDING):
                 yield Segment(index, start, end, *self._spilled(start, end))
 
     def every(self, index: int, before: list[float], end: int) -> Iterator[tuple[float, Segment]]:
         """Yield every segment to this end after a state, and its seconds."""
-        row = self._rows[end]
-        for start in range(row.start, end) if row else ():
+        row = self._row(end)
+        for start in range(row.start, row.start + len(row.spill_s)):
             if before[start] == inf:
                 continue
             begin, least = self._spilled(start, end)
@@ -351,24 +440,44 @@ class _Table:
     def _room(self, end: int) -> float:
         return self._bin.room(first=self._first, output=end == len(self._bin.sizes))
 
-    def _row(self, end: int) -> _Row | None:
-        whole = self._wholes[end]
-        most = self._problem.max_spilled
-        if not most:
-            return _Row(whole, None) if whole < end else None
-        sizes, spill_sizes, spill_s = self._sizes, self._spill_sizes, self._spill_s
+    def _row(self, end: int) -> _Row:
+        """Return the row of this end, of the table's starts."""
+        if end not in self._rows:
+            self._rows[end] = self._made_row(end)
+        return self._rows[end]
+
+    def _made_row(self, end: int) -> _Row:
+        spill_sizes, spill_s, beyond_parts = self._spill_sizes, self._spill_s, self._beyond_parts
         first_part, slots_until = self._first_part, self._slots_until
-        last_part, lacking, most_extra_s = first_part[end], sizes[end] - self._room(end), self._most_extra_s
+        most, most_extra_s = self._problem.max_spilled, self._most_extra_s
+        last_part, lacking = first_part[end], self._sizes[end] - self._room(end)
+        lowest, after = self.starts[0], min(self.starts[-1] + 1, end)
+        whole = max(bisect_left(self._sizes, lacking), lowest)  # the first start that spills nothing
         extra: list[float] = []
-        for start in range(min(whole, end) - 1, self.lowest - 1, -1):
+        for start in range(min(whole, after) - 1, lowest - 1, -1) if most else ():
             begin = first_part[start]
-            until = bisect_left(spill_sizes, spill_sizes[begin] + lacking - sizes[start])
+            until = bisect_left(spill_sizes, lacking + beyond_parts[start])
             if until > last_part or slots_until[until] - slots_until[begin] > most:
                 break
             extra_s = spill_s[until] - spill_s[begin]
             if extra_s > most_extra_s:  # and more of it with every slot
                 break
             extra.append(extra_s)
-        start = min(whole, end) - len(extra)
-        extra = [*reversed(extra), *([0.0] * (end - whole))]
-        return _Row(start, extra) if start < end else None
+        start = min(whole, after) - len(extra)
+        if start == after:
+            return _Row(min(whole, end), [])
+        return _Row(start, [*reversed(extra), *([0.0] * (after - whole))])
+
+
+@lru_cache(maxsize=16)
+def _sums(values: tuple[float, ...]) -> list[float]:
+    """Return the sums of the first of these."""
+    return [0.0, *accumulate(map(float, values))]
+
+
+@lru_cache(maxsize=16)
+def _part_slots(spill_slots: tuple[int, ...], n_slots: int) -> tuple[list[int], list[int]]:
+    """Return the first part of each slot or a later one, and how many slots the first parts are of."""
+    first_part = [bisect_left(spill_slots, slot) for slot in range(n_slots + 1)]
+    starts = [True, *(a != b for a, b in pairwise(spill_slots))]
+    return first_part, [0, *accumulate(starts[: len(spill_slots)])]
