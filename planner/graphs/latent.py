@@ -68,7 +68,7 @@ class LatentDecoder(Decoder):
 
 
 class ExpandedLatentDecoder(LatentDecoder):
-    """Compressed keys and values that are expanded again before they are cached (src/models/minicpm3.cpp)."""
+    """Compressed keys and values that are expanded again before they are cached (src/models/plm.cpp)."""
 
     def caches(self) -> dict[bool, CacheInputs]:
         """Return the inputs of the one cache, of keys and values."""
@@ -93,6 +93,10 @@ class ExpandedLatentDecoder(LatentDecoder):
         key = graph.concat(k_plain, k_rope)
         out = blocks.attention(self.cache(il), blocks.rope(q, positions, factors), key, value, il)
         return blocks.project(out, f"{prefix}output")
+
+
+class MiniCpm3Decoder(ExpandedLatentDecoder):
+    """The same with scaled rows for the output (src/models/minicpm3.cpp)."""
 
     def logits(self, x: Node) -> Node:
         """Return the output rows' logits, the rows scaled first."""
