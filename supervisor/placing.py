@@ -48,6 +48,9 @@ from supervisor.core.types import (
 from supervisor.planned_machine import emptied, without
 from supervisor.planning_messages import MakePlan
 
+# A context that was left to the planner is worth an idle runner up to here: the instructions and tools of an agent take
+# ten thousand tokens before it has said a word. Beyond it a longer one is taken where there is room.
+ENOUGH_CTX: Final = 16_384
 USE_MMAP: Final[Mapping[str | None, bool]] = MappingProxyType({"mmap": True, "none": False})
 
 Answer = LoadPlan | DoesNotFit | PlanProblem
@@ -55,8 +58,8 @@ Place = Callable[[Machine, Policy], Answer]
 Search = Callable[[Machine, Policy], Plan | NoFit | Refused]
 
 
-def by_search(search: Search) -> Place:
-    """Return what places a model where the planner's search puts it."""
+def by_search(search: Search, *, open_context: bool = False) -> Place:
+    """Return what places a model where the planner's search puts it; ``open_context``: it chooses the context too."""
 
     def place(machine: Machine, policy: Policy) -> Answer:
         try:
@@ -65,7 +68,7 @@ def by_search(search: Search) -> Place:
             return PlanProblem(str(error))
         match outcome:
             case Plan():
-                return load_plan(outcome, machine)
+                return load_plan(outcome, machine, open_context=open_context)
             case NoFit(causes=causes):
                 return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
@@ -151,13 +154,14 @@ class Placing:
         return leased, _reserved(policy, leased, self.question.caps, self.question.margins)
 
 
-def load_plan(plan: Plan, machine: Machine) -> LoadPlan:
+def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> LoadPlan:
     """Return what the supervisor needs to know of a plan for this machine."""
     names = launch.buffer_names(plan.placement.devices, machine)
     used = {*plan.placement.devices, HOST}
     placement = plan.placement
-    quality = sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
+    on_devices = sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
     has_devices = any(usage.kind is not DeviceKind.HOST for usage in plan.usages)
+    is_long = not open_context or _is_long_enough(plan)
     return LoadPlan(
         launch=plan.launch,
         uses=tuple(_use(usage, plan.host) for usage in plan.usages if usage.name in used),
@@ -170,13 +174,22 @@ def load_plan(plan: Plan, machine: Machine) -> LoadPlan:
             n_batch=plan.request.n_batch,
             use_mmap=USE_MMAP.get(plan.request.load_mode),
         ),
-        quality=quality,
-        is_best_possible=plan.is_known and (not has_devices or quality == len(placement.layer_devices) + 1),
+        quality=2 * on_devices + is_long,
+        is_best_possible=plan.is_known
+        and is_long
+        and (not has_devices or on_devices == len(placement.layer_devices) + 1),
         is_known=plan.is_known,
+        is_elastic=open_context,
         document=explain.to_json(plan),
         buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
         pinned=_pinned(plan, machine),
     )
+
+
+def _is_long_enough(plan: Plan) -> bool:
+    """Say whether a context that the planner chose is worth nobody's going."""
+    wanted = min(ENOUGH_CTX, plan.model.n_ctx_train or ENOUGH_CTX)
+    return plan.n_ctx_per_slot is None or plan.n_ctx_per_slot >= wanted
 
 
 def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:

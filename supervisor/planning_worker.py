@@ -165,7 +165,8 @@ class Worker:
         def search(machine: Machine, policy: Policy) -> Plan | NoFit | Refused:
             return placement.search(facts, asked, machine, policy, build, asking)
 
-        return Placing(question, detected.machine, policy, by_search(search)).outcome()
+        place = by_search(search, open_context=asked.n_ctx_per_slot is None and asked.n_ctx in {None, "auto"})
+        return Placing(question, detected.machine, policy, place).outcome()
 
 
 def _unreadable(folder: Path, error: OSError) -> Failed:

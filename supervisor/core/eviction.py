@@ -135,6 +135,8 @@ def _would_hold(plan: LoadPlan, gone: Victims, available_bytes: Mapping[str, int
 
 def _is_hopeless(best: LoadPlan, gone: Victims, available_bytes: Mapping[str, int | None]) -> bool:
     """Say whether all devices together would have less than the best plan takes: spread wider, it takes more."""
+    if best.is_elastic:
+        return False
     needed = sum(size for device, size in best.taken_bytes().items() if device != HOST)
     there = 0
     for device, here in available_bytes.items():

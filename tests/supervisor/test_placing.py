@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_models
 
 from planner.model import read_model
 from planner.search import placement
@@ -40,12 +41,12 @@ REQUEST = PlanRequest(n_ctx_per_slot=512, cache_ram_mib=0)
 
 
 def machine(**free_mib: int) -> Machine:
-    """Return a machine of these cards, each with so much free of 100 MiB, and a host with all the memory it needs."""
+    """Return a machine of these cards, each with so much free of 1000 MiB, and a host with all the memory it needs."""
     devices = tuple(
         Device(
             DeviceName(name),
             DeviceKind.RPC if name.startswith("RPC") else DeviceKind.CUDA,
-            100 * MIB,
+            1000 * MIB,
             free * MIB,
             PoolId(name),
             endpoint=f"10.0.0.1:{index}" if name.startswith("RPC") else None,
@@ -55,7 +56,7 @@ def machine(**free_mib: int) -> Machine:
     )
     host = Device(HOST, DeviceKind.HOST, 10_000 * MIB, 8_000 * MIB, HOST_POOL)
     pools = (MemoryPool(HOST_POOL, host.total_bytes, host.free_bytes),)
-    return Machine(devices, host, (*pools, *(MemoryPool(one.pool, 100 * MIB, one.free_bytes) for one in devices)))
+    return Machine(devices, host, (*pools, *(MemoryPool(one.pool, 1000 * MIB, one.free_bytes) for one in devices)))
 
 
 def neighbour(name: str, held_mib: Mapping[str, int], *, loading: bool = False) -> Neighbour:
@@ -99,6 +100,34 @@ def test_an_idle_runner_goes_for_a_model_that_would_else_stay_on_the_host(questi
     found = outcome(question, machine(CUDA0=1), neighbour("a", {"CUDA0": 90}), neighbour("b", {"CUDA0": 1}))
     assert isinstance(found, MakeRoom)
     assert found.victims == {"a"}
+
+
+def in_the_open(question: MakePlan, model: Path, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
+    """Return the outcome for a model of a long context, which is left to the planner."""
+    facts, build = read_model(model), LlamaBuild("/llama-server", None, None)
+    asked = PlanRequest(cache_ram_mib=0)
+    place = by_search(lambda at, policy: placement.search(facts, asked, at, policy, build), open_context=True)
+    return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
+
+
+def test_an_idle_runner_goes_for_a_context_that_would_else_be_short_and_only_one(
+    question: MakePlan, tmp_path: Path
+) -> None:
+    """Alone the model would take all of the card for its context; it needs no more than the larger one has."""
+    model = tmp_path / "long.gguf"
+    tiny_models.write_chat_model(model, n_ctx_train=1 << 20)
+    small, large = neighbour("small", {"CUDA0": 20}), neighbour("large", {"CUDA0": 200})
+    found = in_the_open(question, model, machine(CUDA0=60), small, large)
+    assert isinstance(found, MakeRoom), found
+    assert found.victims == {"large"}
+
+
+def test_nobody_goes_for_a_context_that_is_long_enough_or_cannot_be_longer(question: MakePlan, tmp_path: Path) -> None:
+    long, short = tmp_path / "long.gguf", tmp_path / "short.gguf"
+    tiny_models.write_chat_model(long, n_ctx_train=1 << 20)
+    tiny_models.write_chat_model(short, n_ctx_train=2048)
+    assert devices_of(in_the_open(question, long, machine(CUDA0=250), neighbour("a", {"CUDA0": 200}))) == {"CUDA0"}
+    assert devices_of(in_the_open(question, short, machine(CUDA0=60), neighbour("a", {"CUDA0": 70}))) == {"CUDA0"}
 
 
 def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePlan) -> None:
