@@ -287,8 +287,7 @@ class _Cursor:
             data, done = self._data, 0
             try:
                 for done in range(remaining):  # noqa: B007  # read after the loop broke off
-                    (length,) = unpack(data, position)
-                    position += length + 8
+                    position += unpack(data, position)[0] + 8
                 remaining = 0
             except (struct.error, OverflowError):  # beyond what has been read ahead
                 remaining -= done
