@@ -15,23 +15,21 @@ from math import inf
 from typing import Final, NamedTuple
 
 from planner import budget, cache, weights
-from planner.context import CONTEXT_ALIGNMENT, MAX_DEVICES, context_params
+from planner.context import MAX_DEVICES, context_params
 from planner.overrides import UNPIPELINED
-from planner.search import knobs
+from planner.search.bounds import bound_s
 from planner.search.candidates import Candidate, Finder
 from planner.search.chain import Chain
 from planner.search.exhaust import SMALL, improved
 from planner.search.learned import Learned, Mode
 from planner.search.problems import Question, SpillPart, spill_pattern
-from planner.search.solver import Problem, Solver, Split, bound_s
-from planner.speed import EQUAL_SPEED, pace
+from planner.search.solver import Problem, Solver, Split
+from planner.speed import EQUAL_SPEED
 from planner.types import Device, Placement, PlanRequest
 
 MAX_ROUNDS: Final = 8  # of solving and accounting; three are usual, since only compute buffers move
 MAX_SPILL_ORDERS: Final = 6  # devices whose orders are all tried where parts of layers may be left to the host
-MAX_CONTEXT_ROUNDS: Final = 8  # of bisecting; three are usual: what a device takes grows nearly in proportion
 LIKELY: Final = 1.1  # times the seconds that no split is below: the fastest splits of most models are within
-_MISSED: Final = 1.25  # a guess that was too far: a step adds more
 _PERMILLE: Final = 1000
 
 
@@ -143,10 +141,10 @@ class Best:
 
     def at(self, request: PlanRequest, limit_s: float = inf) -> Candidate | None:
         """Return the best placement with at most these seconds a token; None where none is confirmed."""
-        found = self._found(request, limit_s)
+        found = self.found(request, limit_s)
         return None if found is None else found.candidate
 
-    def _found(self, request: PlanRequest, limit_s: float = inf, expected: Choice | None = None) -> Found | None:
+    def found(self, request: PlanRequest, limit_s: float = inf, expected: Choice | None = None) -> Found | None:
         """Return what solving finds, or what is better in a small problem; None where nothing is confirmed.
 
         Solving begins with the ``expected`` choice.
@@ -161,7 +159,7 @@ class Best:
         best: Found | None = None
         tried: set[tuple[str, ...]] = set()
         for _ in range(MAX_ROUNDS):
-            choice, expected = expected or self._choice(request, limit_s), None
+            choice, expected = expected or self.choice(request, limit_s), None
             if choice is None:
                 break
             name = (choice.mode.name, *(str((self.devices[s.bin].name, *s[1:])) for s in choice.split.segments))
@@ -173,114 +171,9 @@ class Best:
                     return Found(attempt, choice)
                 best = Found(attempt, choice) if attempt.fits else best
                 stands = stands and attempt.fits
-            if stands and (best is None or not self._reordered(request, choice)):
+            if stands and (best is None or not self.reordered_for(request, choice)):
                 break
         return best
-
-    def longest(self, settled: PlanRequest, floor: int, trained: int) -> Candidate | None:
-        """Return the best placement with the longest context; None where not even the floor fits.
-
-        Where everything lies on devices at the floor, that is the longest with which it still does. Where not, it is
-        the longest with which decoding is as fast: a longer one would push more to the host. The trained length is
-        tried first. Below it, multiples of 256 are tried by what is expected to fit; what accounting then shows is
-        learned, until no longer context is expected to fit.
-        """
-        choice = None if self.is_small or floor >= trained else self._expected(knobs.with_context(settled, floor))
-        if choice is not None and choice.mode is Mode.WITH_HOST:
-            if found := self._longest_beside_host(settled, floor, trained, choice):
-                return found
-            choice = None
-        at_floor = self._found(knobs.with_context(settled, floor), expected=choice)
-        if at_floor is None or floor >= trained:
-            return at_floor and at_floor.candidate
-        best, choice = at_floor
-        spills = choice.mode is Mode.WITH_HOST
-        self.modes = frozenset({Mode.WITH_HOST} if spills else {Mode.PIPELINED, Mode.UNPIPELINED})
-        limit_s = choice.fastest_s * EQUAL_SPEED if spills else inf
-        whole = self.at(knobs.with_context(settled, trained), limit_s)
-        if whole is not None:
-            return whole
-        # What each device takes beyond its layers grows with the context in proportion: two lengths tell of others.
-        self._accounted(knobs.with_context(settled, trained), choice)
-        longest = self._longest_between(settled, floor, trained, limit_s)
-        return best if longest is None else longest.candidate
-
-    def _longest_beside_host(
-        self, settled: PlanRequest, floor: int, trained: int, at_floor: Choice
-    ) -> Candidate | None:
-        """Return the placement with the longest context where parts are left to the host, as far as can be foretold.
-
-        What is expected ``at_floor`` is not confirmed there, only what is longer; it is expected anew by what that has
-        shown. None where nothing longer is found, or where everything is expected to fit on devices.
-        """
-        everything = self.modes
-        for _ in range(MAX_ROUNDS):
-            if at_floor.mode is not Mode.WITH_HOST:
-                break
-            limit_s = at_floor.fastest_s * EQUAL_SPEED
-            self.modes = frozenset({Mode.WITH_HOST})
-            found = self._longest_between(settled, floor, trained + 1, limit_s)
-            self.modes = everything
-            again = found and self._choice(knobs.with_context(settled, floor))
-            if found is None or again is None:
-                break
-            # What is foretold counts as equal to what was foretold before, within what always does.
-            if again.mode is Mode.WITH_HOST and found.choice.split.seconds <= again.fastest_s * EQUAL_SPEED**2:
-                return found.candidate
-            at_floor = again
-        return None
-
-    def _expected(self, request: PlanRequest) -> Choice | None:
-        """Return the choice that accounting for another one lets expect."""
-        first = self._choice(request)
-        if first is None or self._accounted(request, first)[0].unknown:
-            return None
-        choice = self._choice(request)
-        return self._choice(request) if choice is not None and self._reordered(request, choice) else choice
-
-    def _longest_between(self, settled: PlanRequest, floor: int, over: int, limit_s: float) -> Found | None:
-        """Return the placement with the longest context that fits: longer than the floor, shorter than ``over``."""
-        best: Found | None = None
-        low, high = floor // CONTEXT_ALIGNMENT, -(-over // CONTEXT_ALIGNMENT)
-        for _ in range(MAX_CONTEXT_ROUNDS):
-            guess = self._longest_expected(settled, low, high, limit_s)
-            if guess == low and self.is_small:
-                guess = (low + high) // 2  # more may fit than is expected: there it is really looked for
-            if guess == low:
-                break
-            attempt = self._found(knobs.with_context(settled, guess * CONTEXT_ALIGNMENT), limit_s)
-            if attempt is None:
-                high = guess
-            else:
-                low, best = guess, attempt
-        return best
-
-    def _longest_expected(self, settled: PlanRequest, low: int, high: int, limit_s: float) -> int:
-        """Return the largest number of steps between these for which a split is expected to fit.
-
-        The next step is tried first: it ends a search that is at its end. Then halves; where there is a limit, where
-        the seconds would meet it that steps are to add, or twice as far as the last time.
-        """
-        ahead, step_s, seconds = 1, self._step_s(settled, low, high), inf
-        while high - low > 1:
-            steps = low + max(min(ahead, high - low - 1), 1)
-            tried_s = self._least_s(knobs.with_context(settled, steps * CONTEXT_ALIGNMENT), limit_s)
-            if tried_s < inf:
-                low, seconds, ahead = steps, tried_s, 2 * ahead
-            else:
-                high, step_s, ahead = steps, step_s * _MISSED, 1
-            if max(limit_s, seconds) < inf and step_s > 0:
-                ahead = max(int((limit_s - seconds) / step_s), ahead)
-            else:
-                ahead = (high - low) // 2
-        return low
-
-    def _step_s(self, settled: PlanRequest, low: int, high: int) -> float:
-        """Return the seconds that a step is to add where it pushes as many bytes to the host."""
-        few, many = (self.question(knobs.with_context(settled, steps * CONTEXT_ALIGNMENT)) for steps in (low, high))
-        grown = [sum(each.sizes(self.devices[0])) for each in (few, many)]
-        share = sum(part.read for part in few.parts) / (sum(part.tensor.nbytes for part in few.parts) or inf) or 1.0
-        return (grown[1] - grown[0]) / (high - low) * share / pace(self.finder.machine.host).bytes_per_s
 
     # -----------------------------------------------------------------------------------------------------------------
     # One context: which split
@@ -311,12 +204,12 @@ class Best:
         if Mode.WITH_HOST in self.modes and pinned in {None, "auto"}:
             yield (Way(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),)
 
-    def _least_s(self, request: PlanRequest, limit_s: float) -> float:
+    def least_s(self, request: PlanRequest, limit_s: float) -> float:
         """Return the seconds of a split that is expected to fit and to be this fast, infinite where there is none."""
         ways = (way for tier in self.tiers(self.question(request), request) for way in tier)
         return next((s for way in ways if (s := way.least_s(limit_s)) < inf), inf)
 
-    def _choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:
+    def choice(self, request: PlanRequest, limit_s: float = inf) -> Choice | None:
         """Return the split that the objective puts first, by what is expected of every device."""
         question = self.question(request)
         for tier in self.tiers(question, request):
@@ -375,7 +268,7 @@ class Best:
                 low = middle
         return split
 
-    def _reordered(self, request: PlanRequest, choice: Choice) -> bool:
+    def reordered_for(self, request: PlanRequest, choice: Choice) -> bool:
         """Put the devices into the order of a split that is faster by more than what is equal, where there is one.
 
         Every order is tried once, with what accounting has shown of the devices in their own order.

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import inf
-from typing import Final
 
+from planner.search.bounds import ROUNDING
 from planner.search.solver import Problem, Segment, Split, Tables
-
-_ROUNDING: Final = 1e-9  # of seconds that are summed in another order
 
 
 class Chain:
@@ -31,7 +29,7 @@ class Chain:
     @cached_property
     def seconds(self) -> dict[int, float]:
         """Return the least seconds by number of bins."""
-        limit_s = self._problem.limit_s * (1 + _ROUNDING)
+        limit_s = self._problem.limit_s * (1 + ROUNDING)
         totals = enumerate(state[-1] for state in self._states[-1])
         least = len(self._problem.bins) if self._problem.all_bins else 0
         return {count: s for count, s in totals if s < inf and s <= limit_s and count >= least}

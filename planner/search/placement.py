@@ -23,6 +23,7 @@ from planner.search.candidates import Candidate, Finder, Oracle, effective
 from planner.search.ladder import relaxed
 from planner.search.longest import longest
 from planner.search.nearest import nearest
+from planner.search.stretch import Stretch
 from planner.types import (
     UNKNOWN_FIGURE,
     Decision,
@@ -179,7 +180,7 @@ class _Search:
         floor = min(MIN_CONTEXT, trained)
         best = Best(finder, order_is_settled=self.request.devices is not None)
         applies = best.applies(knobs.with_context(settled, floor))
-        if applies and (found := best.longest(settled, floor, trained)) and found.placement.devices:
+        if applies and (found := Stretch(best, settled, floor, trained).longest()) and found.placement.devices:
             self._decide_context(found, trained)
             return found
         complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
