@@ -19,6 +19,7 @@ from supervisor.store.manifests import BadManifest, Manifest
 from supervisor.store.names import ModelName
 
 MAX_MANIFESTS: Final = 10_000  # as many files as a folder of models may have
+DEFAULT_HOST_FILE: Final = ".default-host"  # written by us; hidden, so that nobody takes it for a model
 BLOB_NAME: Final = re.compile(r"sha256-([0-9a-f]{64})", re.ASCII)
 
 
@@ -34,9 +35,14 @@ class StoreFolder:
         """Return the host that a name without one is of: the setting's, else the one that the store was filled from.
 
         That is the one with the namespace of models that are called by one word. Where there is none: ``LOCAL_HOST``.
+        Once there is one it stays: a model of another host must not give all others another name.
         """
         if self.registry is not None:
             return self.registry.rpartition("://")[2]
+        with suppress(OSError, UnicodeDecodeError):
+            kept = (self.root / DEFAULT_HOST_FILE).read_text("utf-8").strip()
+            if (self.root / "manifests" / kept / names.DEFAULT_NAMESPACE).is_dir() and names.is_host(kept):
+                return kept
         hosts = (path.name for path in _listed(self.root / "manifests"))
         filled = (host for host in hosts if (self.root / "manifests" / host / names.DEFAULT_NAMESPACE).is_dir())
         return next((host for host in filled if host != names.LOCAL_HOST), names.LOCAL_HOST)

@@ -79,6 +79,11 @@ def parse(text: str, default_host: str) -> ModelName:
         raise bad_name(text) from None
 
 
+def is_host(text: str) -> bool:
+    """Say whether a text may be the host of a name."""
+    return _HOST.fullmatch(text) is not None
+
+
 def has_host(text: str) -> bool:
     """Say whether a name says itself which registry it is of."""
     return _SCHEME.sub("", text, count=1).count("/") > 1

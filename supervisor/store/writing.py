@@ -20,9 +20,9 @@ from typing import Final
 from anyio import to_thread
 
 from supervisor.api import BadCreate, StoreError, StoreFull
-from supervisor.store.folder import BLOB_NAME, StoreFolder
+from supervisor.store.folder import BLOB_NAME, DEFAULT_HOST_FILE, StoreFolder
 from supervisor.store.manifests import Layer, Manifest
-from supervisor.store.names import ModelName
+from supervisor.store.names import LOCAL_HOST, ModelName
 
 LOCK_FILE: Final = ".lock"
 PARTIAL: Final = "partial-"  # what is not whole yet
@@ -59,7 +59,16 @@ def adding(folder: StoreFolder) -> Iterator[None]:
     folder.blobs.mkdir(parents=True, exist_ok=True)
     with (folder.root / LOCK_FILE).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # held alone only for the moment that a removal takes
+        _keep_default_host(folder)
         yield
+
+
+def _keep_default_host(folder: StoreFolder) -> None:
+    """Write down which host short names belong to, before a model of another one comes."""
+    file = folder.root / DEFAULT_HOST_FILE
+    host = folder.default_host
+    if folder.registry is None and host != LOCAL_HOST and not file.exists():
+        write_whole(file, host.encode())
 
 
 @asynccontextmanager

@@ -234,3 +234,15 @@ async def test_a_disk_that_is_full_is_told_and_keeps_nothing_of_what_was_sent(
     with pytest.raises(StoreFull, match="is full"):
         await store.put_blob(digest_of(data), sent(data))
     assert list(folder.blobs.iterdir()) == []
+
+
+async def test_a_model_of_another_host_gives_no_other_model_another_name(
+    gguf: bytes, store: ModelStore, folder: StoreFolder
+) -> None:
+    """Also where that host comes first in any order, and the next service asks."""
+    put_model(folder.root, f"{HOST}/library/old/latest", [("model", gguf)])
+    await store.copy("old", "new")
+    put_model(folder.root, "a.example.org/library/other/latest", [("model", gguf)])
+    names = ["a.example.org/library/other:latest", "new:latest", "old:latest"]
+    assert list(models(folder)) == names
+    assert list(models(StoreFolder(folder.root))) == names
