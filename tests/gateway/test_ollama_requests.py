@@ -144,6 +144,12 @@ def test_options_that_nobody_knows_and_wrong_ones_of_a_model_are_left_out() -> N
     assert of_preset({"seed": 3, "top_k": "many"}) == {"seed": 3}
 
 
+def test_half_a_character_is_replaced_and_whole_ones_stay() -> None:
+    """Clients that cut a text anywhere send such; llama-server's parser refuses the whole request for one."""
+    body = rb'{"prompt": "a\ud83d b\ud83d\ude00 \\ud83d"}'
+    assert parse_fields(body, "GenerateRequest").text("prompt") == "a\ufffd b\U0001f600 \\ud83d"
+
+
 @pytest.mark.parametrize(
     "data,told",
     [

@@ -32,6 +32,8 @@ from supervisor.gateway.ollama.go_syntax import TemplateError
 # Where these paths begin, Ollama's clients ask.
 PREFIX: Final = "/api/"
 
+SHOWN_NAME: Final = 200  # characters of a name that nobody has
+
 # Texts that programs look for (server/routes.go, server/sched.go, server/images.go).
 MISSING_BODY: Final = "missing request body"
 MODEL_REQUIRED: Final = "model is required"
@@ -74,12 +76,12 @@ class ContextExceeded(RunnerRefused):
 
 def model_not_found(name: str) -> OllamaError:
     """Return what generate, chat, show and delete say of a name that nobody has."""
-    return OllamaError(HTTPStatus.NOT_FOUND, f"model '{name}' not found")
+    return OllamaError(HTTPStatus.NOT_FOUND, f"model '{name[:SHOWN_NAME]}' not found")
 
 
 def model_not_pulled(name: str) -> OllamaError:
     """Return what the embedding endpoints say of it."""
-    return OllamaError(HTTPStatus.NOT_FOUND, f'model "{name}" not found, try pulling it first')
+    return OllamaError(HTTPStatus.NOT_FOUND, f'model "{name[:SHOWN_NAME]}" not found, try pulling it first')
 
 
 def lacks(name: str, ability: str) -> OllamaError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,6 +12,10 @@ from aiohttp import web
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.errors import MISSING_BODY
 
+# Half of a character beyond the first 65,536, as clients send that cut a text anywhere: Go replaces it, and
+# llama-server's parser refuses it.
+_HALF: Final = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_CHARACTER: Final = re.compile("[\\ud800-\\udfff]")
 # What Go calls JSON's kinds of values, and the types of its own that the API is written in.
 _JSON_KINDS: Final = {str: "string", bool: "bool", int: "number", float: "number", list: "array", dict: "object"}
 _AFTER: Final[Mapping[str, str]] = {
@@ -113,6 +118,8 @@ def parse_fields(body: bytes, struct: str) -> Fields:
         raise BadRequest(_syntax(error)) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting beyond Python's stack
         raise BadRequest("the body is not usable: a number that is none, or nesting too deep") from error
+    if _HALF.search(text):
+        values = json.loads(_HALF_CHARACTER.sub("\ufffd", json.dumps(values, ensure_ascii=False)))
     if not isinstance(values, dict):
         kind = "null" if values is None else _JSON_KINDS[type(values)]
         raise BadRequest(f"json: cannot unmarshal {kind} into Go value of type api.{struct}")

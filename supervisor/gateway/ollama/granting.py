@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -16,9 +16,6 @@ from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.errors import MODEL_REQUIRED, OllamaError, model_not_found
 from supervisor.gateway.ollama.options import load_options, of_preset, sampling
 from supervisor.gateway.ollama.runner import Runner, talking
-
-# Characters of a name that nobody has, in an error line.
-SHOWN_NAME: Final = 200
 
 Missing = Callable[[str], OllamaError]
 
@@ -48,7 +45,7 @@ class Granting:
             request[EXCHANGE].model = found
             return self.runtime.model(found)
         except UnknownModel as error:  # it may have gone since
-            raise missing(name[:SHOWN_NAME]) from error
+            raise missing(name) from error
 
     @asynccontextmanager
     async def granted(
