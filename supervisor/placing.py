@@ -161,6 +161,7 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
     placement = plan.placement
     on_devices = sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
     has_devices = any(usage.kind is not DeviceKind.HOST for usage in plan.usages)
+    is_whole = on_devices == len(placement.layer_devices) + 1
     is_long = not open_context or _is_long_enough(plan)
     return LoadPlan(
         launch=plan.launch,
@@ -174,10 +175,9 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
             n_batch=plan.request.n_batch,
             use_mmap=USE_MMAP.get(plan.request.load_mode),
         ),
-        quality=2 * on_devices + is_long,
-        is_best_possible=plan.is_known
-        and is_long
-        and (not has_devices or on_devices == len(placement.layer_devices) + 1),
+        quality=on_devices,
+        is_long_enough=is_long,
+        is_best_possible=plan.is_known and is_long and (is_whole or not has_devices),
         is_known=plan.is_known,
         is_elastic=open_context,
         document=explain.to_json(plan),

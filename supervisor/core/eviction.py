@@ -29,10 +29,11 @@ from supervisor.core.types import (
 
 MAX_CANDIDATES: Final = 10  # 1024 sets are ordered in a few milliseconds; of more runners the cheapest
 MAX_PLANS: Final = 8  # beyond the two that bound the search; at 150 ms each, about a second
-NOWHERE: Final = -1  # worse than any plan
+NOWHERE: Final = (-1, False)  # worse than any plan
 LEAST_PRIORITY: Final = -(2**31)
 
 PlanWith = Callable[[frozenset[ModelId]], LoadPlan | DoesNotFit | PlanProblem]
+Quality = tuple[int, bool]  # how well it is placed, then whether its context is long enough
 Victims = tuple[Neighbour, ...]
 
 
@@ -57,10 +58,12 @@ def choose(
         return best
     if not isinstance(best, LoadPlan) or not _is_good(best, fixed):
         return _no_fit(best, fixed)
-    if quality >= best.quality:
-        return here
     candidates = _candidates(movable, best, surplus)
-    victims = _cheapest(plan_with, candidates, neighbours, best, available_bytes, surplus)
+    is_best = quality >= _quality_of(best)
+    victims = () if is_best else _cheapest(plan_with, candidates, neighbours, best, available_bytes, surplus)
+    has_to_wait = any(one.standing is Standing.BUSY for one in victims)
+    if is_best or (has_to_wait and quality >= (best.quality, False)):  # nobody waits for a longer context alone
+        return here
     return MakeRoom(
         victims=frozenset(one.model for one in victims),
         alternatives=frozenset(one.model for one in candidates),
@@ -99,7 +102,7 @@ def _cheapest(
         plans += 1
         attempt = plan_with(gone)
         left = [one for one in neighbours if one.model not in gone]
-        if _quality(attempt, left) >= best.quality:
+        if _quality(attempt, left) >= _quality_of(best):
             return some
         failed.append(gone)
     return tuple(one for one in neighbours if one.standing is not Standing.FIXED)
@@ -148,8 +151,12 @@ def _is_hopeless(best: LoadPlan, gone: Victims, available_bytes: Mapping[str, in
     return there < needed
 
 
-def _quality(outcome: LoadPlan | DoesNotFit | PlanProblem, left: Sequence[Neighbour]) -> int:
-    return outcome.quality if isinstance(outcome, LoadPlan) and _is_good(outcome, left) else NOWHERE
+def _quality(outcome: LoadPlan | DoesNotFit | PlanProblem, left: Sequence[Neighbour]) -> Quality:
+    return _quality_of(outcome) if isinstance(outcome, LoadPlan) and _is_good(outcome, left) else NOWHERE
+
+
+def _quality_of(plan: LoadPlan) -> Quality:
+    return plan.quality, plan.is_long_enough
 
 
 def _is_good(plan: LoadPlan, left: Sequence[Neighbour]) -> bool:

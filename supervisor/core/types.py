@@ -94,12 +94,14 @@ class LoadPlan:
     """A plan that may be launched, of llama-server or of a ``program`` that is not ours.
 
     ``uses`` are the devices that it uses, the host among them. ``quality`` grows with how well it is placed (blocks on
-    devices, then a context that is long enough); ``is_best_possible`` says that no other state of the machine could
-    give a better one, ``is_known`` that other models can be planned beside it, ``is_elastic`` that it would be as good
-    with less: its context is as long as there is room for. ``serves`` are the values that the child will really have,
-    by name. ``document`` is what ``planner explain --json`` prints. ``buffer_devices`` maps the names that llama.cpp gives to
-    the buffers of an RPC worker (``RPC0[host:port]``, an index within that worker) to the planner's device names.
-    ``pinned`` are the devices that the runner has to name when it starts; none: not checked.
+    devices), ``is_long_enough`` says that nobody need go for a longer context, ``is_best_possible`` that no other state
+    of the machine could give a better plan, ``is_known`` that other models can be planned beside it, ``is_elastic``
+    that it would be as good with less: its context is as long as there is room for.
+
+    ``serves`` are the values that the child will really have, by name. ``document`` is what ``planner explain --json``
+    prints. ``buffer_devices`` maps the names that llama.cpp gives to the buffers of an RPC worker (``RPC0[host:port]``,
+    an index within that worker) to the planner's device names. ``pinned`` are the devices that the runner has to name
+    when it starts; none: not checked.
     """
 
     launch: LaunchSpec
@@ -110,6 +112,7 @@ class LoadPlan:
     quality: int = 0
     is_best_possible: bool = True
     is_known: bool = True
+    is_long_enough: bool = True
     is_elastic: bool = False
     document: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), repr=False)
     buffer_devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

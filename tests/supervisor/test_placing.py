@@ -104,7 +104,7 @@ def test_an_idle_runner_goes_for_a_model_that_would_else_stay_on_the_host(questi
 
 def in_the_open(question: MakePlan, model: Path, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
     """Return the outcome for a model of a long context, which is left to the planner."""
-    facts, build = read_model(model), LlamaBuild("/llama-server", None, None)
+    facts, build = read_model(str(model)), LlamaBuild("/llama-server", None, None)
     asked = PlanRequest(cache_ram_mib=0)
     place = by_search(lambda at, policy: placement.search(facts, asked, at, policy, build), open_context=True)
     return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
@@ -120,6 +120,13 @@ def test_an_idle_runner_goes_for_a_context_that_would_else_be_short_and_only_one
     found = in_the_open(question, model, machine(CUDA0=60), small, large)
     assert isinstance(found, MakeRoom), found
     assert found.victims == {"large"}
+
+
+def test_nobody_waits_for_a_busy_runner_for_the_sake_of_a_longer_context(question: MakePlan, tmp_path: Path) -> None:
+    model = tmp_path / "long.gguf"
+    tiny_models.write_chat_model(model, n_ctx_train=1 << 20)
+    busy = replace(neighbour("a", {"CUDA0": 200}), standing=Standing.BUSY)
+    assert devices_of(in_the_open(question, model, machine(CUDA0=60), busy)) == {"CUDA0"}
 
 
 def test_nobody_goes_for_a_context_that_is_long_enough_or_cannot_be_longer(question: MakePlan, tmp_path: Path) -> None:
