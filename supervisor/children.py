@@ -32,7 +32,7 @@ from supervisor.core.events import (
 from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId
-from supervisor.hanging import HangWatch, is_stopped
+from supervisor.hanging import HangWatch, Patience, is_stopped
 from supervisor.health import wait_healthy, wait_serving
 from supervisor.logs import ChildLog
 from supervisor.process import READ_BYTES, Child, scrubbed
@@ -92,6 +92,7 @@ class Children:
         state_dir: Path,
         environ: Mapping[str, str],
         stop_grace_s: float,
+        patience: Patience,
     ) -> None:
         self._post = post
         self._is_busy = is_busy
@@ -99,6 +100,7 @@ class Children:
         self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
         self._stop_grace_s = stop_grace_s
+        self._patience = patience
         self._running: dict[tuple[ModelId, int], _Running] = {}
 
     def api_key(self, model: ModelId, generation: int) -> str:
@@ -219,7 +221,9 @@ class Children:
         await wait_serving(url, running.api_key)
         running.serves = True
         self._post(BecameReady(model, generation, url, running.log.measured_bytes))
-        watch = HangWatch(url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation))
+        watch = HangWatch(
+            url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation), self._patience
+        )
         self._post(ChildHung(model, generation, await watch.wait_hung()))
 
     async def _serve_program(self, command: Spawn, running: _Running, url: str, health: str) -> None:

@@ -39,6 +39,7 @@ from supervisor.core.events import (
 )
 from supervisor.core.runner import HAS_CHILD, Runner
 from supervisor.core.types import Limits, ModelId
+from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease
 from supervisor.writer import Writer
@@ -51,7 +52,7 @@ class RuntimeOptions:
     """What the composition root tells the runtime.
 
     ``environ`` is what children inherit, after scrubbing. ``n_ctx_per_slot`` is what every conversation was promised,
-    None where the planner decides by model.
+    None where the planner decides by model. ``patience`` is how long a busy child may be silent.
     """
 
     version: str
@@ -60,6 +61,7 @@ class RuntimeOptions:
     stop_grace_s: float
     n_ctx_per_slot: int | None
     environ: Mapping[str, str]
+    patience: Patience = PATIENCE
     warnings: tuple[str, ...] = ()
 
 
@@ -75,6 +77,7 @@ class Supervisor:
             state_dir=options.state_dir,
             environ=options.environ,
             stop_grace_s=options.stop_grace_s,
+            patience=options.patience,
         )
         inventory.when_models_change = self._follow_models
         inventory.held_now = lambda: ledger.held_bytes(self._writer.pool)

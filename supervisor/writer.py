@@ -38,6 +38,7 @@ from supervisor.core.events import Event, RequestAbandoned, RequestArrived, Requ
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
+from supervisor.hanging import Patience
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease, Waiter
 from supervisor.timers import Alarm
@@ -49,7 +50,14 @@ class Writer:
     """Owns the pool. ``run`` has to run for anything to happen; ``pool`` and ``counters`` are for everybody to read."""
 
     def __init__(
-        self, limits: Limits, inventory: Inventory, *, state_dir: Path, environ: Mapping[str, str], stop_grace_s: float
+        self,
+        limits: Limits,
+        inventory: Inventory,
+        *,
+        state_dir: Path,
+        environ: Mapping[str, str],
+        stop_grace_s: float,
+        patience: Patience,
     ) -> None:
         self.pool = Pool(limits)
         self.counters: Mapping[str, ModelCounters] = MappingProxyType({})
@@ -59,6 +67,7 @@ class Writer:
             state_dir=state_dir,
             environ=environ,
             stop_grace_s=stop_grace_s,
+            patience=patience,
         )
         self.stopped = anyio.Event()  # shut down, and every child is gone
         self._inventory = inventory

@@ -19,6 +19,7 @@ from supervising import Supervising
 from supervisor import children
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
+from supervisor.hanging import Patience
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
@@ -69,6 +70,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
             stop_grace_s=5.0,
             n_ctx_per_slot=512,
             environ=environ,
+            patience=Patience(ask_every_s=0.05, answer_within_s=0.2),
         )
         children.prepare(options.state_dir)
         async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:

@@ -224,6 +224,37 @@ async def test_a_model_that_crashed_in_use_comes_back_by_itself(
         assert only_runner(supervisor).state == "ready"
 
 
+async def test_a_runner_that_stops_answering_is_ended_its_clients_told_and_another_serves(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    async with supervising(models(chat_model)) as supervisor:
+        with anyio.fail_after(30):
+            async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+                pid = only_runner(supervisor).pid
+                assert pid is not None
+                os.kill(pid, signal.SIGSTOP)
+                assert "it hung: with requests in flight it did not answer" in await lease.wait_lost()
+            async with supervisor.acquire("tiny-chat", Role.CHAT):
+                assert only_runner(supervisor).pid != pid
+                assert only_runner(supervisor).restarts == 1
+
+
+async def test_a_load_that_is_killed_is_tried_again_for_who_waits(
+    supervising: Supervising, models: Models, chat_model: Path, llama_tools: Path, tmp_path: Path
+) -> None:
+    """The first llama-server to load a model kills itself, as somebody else might."""
+    server, was_here = tmp_path / "llama-server", tmp_path / "was-here"
+    server.write_text(
+        f'#!/bin/sh\ncase "$1" in -m) [ -e {was_here} ] || {{ touch {was_here}; kill -9 $$; }};; esac\n'
+        f'exec {llama_tools}/llama-server "$@"\n'
+    )
+    server.chmod(0o755)
+    async with supervising(models(chat_model), {"PLANNER_LLAMA_SERVER": str(server)}) as supervisor:
+        await hold_named(supervisor, "tiny-chat", Role.CHAT)
+        assert supervisor.snapshot().counters["tiny-chat"].load_failures == 1
+    assert was_here.exists()
+
+
 async def test_a_load_that_fails_tells_the_child_s_last_error_line(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:
