@@ -14,7 +14,7 @@ from planner import overrides
 from planner.errors import InvalidRequest
 from planner.flag_table import BY_NAME, FLAGS, Flag
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
-from planner.speculation import LOOKUP_FLAGS
+from planner.speculation import LOOKUP_FLAGS, NONE
 from planner.types import PlanRequest, Role
 
 PROGRAM: Final = "llama-server"
@@ -71,9 +71,16 @@ class _Reading:
     def put(self, flag: Flag, value: Any) -> None:
         if flag.dest == "override_tensor":
             value = self._in_order(value)
+        if flag.dest == "spec_type":
+            value = self._with_earlier(value)
         if flag.gathers:
             value = (*self.values.get(flag.dest, ()), *value)
         self.values[flag.dest] = value
+
+    def _with_earlier(self, kinds: str) -> str:
+        """Return these kinds of speculation behind the earlier ones: they add up, and ``none`` takes none away."""
+        given = [words for words in (self.values.get("spec_type"), kinds) if words and NONE not in words.split(",")]
+        return ",".join(given) or NONE
 
     def _in_order(self, patterns: Sequence[overrides.Override]) -> tuple[overrides.Override, ...]:
         """Return these patterns after those that ``-cmoe`` and its like have made so far: the first match wins."""

@@ -326,9 +326,10 @@ def _proportional(n_slots: int, budgets: Sequence[int]) -> tuple[int, ...]:
 def effective(attempt: Candidate) -> PlanRequest:
     """Return the request with every knob as this candidate has it, ready to be launched.
 
-    The main GPU is the only device then, and llama-server counts those that it is given.
+    The main GPU is the only device then, and llama-server counts those that it is given. It refuses to slice over none.
     """
     params, placement = attempt.params, attempt.placement
+    slices = attempt.request.split_mode == "tensor"
     return replace(
         attempt.request,
         n_ctx=params.n_ctx_unpadded,
@@ -336,6 +337,7 @@ def effective(attempt: Candidate) -> PlanRequest:
         devices=placement.devices,
         n_gpu_layers=placement.n_gpu_layers,
         tensor_split=placement.tensor_split or None,
+        split_mode="layer" if slices and not placement.devices else attempt.request.split_mode,
         flash_attn=params.flash_attn,
         main_gpu=None if attempt.request.split_mode == "none" else attempt.request.main_gpu,
     )

@@ -205,3 +205,16 @@ def test_an_unbounded_batch_is_bounded_by_what_it_is_made_of(words: str) -> None
 def test_a_flag_that_the_figures_count_has_no_note() -> None:
     assert flags.parse(["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", "64"]).notes == ()
     assert flags.parse(["--spec-ngram-simple-size-n", "9"]).notes
+
+
+@pytest.mark.parametrize(
+    "words,kinds",
+    [
+        (["ngram-mod", "none"], "ngram-mod"),
+        (["none", "ngram-mod", "ngram-simple"], "ngram-mod,ngram-simple"),
+        (["none"], "none"),
+    ],
+)
+def test_kinds_of_speculation_add_up(words: list[str], kinds: str) -> None:
+    line = [part for word in words for part in ("--spec-type", word)]
+    assert flags.parse(line).request.spec_type == kinds

@@ -100,6 +100,15 @@ def test_without_devices_there_is_nothing_to_split_over(model: ModelFacts) -> No
     assert "needs a device" in refused.reason
 
 
+def test_nothing_is_sliced_where_no_layer_is_on_a_device(model: ModelFacts) -> None:
+    """llama-server refuses ``-sm tensor`` with no device, and none is given where none is used."""
+    request = PlanRequest(n_ctx=1024, split_mode="tensor", n_gpu_layers=0)
+    plan = search(model, request, machine_of(DeviceKind.RPC, 1), Policy(), PINNED_BUILD)
+    assert isinstance(plan, Plan)
+    argv = plan.launch.argv
+    assert argv[argv.index("--device") + 1] != "none" or argv[argv.index("-sm") + 1] == "layer"
+
+
 @pytest.mark.parametrize("n_gpu_layers", range(4))
 def test_one_device_holds_what_it_would_without_slices(tmp_path: Path, n_gpu_layers: int) -> None:
     """Also where only some layers lie there, which ask for rotation factors as those on the host do."""
