@@ -406,7 +406,7 @@ async def hold_named(supervisor: Supervisor, name: str, role: Role) -> None:
 async def test_shutting_down_lets_requests_finish_and_takes_no_new_ones(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:
-    async with supervising(models(chat_model)) as supervisor:
+    async with supervising(models(chat_model), drain_timeout_s=60.0) as supervisor:
         async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
             supervisor.shut_down()
             assert supervisor.snapshot().draining
