@@ -9,7 +9,7 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 
-from supervisor.api import Runtime, Store
+from supervisor.api import Runtime
 from supervisor.gateway.access import Clients, PermittedRuntime
 from supervisor.gateway.malformed import EnvelopeServer, connection_log
 from supervisor.gateway.manage import Manage
@@ -21,6 +21,7 @@ from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.patience import Patience
 from supervisor.gateway.proxy import open_session
 from supervisor.status.metrics import Exposition
+from supervisor.store_api import Store
 
 CLIENTS: Final = web.AppKey("clients", Clients)
 PATIENCE: Final = web.AppKey("patience", Patience)

@@ -16,13 +16,13 @@ import aiohttp
 from anyio import to_thread
 from yarl import URL
 
-from supervisor.api import BadModelName, Progress, RegistryFailed
 from supervisor.store import building, manifests, names, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Fetcher, Transient
 from supervisor.store.folder import StoreFolder
 from supervisor.store.names import ModelName
 from supervisor.store.registry import check
+from supervisor.store_api import BadModelName, Progress, RegistryFailed
 
 SUFFIX: Final = ".gguf"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

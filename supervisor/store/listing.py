@@ -14,13 +14,14 @@ from typing import Any, Final
 
 from planner.errors import PlannerError
 from planner.model import ModelFacts
-from supervisor.api import Preset, StoreError
+from supervisor.api import Preset
 from supervisor.catalogue import ModelEntry, described
 from supervisor.core.types import ModelId
 from supervisor.store import manifests
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import ModelName
+from supervisor.store_api import StoreError
 
 MAX_TEXT_BYTES: Final = 1 << 20  # a template, a licence; the longest known are 100 KiB
 SHOWN_DIGEST: Final = len("sha256:") + 12

@@ -6,7 +6,6 @@ from functools import partial as bind
 
 from anyio import to_thread
 
-from supervisor.api import Progress, RegistryFailed
 from supervisor.store import manifests, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Transient
@@ -14,6 +13,7 @@ from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import BadManifest
 from supervisor.store.names import ModelName
 from supervisor.store.registry import Registry
+from supervisor.store_api import Progress, RegistryFailed
 
 
 async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: Tell) -> None:

@@ -11,12 +11,12 @@ from typing import Any, Final
 import aiohttp
 from yarl import URL
 
-from supervisor.api import BadModelName, RegistryFailed
 from supervisor.store import names
 from supervisor.store.fetching import Answer, Fetcher, Transient, read_answer
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import MANIFEST_TYPE
 from supervisor.store.names import ModelName
+from supervisor.store_api import BadModelName, RegistryFailed
 
 SHOWN_ERROR: Final = 200  # characters of what a registry says of its failure
 OK: Final = frozenset({200, 206})

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import anyio
 import structlog
 
-from supervisor.api import Progress, StoreError
+from supervisor.store_api import Progress, StoreError
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.store")
 

@@ -14,13 +14,13 @@ import anyio
 from anyio import from_thread, to_thread
 from anyio.abc import TaskGroup
 
-from supervisor.api import CreateRequest, Progress, StoreError
 from supervisor.store import create, hub, names, writing
 from supervisor.store.fetching import STALL_S, Fetcher, open_session
 from supervisor.store.folder import StoreFolder
 from supervisor.store.pull import pull
 from supervisor.store.registry import Registry, base_url, is_plain
 from supervisor.store.sharing import Shared, Tell, Work
+from supervisor.store_api import CreateRequest, Progress, StoreError
 
 COPIED_BYTES: Final = 4 << 20  # at a time
 MAX_PULLS: Final = 16  # different models at once; more only slow each other down

@@ -10,7 +10,6 @@ import pytest
 
 from planner.types import Role
 from supervisor.api import (
-    BadCreate,
     BadModel,
     CannotFit,
     ClientLimit,
@@ -18,14 +17,11 @@ from supervisor.api import (
     LoadFailed,
     LoadTimeout,
     ModelView,
-    NotInStore,
     PlannerFailed,
     Preset,
     QueueFull,
-    RegistryFailed,
     RunnerView,
     Snapshot,
-    StoreFull,
 )
 from supervisor.gateway.errors import RunnerLost, Unauthorized
 from supervisor.gateway.ollama import models
@@ -33,6 +29,7 @@ from supervisor.gateway.ollama.answer import ChatReader, CompletionReader, Piece
 from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused, ollama_answer_to
 from supervisor.gateway.ollama.go_syntax import TemplateError
 from supervisor.gateway.ollama.names import human_number, shown
+from supervisor.store_api import BadCreate, NotInStore, RegistryFailed, StoreFull
 
 MODEL = ModelView(
     id="llama3.2",

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import planner.types
 import supervisor.api
+import supervisor.store_api
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "interfaces.txt"
 
@@ -45,7 +46,7 @@ def is_public(name: str) -> bool:
 
 def rendered() -> str:
     """Return the text of the golden file."""
-    return "\n".join([*described(planner.types), "", *described(supervisor.api)]) + "\n"
+    return "\n".join([*described(planner.types), "", *described(supervisor.api), "", *described(supervisor.store_api)]) + "\n"
 
 
 def test_the_interfaces_that_other_parts_lean_on_are_unchanged() -> None:

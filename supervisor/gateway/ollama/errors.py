@@ -12,22 +12,19 @@ from http import HTTPStatus
 from typing import Any, Final
 
 from supervisor.api import (
-    BadCreate,
     BadModel,
-    BadModelName,
     CannotFit,
     ClientLimit,
     Fault,
     LoadFailed,
     LoadTimeout,
-    NotInStore,
     PlannerFailed,
     QueueFull,
     ShuttingDown,
-    StoreError,
 )
 from supervisor.gateway.errors import ErrorAnswer, RequestError, RunnerLost, answer_to
 from supervisor.gateway.ollama.go_syntax import TemplateError
+from supervisor.store_api import BadCreate, BadModelName, NotInStore, StoreError
 
 # Where these paths begin, Ollama's clients ask.
 PREFIX: Final = "/api/"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import aiohttp
 from aiohttp import web
 
-from supervisor.api import Runtime, Store
+from supervisor.api import Runtime
 from supervisor.gateway.ollama.embed import Embedding
 from supervisor.gateway.ollama.granting import Granting
 from supervisor.gateway.ollama.inference import Inference
 from supervisor.gateway.ollama.library import Library
+from supervisor.store_api import Store
 
 
 def ollama_routes(
