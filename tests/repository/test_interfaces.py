@@ -46,7 +46,8 @@ def is_public(name: str) -> bool:
 
 def rendered() -> str:
     """Return the text of the golden file."""
-    return "\n".join([*described(planner.types), "", *described(supervisor.api), "", *described(supervisor.store_api)]) + "\n"
+    parts = (planner.types, supervisor.api, supervisor.store_api)
+    return "\n\n".join("\n".join(described(part)) for part in parts) + "\n"
 
 
 def test_the_interfaces_that_other_parts_lean_on_are_unchanged() -> None:
