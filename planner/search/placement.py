@@ -23,6 +23,7 @@ from planner.search.candidates import Candidate, Finder, Oracle, effective
 from planner.search.ladder import relaxed
 from planner.search.longest import longest
 from planner.search.nearest import nearest
+from planner.search.overflow import Overflow, sent_on
 from planner.search.stretch import Stretch
 from planner.types import (
     UNKNOWN_FIGURE,
@@ -163,7 +164,7 @@ class _Search:
 
     def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
         best = Best(finder, order_is_settled=self.request.devices is not None)
-        found = best.at(request) if best.applies(request) else None
+        found = Overflow.after(best).at(request, best.at(request)) if best.applies(request) else None
         return self._packed(finder, request) if found is None else found
 
     def _packed(self, finder: Finder, request: PlanRequest) -> Candidate:
@@ -179,10 +180,12 @@ class _Search:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         floor = min(MIN_CONTEXT, trained)
         best = Best(finder, order_is_settled=self.request.devices is not None)
-        applies = best.applies(knobs.with_context(settled, floor))
-        if applies and (found := Stretch(best, settled, floor, trained).longest()) and found.placement.devices:
-            self._decide_context(found, trained)
-            return found
+        if best.applies(knobs.with_context(settled, floor)):
+            found = Stretch(best, settled, floor, trained).longest()
+            found = Overflow.after(best).longest(settled, floor, trained, found)
+            if found is not None and found.placement.devices:
+                self._decide_context(found, trained)
+                return found
         complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
         if complete is not None and complete.unknown and finder.is_settled_by(settled):
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
@@ -235,7 +238,7 @@ class _Search:
             self._decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
         if self.request.tensor_split is None and len(placement.devices) > 1:
             shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
-            full = placement.kind is PlacementKind.GPU and not self._leaves_parts(found)
+            full = placement.kind is PlacementKind.GPU and not (self._leaves_parts(found) or self._sent_on(found))
             why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
             self._decide("layers per device", shares, why)
         if self._leaves_parts(found):
@@ -244,6 +247,9 @@ class _Search:
             which = f"those of the first {chosen} layers" if chosen else "those that --override-tensor names"
             why = "they do not fit, and are read faster there than whole layers would be"
             self._decide(f"{what} on the CPU", which, why)
+        elif sent := self._sent_on(found):
+            why = "everything then lies on devices: each has less than a layer's room left, all together have enough"
+            self._decide("experts on the next device", "; ".join(sent), why)
         elif found.request.override_tensor == UNPIPELINED and self.request.override_tensor is None:
             self._decide("pipelining", "off", "without copies of the inputs everything fits (an override of no tensor)")
 
@@ -255,7 +261,11 @@ class _Search:
             (request.n_cpu_ffn, own.n_cpu_ffn),
             (request.override_tensor, own.override_tensor),
         )
-        return any(chosen not in {pinned, None, UNPIPELINED} for chosen, pinned in ours)
+        return not self._sent_on(found) and any(chosen not in {pinned, None, UNPIPELINED} for chosen, pinned in ours)
+
+    def _sent_on(self, found: Candidate) -> tuple[str, ...]:
+        """Return in words which experts the search sends to the device after their layer's."""
+        return () if self.request.override_tensor else sent_on(found.request)
 
     def _decide_beside(self, found: Candidate) -> None:
         """Say where that lies which is loaded beside the model."""

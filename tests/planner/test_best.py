@@ -9,6 +9,7 @@ from gguf_files import write_header
 
 from planner.build import PINNED_BUILD
 from planner.model import ModelFacts, read_model
+from planner.overrides import UNPIPELINED
 from planner.search.placement import search
 from planner.types import (
     HOST,
@@ -18,6 +19,7 @@ from planner.types import (
     DeviceName,
     Machine,
     MemoryPool,
+    PlacementKind,
     Plan,
     PlanRequest,
     Policy,
@@ -123,6 +125,30 @@ def test_experts_stay_on_the_cpu_before_whole_layers_do(expert_model: ModelFacts
     plan = planned(expert_model, machine([24 * MIB], [None]))
     assert plan.request.n_cpu_moe or plan.request.override_tensor
     assert any(decision.step == "experts on the CPU" for decision in plan.decisions)
+
+
+def test_experts_go_on_to_the_next_card_where_only_so_everything_is_on_cards(expert_model: ModelFacts) -> None:
+    """Neither card has room for another whole layer; what one layer cannot keep lies on the card after its own."""
+    where = machine([44 * MIB, 56 * MIB], [None, None])
+    plan = planned(expert_model, where)
+    assert plan.placement.n_gpu_layers == len(plan.placement.layer_devices) + 1
+    assert plan.request.override_tensor == ((r"blk\.1\.ffn_(down)_(ch|)exps", "CUDA1"),)
+    assert plan.placement.layer_devices[1] == 0, "its attention stays on the first card"
+    decisions = {decision.step: decision for decision in plan.decisions}
+    assert decisions["experts on the next device"].chosen == "ffn_down of layer 1 on CUDA1"
+    assert "experts on the CPU" not in decisions
+    assert all((row.headroom_bytes or 0) >= 0 for row in plan.usages)
+    assert planned(expert_model, where, plan.request).usages == plan.usages
+
+
+def test_experts_go_on_to_the_next_card_for_a_longer_context(expert_model: ModelFacts) -> None:
+    """Whole layers would hold a shorter one on these cards."""
+    where = machine([48 * MIB, 60 * MIB], [None, None])
+    plan = planned(expert_model, where, PlanRequest(n_ubatch=64))
+    whole = planned(expert_model, where, PlanRequest(n_ubatch=64, override_tensor=UNPIPELINED))
+    assert whole.placement.kind is plan.placement.kind is PlacementKind.GPU
+    assert (whole.n_ctx_per_slot or 0) < (plan.n_ctx_per_slot or 0)
+    assert any(decision.step == "experts on the next device" for decision in plan.decisions)
 
 
 def test_the_speed_says_what_it_was_computed_from(model: ModelFacts) -> None:

@@ -59,9 +59,10 @@ def test_every_device_gets_the_bytes_that_the_plan_says(
     [
         ("small-llama", ("28MiB", "20MiB"), "gpu+cpu"),
         ("small-qwen3moe", ("20MiB", "16MiB"), "experts on the CPU"),
+        ("small-qwen3moe", ("28MiB", "35MiB"), "experts on the next device"),
     ],
 )
-def test_what_the_search_leaves_to_the_host_is_reserved_there(
+def test_what_the_search_divides_is_reserved_where_it_says(
     model_name: str,
     sizes: tuple[str, ...],
     chosen: str,
@@ -69,7 +70,7 @@ def test_what_the_search_leaves_to_the_host_is_reserved_there(
     rpc_workers: Callable[[int], tuple[Any, ...]],
     free_environment: dict[str, str],
 ) -> None:
-    """Two workers too small for the model: whole layers stay behind, or experts, and each figure is as planned."""
+    """Two workers too small for whole layers: these stay behind, or experts, or go on; each figure is as planned."""
     model = write_model(tmp_path / "model.gguf", dimensions("small")[model_name])
     workers = rpc_workers(2)
     devices = [f"RPC{i}@{worker.endpoint}={size}" for i, (worker, size) in enumerate(zip(workers, sizes, strict=True))]

@@ -44,6 +44,7 @@ REQUEST = PlanRequest(n_ctx=N_CTX, n_ubatch=8)
 TYPES = st.sampled_from(["q4_0", "q8_0", "f16", "f32"])
 BANDWIDTHS = st.sampled_from([None, 200 * 10**9, 800 * 10**9])
 ROUNDING = 1e-9
+DIVIDED, WITH_HOST = 2, 3  # kinds of placement; before them everything is on devices, pipelined and not
 N_EMBD, N_FF = 256, 768
 
 
@@ -132,10 +133,13 @@ class BruteForce:
     machine: Machine
 
     def better(self, kind: int, below_s: float) -> Iterator[Candidate]:
-        """Yield what fits of a kind in less than these seconds: 0 all on devices, 1 not pipelined, 2 some on the host.
+        """Yield what fits of a kind in less than these seconds: 0 all on devices, 1 not pipelined, 3 some on the host.
 
+        Of layers whose experts lie on two devices, which is 2, none are gone through.
         Only what weights and caches alone would allow is accounted for.
         """
+        if kind == DIVIDED:
+            return
         settled, _ = knobs.settle(self.model, REQUEST, Policy(), self.machine.devices)
         settled = knobs.with_context(settled, N_CTX)
         limits = budget.budgets(self.machine, Policy())
@@ -143,7 +147,7 @@ class BruteForce:
         finder = Finder(self.model, self.machine, limits, PINNED_BUILD, None, devices, spread=False)
         params = context_params(self.model, settled)
         question = Question(self.model, params, self.machine, devices, limits, Learned())
-        for n_slots in range(1, finder.n_slots + 1) if kind == 2 else (finder.n_slots,):
+        for n_slots in range(1, finder.n_slots + 1) if kind == WITH_HOST else (finder.n_slots,):
             for count in range(2 if kind == 1 else 1, min(len(devices), n_slots) + 1):
                 for cuts in combinations(range(finder.n_slots - n_slots + 1, finder.n_slots), count - 1):
                     runs = list(pairwise((finder.n_slots - n_slots, *cuts, finder.n_slots)))
@@ -168,7 +172,7 @@ class BruteForce:
         host = problem.host_bytes_per_s
         seconds = problem.fixed_s + sum(problem.reads[: runs[0][0]]) / host
         options = [
-            list(self._parts_away(question, problem.reads, run, device, host, spills=kind == 2))
+            list(self._parts_away(question, problem.reads, run, device, host, spills=kind == WITH_HOST))
             for run, device in zip(runs, group, strict=True)
         ]
         if seconds + sum(min((s for s, _ in each), default=1e9) for each in options) < below_s:
@@ -207,8 +211,10 @@ def kind_of(plan: Plan, model: ModelFacts) -> int:
     """Return which kind of placement it is."""
     away = plan.request.n_cpu_moe or plan.request.n_cpu_ffn
     overrides = plan.request.override_tensor
+    if overrides and all(place != "CPU" for _, place in overrides):
+        return DIVIDED
     if plan.placement.n_gpu_layers <= model.hparams.n_layer_all or away or overrides not in {None, UNPIPELINED}:
-        return 2
+        return WITH_HOST
     return int(overrides == UNPIPELINED)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exhaust import REQUEST, Cards, Layers, cards, kind_of, models
+from test_exhaust import DIVIDED, REQUEST, Cards, Layers, cards, kind_of, models
 
 from planner.build import PINNED_BUILD
 from planner.model import ModelFacts
@@ -40,7 +40,10 @@ def written(layers: Layers, factory: pytest.TempPathFactory) -> ModelFacts:
 def test_more_memory_never_makes_a_plan_worse(
     layers: Layers, where: Cards, which: int, more: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What was all on devices still is, and no token takes longer by more than what counts as equal."""
+    """What was all on devices still is, and no token takes longer by more than what counts as equal.
+
+    Where layers are divided between devices, these are filled in order and no speeds compared.
+    """
     model = written(layers, tmp_path_factory)
     machine = where.machine(model)
     devices = list(machine.devices)
@@ -48,7 +51,7 @@ def test_more_memory_never_makes_a_plan_worse(
     devices[which % len(devices)] = replace(old, free_bytes=(old.free_bytes or 0) + more)
     less, larger = planned(model, machine), planned(model, replace(machine, devices=tuple(devices)))
     assert kind_of(larger, model) <= kind_of(less, model)
-    if kind_of(larger, model) == kind_of(less, model):
+    if kind_of(larger, model) == kind_of(less, model) != DIVIDED:
         assert tokens_per_s(larger) * EQUAL_SPEED >= tokens_per_s(less) * (1 - ROUNDING)
 
 
@@ -64,7 +67,7 @@ def test_more_memory_never_makes_a_context_shorter(
         machine, devices=tuple(replace(each, free_bytes=(each.free_bytes or 0) + more) for each in machine.devices)
     )
     less, larger = planned(model, machine, request), planned(model, roomier, request)
-    if kind_of(less, model) < 2:
+    if kind_of(less, model) < DIVIDED:
         assert (larger.n_ctx_per_slot or 0) >= (less.n_ctx_per_slot or 0)
 
 

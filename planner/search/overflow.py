@@ -1,0 +1,217 @@
+"""Where whole layers do not fit on the devices: some of the experts at each boundary go on to the next device.
+
+The devices are filled in order. Of the layer that a device has no room for, attention and cache may stay there while
+expert matrices go on: each device's last room is used, which is hardly a layer's on each of them. What results is
+confirmed by accounting, as everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+from planner import budget
+from planner.context import CONTEXT_ALIGNMENT
+from planner.overrides import UNPIPELINED, Override
+from planner.search import knobs
+from planner.search.best import Best
+from planner.search.candidates import Candidate
+from planner.search.learned import Mode
+from planner.search.problems import Question
+from planner.types import PlacementKind, PlanRequest
+
+MAX_ACCOUNTINGS: Final = 8  # of one question; three are usual: buffers hardly depend on where a layer is divided
+
+_MATRICES: Final = ("down", "gate_up", "gate", "up")  # the order in which they go on; the last device to add up is near
+_MATRIX: Final = re.compile(r"\.ffn_(up|down|gate|gate_up)_(?:ch|)exps")
+_CHOSEN: Final = re.compile(r"^blk\\\.(\d+)\\\.ffn_\(([a-z_|]+)\)")
+
+
+class Sent(NamedTuple):
+    """Expert matrices of one layer that lie on the device after its own."""
+
+    slot: int
+    matrices: tuple[str, ...]
+    device: str
+
+    @property
+    def override(self) -> Override:
+        """Return the flag's value that sends them there."""
+        return rf"blk\.{self.slot}\.ffn_({'|'.join(self.matrices)})_(ch|)exps", self.device
+
+
+class Filled(NamedTuple):
+    """How many slots each device has, and what goes on at the boundaries."""
+
+    counts: tuple[int, ...]
+    sent: tuple[Sent, ...]
+
+
+def is_whole(found: Candidate) -> bool:
+    """Say whether everything is on devices in an answer whose overrides the search itself has chosen."""
+    return found.placement.kind is PlacementKind.GPU and all(
+        override in UNPIPELINED or override[1] in found.placement.devices for override in found.params.overrides
+    )
+
+
+def sent_on(request: PlanRequest) -> tuple[str, ...]:
+    """Return in words which matrices these flags send to the next device, where the search has chosen so."""
+    pairs = ((_CHOSEN.match(pattern), device) for pattern, device in request.override_tensor or ())
+    return tuple(
+        f"{', '.join(f'ffn_{name}' for name in found[2].split('|'))} of layer {found[1]} on {device}"
+        for found, device in pairs
+        if found and device != "CPU"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Overflow:
+    """One model over devices in llama-server's order, by what the splits of ``best`` have shown of their buffers."""
+
+    best: Best
+
+    @classmethod
+    def after(cls, best: Best) -> Overflow:
+        """Return the question that follows on that of ``best``, which may have put the devices into another order."""
+        return cls(replace(best, devices=best.finder.devices))
+
+    def at(self, request: PlanRequest, found: Candidate | None) -> Candidate | None:
+        """Return what was ``found``, or a placement with everything on devices where that has not."""
+        if (found is not None and is_whole(found)) or not self._applies(request):
+            return found
+        tried = set[Filled]()
+        while len(tried) < MAX_ACCOUNTINGS and (filled := self._filled(request)) and filled not in tried:
+            tried.add(filled)
+            attempt = self._accounted(request, filled)
+            if attempt.fits:
+                return attempt
+        return found
+
+    def longest(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
+        """Return what was ``found``, or a placement with everything on devices and a longer context.
+
+        Where not everything is on devices in what was found, any context from the floor on is better. Multiples of 256
+        are tried by what is expected to fit.
+        """
+        if not self._applies(knobs.with_context(settled, floor)):
+            return found
+        if found is not None and is_whole(found):
+            floor = found.params.n_ctx_seq + 1
+        low, high = -(-floor // CONTEXT_ALIGNMENT), -(-trained // CONTEXT_ALIGNMENT) + 1
+        for _ in range(MAX_ACCOUNTINGS):
+            steps = self._most_expected(settled, low, high, trained)
+            if steps is None:
+                break
+            request = _with_steps(settled, steps, trained)
+            filled = self._filled(request)
+            attempt = self._accounted(request, filled) if filled else None
+            if attempt is not None and attempt.fits:
+                found, low = attempt, steps + 1
+            elif self._filled(request) == filled:  # nothing was learned that would change it
+                high = steps
+        return found
+
+    def _applies(self, request: PlanRequest) -> bool:
+        """Say whether experts may go on: those of a model over several devices, where no flag places any of them."""
+        best, pinned = self.best, request.n_gpu_layers
+        everything = not isinstance(pinned, int) or not 0 <= pinned < best.finder.n_slots
+        has_experts = bool(best.finder.model.hparams.n_expert)
+        return has_experts and len(best.devices) > 1 and everything and bool(best.question(request).parts)
+
+    def _most_expected(self, settled: PlanRequest, low: int, high: int, trained: int) -> int | None:
+        """Return the most steps of context, below ``high``, that are expected to fit; None where ``low`` do not."""
+        if low >= high or self._filled(_with_steps(settled, low, trained)) is None:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._filled(_with_steps(settled, middle, trained)) is None:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _filled(self, request: PlanRequest) -> Filled | None:
+        """Return the devices filled in order by what they are expected to take; None where the last lacks room."""
+        question = self.best.question(request)
+        n_slots, devices = question.n_slots, question.devices
+        counts, sent, start, arrived = [0] * len(devices), list[Sent](), 0, 0
+        for index, device in enumerate(devices):
+            sizes, rooms = question.sizes(device), question.bin(Mode.UNPIPELINED, index).rooms
+            first = 2 * (start == 0)  # rooms are by whether it is the first device, and has the output
+            if arrived + sum(sizes[start:]) <= rooms[first + 1]:
+                counts[index] = n_slots - start
+                return Filled(tuple(counts), tuple(sent))
+            if index == len(devices) - 1:
+                break
+            end, room = start, rooms[first] - arrived
+            while end < n_slots - 1 and sizes[end] <= room:
+                room -= sizes[end]
+                end += 1
+            matrices = _fewest(question, index, end, sizes[end] - room) if end < n_slots - 1 else ()
+            if arrived and end == start and not matrices:  # what has come here would belong to a device without layers
+                break
+            counts[index] = end - start + bool(matrices)
+            start, arrived = end + bool(matrices), 0
+            if matrices:
+                sent.append(Sent(end, matrices, devices[index + 1].name))
+                arrived = _bytes_of(question, index + 1, end, matrices)
+        return None
+
+    def _accounted(self, request: PlanRequest, filled: Filled) -> Candidate:
+        """Return this placement, accounted for, having learned from it."""
+        best = self.best
+        overrides = tuple(each.override for each in filled.sent) or UNPIPELINED
+        flagged = replace(request, override_tensor=overrides)
+        attempt = best.finder.attempt(flagged, best.devices, sum(filled.counts), filled.counts)
+        taken = {row.name: row.known_bytes for row in attempt.usages}
+        question = best.question(request)
+        for index, start, end in _segments(filled.counts):
+            device = best.devices[index]
+            own = sum(question.sizes(device)[start:end])
+            for slot, matrices, target in filled.sent:
+                moved = _bytes_of(question, index, slot, matrices)
+                own += (target == device.name) * moved - (start <= slot < end) * moved
+            part = question.part(Mode.UNPIPELINED, index, first=start == 0, output=end == question.n_slots)
+            beyond = taken[device.name] - own - budget.overhead_bytes(device)
+            best.learned.learn(part, question.params.n_ctx_seq, beyond)
+        return attempt
+
+
+def _with_steps(settled: PlanRequest, steps: int, trained: int) -> PlanRequest:
+    return knobs.with_context(settled, min(steps * CONTEXT_ALIGNMENT, trained))
+
+
+def _segments(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield each device that has slots, with where they begin and end."""
+    start = 0
+    for index, count in enumerate(counts):
+        if count:
+            yield index, start, start + count
+        start += count
+
+
+def _fewest(question: Question, index: int, slot: int, missing: float) -> tuple[str, ...]:
+    """Return the matrices of a slot that have to go on for its rest to fit.
+
+    None where all of them are not enough, or where the next device has no room for them.
+    """
+    chosen: tuple[str, ...] = ()
+    for name in _MATRICES:
+        if size := _bytes_of(question, index, slot, (name,)):
+            chosen, missing = (*chosen, name), missing - size
+        if missing <= 0:
+            break
+    room = question.bin(Mode.UNPIPELINED, index + 1).rooms[0]
+    return chosen if missing <= 0 and _bytes_of(question, index + 1, slot, chosen) <= room else ()
+
+
+def _bytes_of(question: Question, index: int, slot: int, matrices: Sequence[str]) -> int:
+    """Return what these expert matrices of a slot take on that device, biases and scales included."""
+    sizes = question.spill_sizes(question.devices[index])
+    return sum(
+        size
+        for part, size in zip(question.parts, sizes, strict=True)
+        if part.slot == slot and (found := _MATRIX.search(part.tensor.name)) and found[1] in matrices
+    )
