@@ -73,7 +73,7 @@ def _of_loads(pool: Pool) -> Iterator[str]:
         if load.phase is LoadPhase.MAKING_ROOM and load.deadline is None:
             yield f"the load of {load.model} waits for room for ever"
         for victim in load.victims:
-            if pool.settings_of(victim).pinned:
+            if pool.settings_of(victim).pinned and pool.runner(victim).state not in IS_LEAVING:
                 yield f"{victim} is to go for {load.model} although it is pinned"
 
 
