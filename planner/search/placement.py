@@ -16,14 +16,13 @@ from planner import budget, companions, context, launch, speculation, speed, wei
 from planner.build import is_pinned
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
-from planner.overrides import UNPIPELINED
-from planner.search import knobs
+from planner.search import knobs, reasons
 from planner.search.best import Best
 from planner.search.candidates import Candidate, Finder, Oracle, effective
 from planner.search.ladder import relaxed
 from planner.search.longest import longest
 from planner.search.nearest import nearest
-from planner.search.overflow import Overflow, sent_on
+from planner.search.overflow import Overflow
 from planner.search.stretch import Stretch
 from planner.types import (
     UNKNOWN_FIGURE,
@@ -127,8 +126,8 @@ class _Search:
         finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
         found = finder.confirmed(self._with_context(finder, settled))
         if not found.unknown or finder.is_settled_by(settled):
-            self._decide_placement(found)
-            self._decide_beside(found)
+            self.decisions += reasons.of_placement(found, self.request, self.model, self.machine, self.policy)
+            self.decisions += reasons.of_beside(found)
         self.decisions += knob_decisions
         if found.unknown and not finder.is_settled_by(settled):
             return self._left_to_llama(finder, found)
@@ -209,7 +208,7 @@ class _Search:
         n_ctx = min(found.params.n_ctx_seq, trained)
         if n_ctx == trained:
             why = "it is the trained length, and it fits"
-        elif found.placement.kind is PlacementKind.GPU_AND_CPU or self._leaves_parts(found):
+        elif found.placement.kind is PlacementKind.GPU_AND_CPU or reasons.leaves_parts(found, self.request):
             why = "a longer one would push more of the model to the host"
         else:
             why = f"of the trained {trained:,} no more fit"
@@ -220,60 +219,6 @@ class _Search:
 
     def _decide(self, step: str, chosen: str, because: str) -> None:
         self.decisions = (*self.decisions, Decision(step, chosen, because))
-
-    def _decide_placement(self, found: Candidate) -> None:
-        """Say what was chosen of the knobs that place layers, and why."""
-        placement = found.placement
-        if self.request.devices is None:
-            if len(placement.devices) == 1:
-                why = "it has the most room" if found.shortfalls else "one device is enough"
-            elif placement.devices:
-                why = "PLANNER_SCHED_SPREAD asks for all of them" if self.policy.spread else "fewer would not hold it"
-            else:
-                why = "no layer fits on one" if self.machine.devices else "there is none"
-            self._decide("devices", ", ".join(placement.devices) or "none", why)
-        if self.request.n_gpu_layers is None:
-            why = "all fit" if placement.kind is PlacementKind.GPU else "no more fit; the first layers stay on the host"
-            why = why if placement.devices else "no device is used"
-            self._decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
-        if self.request.tensor_split is None and len(placement.devices) > 1:
-            shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
-            full = placement.kind is PlacementKind.GPU and not (self._leaves_parts(found) or self._sent_on(found))
-            why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
-            self._decide("layers per device", shares, why)
-        if self._leaves_parts(found):
-            chosen = found.request.n_cpu_moe or found.request.n_cpu_ffn
-            what = "experts" if self.model.hparams.n_expert else "feed-forward matrices"
-            which = f"those of the first {chosen} layers" if chosen else "those that --override-tensor names"
-            why = "they do not fit, and are read faster there than whole layers would be"
-            self._decide(f"{what} on the CPU", which, why)
-        elif sent := self._sent_on(found):
-            why = "everything then lies on devices: each has less than a layer's room left, all together have enough"
-            self._decide("experts on the next device", "; ".join(sent), why)
-        elif found.request.override_tensor == UNPIPELINED and self.request.override_tensor is None:
-            self._decide("pipelining", "off", "without copies of the inputs everything fits (an override of no tensor)")
-
-    def _leaves_parts(self, found: Candidate) -> bool:
-        """Say whether the search leaves parts of layers to the host that lie on devices."""
-        request, own = found.request, self.request
-        ours = (
-            (request.n_cpu_moe, own.n_cpu_moe),
-            (request.n_cpu_ffn, own.n_cpu_ffn),
-            (request.override_tensor, own.override_tensor),
-        )
-        return not self._sent_on(found) and any(chosen not in {pinned, None, UNPIPELINED} for chosen, pinned in ours)
-
-    def _sent_on(self, found: Candidate) -> tuple[str, ...]:
-        """Return in words which experts the search sends to the device after their layer's."""
-        return () if self.request.override_tensor else sent_on(found.request)
-
-    def _decide_beside(self, found: Candidate) -> None:
-        """Say where that lies which is loaded beside the model."""
-        for charge in found.beside:
-            sizes = (
-                (name, "unknown" if size is None else format_size(size)) for name, size in charge.by_device.items()
-            )
-            self._decide(charge.name, ", ".join(f"{size} on {name}" for name, size in sizes), "loaded beside the model")
 
     def _plan(self, found: Candidate) -> Plan:
         request = effective(found)
