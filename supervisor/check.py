@@ -26,7 +26,7 @@ from planner.explain import headline
 from planner.model import ModelFacts, read_model
 from planner.oracle import ask
 from planner.search import placement
-from planner.together import Wanted, together
+from planner.together import Search, Wanted, together
 from planner.types import Plan, PlanOutcome, Policy
 from supervisor import catalogue, configured, operator_files
 from supervisor.catalogue import Catalogue, ModelEntry
@@ -162,7 +162,7 @@ def _wanted(entry: ModelEntry, entries: Catalogue) -> Wanted:
     return Wanted(facts, request)
 
 
-def _together(resident: Sequence[tuple[ModelEntry, Wanted]], policy: Policy, search: Any) -> Verdict:
+def _together(resident: Sequence[tuple[ModelEntry, Wanted]], policy: Policy, search: Search) -> Verdict:
     """Return whether the models that are to stay loaded can be loaded at a time."""
     names = ", ".join(entry.id for entry, _ in resident)
     result = together([wanted for _, wanted in resident], policy, search)
