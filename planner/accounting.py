@@ -11,14 +11,16 @@ from planner import cache, tensor_split, weights
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.build import is_pinned
 from planner.compute import compute_buffers
-from planner.types import UNKNOWN_FIGURE, DeviceKind, Figure, HostDetail, Source
+from planner.types.machine import DeviceKind
+from planner.types.usage import UNKNOWN_FIGURE, Figure, HostDetail, Source
 from planner.units import MIB
 
 if TYPE_CHECKING:
     from planner.context import ContextParams
     from planner.host_memory import HostShare
     from planner.model import ModelFacts
-    from planner.types import LlamaBuild, Machine, Placement
+    from planner.types.machine import LlamaBuild, Machine
+    from planner.types.plan import Placement
 
 _FLOAT_BYTES: Final = 4
 

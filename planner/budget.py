@@ -7,19 +7,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from planner.types import (
-    Device,
-    DeviceKind,
-    DeviceUsage,
-    Figure,
-    HostDetail,
-    Machine,
-    Placement,
-    Plan,
-    Policy,
-    PoolId,
-    Shortfall,
-)
+from planner.types.machine import Device, DeviceKind, Machine, PoolId
+from planner.types.plan import Placement, Plan, Shortfall
+from planner.types.request import Policy
+from planner.types.usage import DeviceUsage, Figure, HostDetail
 from planner.units import MIB
 
 if TYPE_CHECKING:

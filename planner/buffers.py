@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from planner import ggml
-from planner.types import DeviceKind
+from planner.types.machine import DeviceKind
 
 if TYPE_CHECKING:
-    from planner.types import Device
+    from planner.types.machine import Device
 
 _ROW_MULTIPLE: Final = 512  # MATRIX_ROW_PADDING (ggml-cuda/common.cuh)
 _CUDA_ALIGNMENT: Final = 128

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from planner.types import LlamaBuild
+from planner.types.machine import LlamaBuild
 
 PINNED_COMMIT: Final = "0c1e570"
 PINNED_VERSION: Final = "0.5.0-dev"

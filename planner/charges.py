@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from planner.accounting import DeviceBytes, MemoryLedger
-from planner.types import HOST, NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Placement, Source
+from planner.types.machine import HOST
+from planner.types.plan import Placement
+from planner.types.usage import NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Source
 
 EMPTY: Final = DeviceBytes(NOTHING, NOTHING, NOTHING)
 NO_DETAIL: Final = HostDetail()

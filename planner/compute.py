@@ -12,7 +12,9 @@ from planner.graphs import SHAPES
 from planner.loose_bound import loose_buffers
 from planner.model import ModelFacts
 from planner.replay import Backend, replay
-from planner.types import DeviceKind, Figure, LlamaBuild, Machine, Placement, Source
+from planner.types.machine import DeviceKind, LlamaBuild, Machine
+from planner.types.plan import Placement
+from planner.types.usage import Figure, Source
 
 # Kinds whose allocation rules the replay follows. Others reorder the graph or cut buffers into blocks of their own.
 _REPLAYED_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.CUDA, DeviceKind.ROCM})

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Final
 from planner import ggml, overrides, speculation
 from planner.architectures import ARCHITECTURES
 from planner.errors import InvalidRequest
-from planner.types import DeviceKind, FlashAttention, LoadMode, Role, SplitMode
+from planner.types.machine import DeviceKind
+from planner.types.request import FlashAttention, LoadMode, Role, SplitMode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from planner.model import HParams, ModelFacts
-    from planner.types import PlanRequest
+    from planner.types.request import PlanRequest
 
 N_BATCH: Final = 2048  # common/common.h, common_params
 N_UBATCH: Final = 512

@@ -18,7 +18,8 @@ from planner.ggml import BY_NAME, pad, row_bytes
 from planner.graphs import SHAPES
 from planner.graphs.shape import Rows
 from planner.model import HParams, ModelFacts, Tensor
-from planner.types import DeviceKind, Machine, Placement
+from planner.types.machine import DeviceKind, Machine
+from planner.types.plan import Placement
 
 F16_BYTES: Final = 2
 F32_BYTES: Final = 4

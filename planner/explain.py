@@ -8,19 +8,10 @@ from __future__ import annotations
 from typing import Any, Final, assert_never
 
 from planner import flags, overrides
-from planner.types import (
-    DecodeEstimate,
-    DeviceKind,
-    DeviceUsage,
-    HostDetail,
-    NoFit,
-    PlacementKind,
-    Plan,
-    PlanOutcome,
-    PlanRequest,
-    Refused,
-    Role,
-)
+from planner.types.machine import DeviceKind
+from planner.types.plan import DecodeEstimate, NoFit, PlacementKind, Plan, PlanOutcome, Refused
+from planner.types.request import PlanRequest, Role
+from planner.types.usage import DeviceUsage, HostDetail
 from planner.units import format_size
 
 SCHEMA: Final = 1

@@ -10,7 +10,8 @@ from typing import Final
 from planner.explain import headline, overhead_because
 from planner.limits import limits
 from planner.text import BOLD, DIM, GAP, PLAIN, RED, YELLOW, Style, aligned, bounded, columns, ranges, rate, size, wrap
-from planner.types import DecodeEstimate, DeviceUsage, HostDetail, NoFit, Plan, PlanOutcome, Refused
+from planner.types.plan import DecodeEstimate, NoFit, Plan, PlanOutcome, Refused
+from planner.types.usage import DeviceUsage, HostDetail
 
 _HEADINGS: Final = ("device", "layers", "weights", "context", "compute", "overhead", "free", "headroom")
 _NARROW_HEADINGS: Final = ("device", "layers", "takes", "free", "headroom")

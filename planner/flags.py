@@ -15,7 +15,7 @@ from planner.errors import InvalidRequest
 from planner.flag_table import BY_NAME, FLAGS, Flag
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
 from planner.speculation import LOOKUP_FLAGS, NONE
-from planner.types import PlanRequest, Role
+from planner.types.request import PlanRequest, Role
 
 PROGRAM: Final = "llama-server"
 _ASSIGNMENT: Final = re.compile(r"[A-Z_][A-Z0-9_]*=")

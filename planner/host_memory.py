@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 from planner import ggml
 from planner.buffers import HOST_BUFFER
 from planner.operations import Operation, Weight
-from planner.types import DeviceKind
+from planner.types.machine import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from planner.context import ContextParams
-    from planner.types import Device, LlamaBuild, Machine
+    from planner.types.machine import Device, LlamaBuild, Machine
 
 _LAZY_FROM_BYTES: Final = 4 << 30  # src/llama-model-loader.cpp, lazy mode auto
 # Kinds whose drivers offer pinned host memory to llama.cpp (get_host_buffer_type).

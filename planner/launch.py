@@ -17,7 +17,9 @@ from types import MappingProxyType
 from typing import Final
 
 from planner import flags
-from planner.types import Device, DeviceKind, LaunchSpec, LlamaBuild, Machine, PlanRequest
+from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
+from planner.types.plan import LaunchSpec
+from planner.types.request import PlanRequest
 from planner.units import MIB
 
 BINARY: Final = "llama-server"

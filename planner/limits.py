@@ -8,7 +8,8 @@ from typing import Final
 
 from planner.requirement import left_on_host
 from planner.text import rate, size
-from planner.types import HOST, DecodeEstimate, Device, DeviceKind, DeviceName, Machine, Plan, PlanOutcome
+from planner.types.machine import HOST, Device, DeviceKind, DeviceName, Machine
+from planner.types.plan import DecodeEstimate, Plan, PlanOutcome
 from planner.units import GIB
 
 MAX_DEVICES_TRIED: Final = 3  # each takes one more search, and somebody waits for the answer

@@ -25,7 +25,8 @@ from planner.estimate import (
     reserved_tokens,
 )
 from planner.model import ModelFacts, Tensor
-from planner.types import Machine, Placement
+from planner.types.machine import Machine
+from planner.types.plan import Placement
 
 _ROWS_KEPT: Final = 8  # residual, norms, sums, and what an encoder or several streams carry along
 _SPREAD: Final = 2  # a product, and what an activation, a norm or a copy makes of it

@@ -15,7 +15,8 @@ from planner.errors import ModelFileError
 from planner.gguf import MetadataValue
 from planner.hparams import HParams
 from planner.shapes import contradiction
-from planner.types import ModelSummary, Role
+from planner.types.plan import ModelSummary
+from planner.types.request import Role
 
 __all__ = ["Attachment", "HParams", "MetadataValue", "ModelFacts", "Tensor", "read_attachment", "read_model"]
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from planner import ggml
-from planner.types import DeviceKind
+from planner.types.machine import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,9 @@ from planner.build import is_pinned
 from planner.context import ContextParams
 from planner.model import ModelFacts
 from planner.search.candidates import Oracle
-from planner.types import UNKNOWN_FIGURE, Device, DeviceKind, Figure, HostDetail, LlamaBuild, Machine, Placement, Source
+from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
+from planner.types.plan import Placement
+from planner.types.usage import UNKNOWN_FIGURE, Figure, HostDetail, Source
 
 if TYPE_CHECKING:
     import subprocess

@@ -19,7 +19,8 @@ from planner import flags
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
 from planner.oracle import WORKER, run_child
-from planner.types import LlamaBuild, PlanRequest
+from planner.types.machine import LlamaBuild
+from planner.types.request import PlanRequest
 from planner.units import MIB
 from planner.versus import Fitted
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from planner.types import PlanRequest
+    from planner.types.request import PlanRequest
 
 Override = tuple[str, str]  # a regular expression and the name of a buffer type
 

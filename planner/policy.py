@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol, cast
 
-from planner.types import FlashAttention, LearnedOverhead, PerDevice, Policy
+from planner.types.request import FlashAttention, LearnedOverhead, PerDevice, Policy
 
 _NONE: Mapping[str, int] = MappingProxyType({})
 _NOTHING_LEARNED: Mapping[str, LearnedOverhead] = MappingProxyType({})

@@ -28,7 +28,8 @@ from planner.graphs.parts import PIN_BELOW_TOKENS, Batch, Places
 from planner.model import ModelFacts
 from planner.operations import CUDA_NO_MUL_MAT
 from planner.scheduler import Offloads, Schedule, schedule
-from planner.types import Device, DeviceKind, Machine, Placement
+from planner.types.machine import Device, DeviceKind, Machine
+from planner.types.plan import Placement
 from planner.weights import tensor_homes
 
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Final
 
 from planner import overrides
-from planner.types import NoFit, PlacementKind, Plan, PlanOutcome, PlanRequest
+from planner.types.plan import NoFit, PlacementKind, Plan, PlanOutcome
+from planner.types.request import PlanRequest
 
 REQUIRED: Final = "--require gpu"
 _GIVE_UP: Final = ("-ngl auto", "--no-gpu", "-ncmoe", "-ncffn")  # how changes begin that leave parts to the host

@@ -9,7 +9,7 @@ from planner.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from planner.model import ModelFacts
-    from planner.types import PlanRequest
+    from planner.types.request import PlanRequest
 
 N_MAX: Final = 3  # common/common.h, common_params_speculative_draft
 NONE: Final = "none"

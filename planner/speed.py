@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Final
 
 from planner import cache, ggml, weights
 from planner.overrides import EXPERTS
-from planner.types import HOST, DecodeEstimate, DecodePart, DeviceKind
+from planner.types.machine import HOST, DeviceKind
+from planner.types.plan import DecodeEstimate, DecodePart
 from planner.units import format_size
 
 if TYPE_CHECKING:
     from planner.context import ContextParams
     from planner.model import ModelFacts, Tensor
-    from planner.types import Device, Machine, Placement
+    from planner.types.machine import Device, Machine
+    from planner.types.plan import Placement
 
 EQUAL_SPEED: Final = 1.01  # speeds this close count as equal: the figures they are computed from are no better
 DEPTH_TOKENS: Final = 4096  # of the conversation, or the context where that is shorter

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from planner.buffers import BufferType
     from planner.context import ContextParams
     from planner.model import HParams, ModelFacts, Tensor
-    from planner.types import Machine, Placement
+    from planner.types.machine import Machine
+    from planner.types.plan import Placement
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(.+)")
 _BY_ROWS: Final = re.compile(

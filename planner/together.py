@@ -18,7 +18,9 @@ from planner.context import CONTEXT_ALIGNMENT
 from planner.model import ModelFacts
 from planner.requirement import left_on_host
 from planner.search.placement import MIN_CONTEXT
-from planner.types import HOST, Plan, PlanOutcome, PlanRequest, Policy
+from planner.types.machine import HOST
+from planner.types.plan import Plan, PlanOutcome
+from planner.types.request import PlanRequest, Policy
 
 # All orders of up to this many models are tried, fifteen searches at most. Of more models two are, the largest first
 # and the smallest first: best fit decreasing is seldom beaten, and nobody waits for all orders of five.

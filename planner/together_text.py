@@ -8,7 +8,8 @@ from typing import Any, Final
 from planner.explain import SCHEMA, headline, to_json
 from planner.text import BOLD, DIM, PLAIN, RED, YELLOW, Style, aligned, bounded, columns, ranges, rate, size, wrap
 from planner.together import Together
-from planner.types import DeviceUsage, Plan, PlanOutcome
+from planner.types.plan import Plan, PlanOutcome
+from planner.types.usage import DeviceUsage
 
 _HEADINGS: Final = ("device", "model", "layers", "takes", "left")
 _LEFT_ALIGNED: Final = 3

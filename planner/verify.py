@@ -19,17 +19,10 @@ from planner.model import ModelFacts
 from planner.search import placement as search
 from planner.search.candidates import Oracle
 from planner.text import aligned, columns
-from planner.types import (
-    Figure,
-    LlamaBuild,
-    Machine,
-    NoFit,
-    Plan,
-    PlanRequest,
-    Policy,
-    Refused,
-    Source,
-)
+from planner.types.machine import LlamaBuild, Machine
+from planner.types.plan import NoFit, Plan, Refused
+from planner.types.request import PlanRequest, Policy
+from planner.types.usage import Figure, Source
 from planner.units import MIB
 
 SCHEMA: Final = 1

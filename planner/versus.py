@@ -17,7 +17,9 @@ from planner import context, flags
 from planner.budget import budgets, overhead_bytes
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
-from planner.types import Device, DeviceKind, Machine, PerDevice, Plan, PlanOutcome, PlanRequest, Policy, Refused
+from planner.types.machine import Device, DeviceKind, Machine
+from planner.types.plan import Plan, PlanOutcome, Refused
+from planner.types.request import PerDevice, PlanRequest, Policy
 from planner.units import MIB
 
 FIT: Final = "fit"

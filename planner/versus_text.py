@@ -8,7 +8,9 @@ from typing import Any, Final
 from planner import overrides
 from planner.explain import headline, to_json
 from planner.text import BOLD, DIM, PLAIN, RED, Style, aligned, bounded, columns, rate, size, wrap
-from planner.types import DeviceKind, DeviceUsage, NoFit, Plan, PlanOutcome, Refused
+from planner.types.machine import DeviceKind
+from planner.types.plan import NoFit, Plan, PlanOutcome, Refused
+from planner.types.usage import DeviceUsage
 from planner.versus import Versus
 
 _OURS: Final = "planned here"

@@ -18,14 +18,15 @@ from planner.architectures import ARCHITECTURES, Architecture
 from planner.buffers import BufferType, buffer_type
 from planner.host_memory import HostRule, HostShare, Keeping, host_rule, keeping
 from planner.operations import Operation, Weight, operation, runs_on
-from planner.types import DeviceKind
+from planner.types.machine import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from planner.context import ContextParams
     from planner.model import HParams, ModelFacts, Tensor
-    from planner.types import Device, LlamaBuild, Machine, Placement
+    from planner.types.machine import Device, LlamaBuild, Machine
+    from planner.types.plan import Placement
 
 _BLOCK: Final = re.compile(r"(?:(?:enc|dec)\.)?(?:blk|posnet|convnext)\.(\d{1,4})\.(.+)", re.ASCII)
 _INPUT: Final = re.compile(r"(token_embd|position_embd|token_types|per_layer_token_embd)\.")

@@ -15,7 +15,9 @@ from planner.explain import to_json
 from planner.model import ModelFacts, read_model
 from planner.oracle import ask
 from planner.search import placement
-from planner.types import Machine, Plan, PlanOutcome, PlanRequest, Policy
+from planner.types.machine import Machine
+from planner.types.plan import Plan, PlanOutcome
+from planner.types.request import PlanRequest, Policy
 
 if TYPE_CHECKING:
     from planner.search.candidates import Oracle

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from planner import budget
 from planner.errors import InvalidRequest
 from planner.policy import from_settings
-from planner.types import LlamaBuild, Machine, Policy
+from planner.types.machine import LlamaBuild, Machine
+from planner.types.request import Policy
 from planner.units import parse_size
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from planner.charges import Charge
     from planner.context import ContextParams
     from planner.model import ModelFacts
-    from planner.types import LlamaBuild, Machine, Placement, PlanRequest
+    from planner.types.machine import LlamaBuild, Machine
+    from planner.types.plan import Placement
+    from planner.types.request import PlanRequest
 
 
 def attach(model: ModelFacts, request: PlanRequest) -> ModelFacts:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 from planner import context
 from planner.charges import Charge
 from planner.layers import layer_devices
-from planner.types import HOST, Placement
+from planner.types.machine import HOST
+from planner.types.plan import Placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from planner.accounting import MemoryLedger
     from planner.context import ContextParams
     from planner.model import ModelFacts
-    from planner.types import PlanRequest
+    from planner.types.request import PlanRequest
 
     Ledgers = Callable[[ModelFacts, ContextParams, Placement], MemoryLedger]
 

@@ -9,13 +9,16 @@ from planner import context
 from planner.accounting import DeviceBytes, caches
 from planner.charges import Charge
 from planner.estimate import F32_BYTES, PIPELINE_COPIES, reserved_tokens
-from planner.types import HOST, NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Source
+from planner.types.machine import HOST
+from planner.types.usage import NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Source
 
 if TYPE_CHECKING:
     from planner.accounting import MemoryLedger
     from planner.context import ContextParams
     from planner.model import ModelFacts
-    from planner.types import LlamaBuild, Machine, Placement, PlanRequest
+    from planner.types.machine import LlamaBuild, Machine
+    from planner.types.plan import Placement
+    from planner.types.request import PlanRequest
 
 # Rows of the model's width that the head's graph has beyond a trunk's: the hidden states, both norms, their union.
 _MORE_ROWS: Final = 5

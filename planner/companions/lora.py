@@ -12,12 +12,14 @@ from planner import adapters, ggml, weights
 from planner.accounting import DeviceBytes, figure
 from planner.buffers import HOST_BUFFER, buffer_type
 from planner.charges import Charge
-from planner.types import HOST, NOTHING, HostDetail
+from planner.types.machine import HOST
+from planner.types.usage import NOTHING, HostDetail
 
 if TYPE_CHECKING:
     from planner.context import ContextParams
     from planner.model import Attachment, ModelFacts, Tensor
-    from planner.types import LlamaBuild, Machine, Placement
+    from planner.types.machine import LlamaBuild, Machine
+    from planner.types.plan import Placement
 
 
 def refusal(model: ModelFacts, adapter: Attachment) -> str | None:

@@ -9,13 +9,14 @@ from planner import ggml
 from planner.accounting import DeviceBytes, figure
 from planner.buffers import buffer_type
 from planner.charges import Charge
-from planner.types import HOST, NOTHING, UNKNOWN_FIGURE, DeviceKind, Figure, HostDetail, Source
+from planner.types.machine import HOST, DeviceKind
+from planner.types.usage import NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from planner.model import Attachment
-    from planner.types import Device, LlamaBuild
+    from planner.types.machine import Device, LlamaBuild
 
 ARCHITECTURE: Final = "clip"
 # Tokens per side and patches merged per token and side of the image that is reserved for (``load_hparams``,

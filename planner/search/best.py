@@ -25,7 +25,9 @@ from planner.search.learned import Learned, Mode
 from planner.search.problems import Question, SpillPart, spill_pattern
 from planner.search.solver import Problem, Solver, Split
 from planner.speed import EQUAL_SPEED
-from planner.types import Device, Placement, PlanRequest
+from planner.types.machine import Device
+from planner.types.plan import Placement
+from planner.types.request import PlanRequest
 
 MAX_ROUNDS: Final = 8  # of solving and accounting; three are usual, since only compute buffers move
 MAX_SPILL_ORDERS: Final = 6  # devices whose orders are all tried where parts of layers may be left to the host

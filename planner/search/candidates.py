@@ -18,18 +18,10 @@ from planner.charges import Charge, charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
 from planner.search import packing
-from planner.types import (
-    Device,
-    DeviceKind,
-    DeviceUsage,
-    Figure,
-    LlamaBuild,
-    Machine,
-    Placement,
-    PlanRequest,
-    Shortfall,
-    Source,
-)
+from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
+from planner.types.plan import Placement, Shortfall
+from planner.types.request import PlanRequest
+from planner.types.usage import DeviceUsage, Figure, Source
 
 Oracle = Callable[[ModelFacts, ContextParams, Placement, Machine], MemoryLedger | None]
 

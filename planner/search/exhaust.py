@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from planner.search.best import Best, Found, Way
     from planner.search.candidates import Candidate
     from planner.search.problems import Question
-    from planner.types import PlanRequest
+    from planner.types.request import PlanRequest
 
 SMALL: Final = 44  # slots times devices: ten layers and the output on four devices
 MAX_CHECKED: Final = 1000  # splits that do not fit, one after the other; each takes such a small model a millisecond

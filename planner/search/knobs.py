@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from planner import context
-from planner.types import Decision, Device, FlashAttention, PlanRequest, Policy, Role
+from planner.types.machine import Device
+from planner.types.plan import Decision
+from planner.types.request import FlashAttention, PlanRequest, Policy, Role
 
 if TYPE_CHECKING:
     from planner.model import ModelFacts

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from planner.types import HOST, Decision, NoFit, Plan, PlanOutcome, PlanRequest, Role
+from planner.types.machine import HOST
+from planner.types.plan import Decision, NoFit, Plan, PlanOutcome
+from planner.types.request import PlanRequest, Role
 
 # Compute buffers shrink about as much, and prompts get slower; below this they hardly shrink any further.
 SMALLER_UBATCHES: Final = (256, 128)

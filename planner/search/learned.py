@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 from planner.estimate import PIPELINE_COPIES
-from planner.types import DeviceKind
+from planner.types.machine import DeviceKind
 
 _FAR: Final = 2  # times as long a context
 _MASK_BYTES: Final = 2  # of each of the context's tokens for each of a micro-batch's: an f16 (planner.graphs.blocks)

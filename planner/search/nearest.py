@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from planner.types import HOST, Device, Machine, NearestChange, NoFit, Plan, PlanOutcome, PlanRequest
+from planner.types.machine import HOST, Device, Machine
+from planner.types.plan import NearestChange, NoFit, Plan, PlanOutcome
+from planner.types.request import PlanRequest
 from planner.units import format_size
 
 SMALL_UBATCH: Final = 128  # a quarter of the default: compute buffers shrink about as much, prompts get slower

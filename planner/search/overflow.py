@@ -20,7 +20,8 @@ from planner.search.best import Best
 from planner.search.candidates import Candidate
 from planner.search.learned import Mode
 from planner.search.problems import Question
-from planner.types import PlacementKind, PlanRequest
+from planner.types.plan import PlacementKind
+from planner.types.request import PlanRequest
 
 MAX_ACCOUNTINGS: Final = 8  # of one question; three are usual: buffers hardly depend on where a layer is divided
 

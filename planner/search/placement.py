@@ -24,23 +24,10 @@ from planner.search.longest import longest
 from planner.search.nearest import nearest
 from planner.search.overflow import Overflow
 from planner.search.stretch import Stretch
-from planner.types import (
-    UNKNOWN_FIGURE,
-    Decision,
-    Device,
-    DeviceKind,
-    HostDetail,
-    LlamaBuild,
-    Machine,
-    NoFit,
-    Placement,
-    PlacementKind,
-    Plan,
-    PlanOutcome,
-    PlanRequest,
-    Policy,
-    Refused,
-)
+from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
+from planner.types.plan import Decision, NoFit, Placement, PlacementKind, Plan, PlanOutcome, Refused
+from planner.types.request import PlanRequest, Policy
+from planner.types.usage import UNKNOWN_FIGURE, HostDetail
 from planner.units import format_size
 
 __all__ = ["MIN_CONTEXT", "Oracle", "search"]

@@ -17,7 +17,7 @@ from planner.overrides import EXPERTS, FFN, Override
 from planner.search.learned import Learned, Mode, Part
 from planner.search.solver import Bin, Problem
 from planner.speed import cache_reads, pace, tensor_read
-from planner.types import Device, Machine
+from planner.types.machine import Device, Machine
 
 NO_LIMIT: Final = 1 << 62  # stands for the budget of a device whose free memory nobody knows
 # Of dense layers, whole ones on the host are nearly as good as their larger parts; where there are many layers on many

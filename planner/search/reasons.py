@@ -6,7 +6,9 @@ from planner.model import ModelFacts
 from planner.overrides import UNPIPELINED
 from planner.search.candidates import Candidate
 from planner.search.overflow import sent_on
-from planner.types import Decision, Machine, PlacementKind, PlanRequest, Policy
+from planner.types.machine import Machine
+from planner.types.plan import Decision, PlacementKind
+from planner.types.request import PlanRequest, Policy
 from planner.units import format_size
 
 

@@ -12,7 +12,7 @@ from planner.search.best import MAX_ROUNDS, Best, Choice, Found
 from planner.search.candidates import Candidate
 from planner.search.learned import Mode
 from planner.speed import EQUAL_SPEED, pace
-from planner.types import PlanRequest
+from planner.types.request import PlanRequest
 
 MAX_CONTEXT_ROUNDS: Final = 8  # of bisecting; three are usual: what a device takes grows nearly in proportion
 _MISSED: Final = 1.25  # a guess that was too far: a step adds more

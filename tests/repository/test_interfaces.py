@@ -11,9 +11,9 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
-import planner.types
 import supervisor.api
 import supervisor.store_api
+from planner.types import machine, plan, request, usage
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "interfaces.txt"
 
@@ -46,7 +46,7 @@ def is_public(name: str) -> bool:
 
 def rendered() -> str:
     """Return the text of the golden file."""
-    parts = (planner.types, supervisor.api, supervisor.store_api)
+    parts = (machine, request, usage, plan, supervisor.api, supervisor.store_api)
     return "\n\n".join("\n".join(described(part)) for part in parts) + "\n"
 
 
