@@ -16,7 +16,8 @@ from snapshots import GIB, LOADING, READY, busy_machine, empty_machine
 from planner.types import Role
 from supervisor.api import Lease, Snapshot
 from supervisor.gateway.errors import HTTP_CODES, RULES
-from supervisor.status.metrics import METRICS, Exposition
+from supervisor.status.metric_table import METRICS
+from supervisor.status.metrics import Exposition
 from supervisor.status.view import status
 
 GOLDEN = Path(__file__).with_name("golden_status.json")
