@@ -258,6 +258,8 @@ class DeviceLedger:
 class RunnerView:
     """One runner as it is at this moment. ``state`` is a value of ``supervisor.core.runner.RunnerState``.
 
+    ``expires_at`` is when it is unloaded if nobody asks, None where it stays for ever or is not idle. ``keep_alive_s``
+    is how long it stays once it is idle, ``math.inf`` for ever.
     ``plan`` is what ``planner explain --json`` prints, ``remedies`` what was changed since it ran out of memory. Times
     are seconds since the epoch.
     """
@@ -275,6 +277,7 @@ class RunnerView:
     n_ctx_per_slot: int | None
     n_parallel: int | None
     expires_at: float | None
+    keep_alive_s: float
     retry_at: float | None
     load_seconds: float | None
     plan: Mapping[str, Any] | None

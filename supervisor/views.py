@@ -82,13 +82,13 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
 def runner_views(pool: Pool, clock: Clock) -> tuple[RunnerView, ...]:
     """Return every runner that has a child, or had one that failed."""
     return tuple(
-        _runner_view(one, one.plan, len(pool.waiting_for(one.model)), clock)
+        _runner_view(one, one.plan, pool, clock)
         for one in pool.runners.values()
         if one.plan is not None and (one.state is not RunnerState.STOPPED or one.last_failure is not None)
     )
 
 
-def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> RunnerView:
+def _runner_view(one: Runner, plan: LoadPlan, pool: Pool, clock: Clock) -> RunnerView:
     return RunnerView(
         id=one.id,
         model=one.model,
@@ -98,11 +98,12 @@ def _runner_view(one: Runner, plan: LoadPlan, waiting: int, clock: Clock) -> Run
         url=one.url,
         since=clock.at(one.since),
         in_flight=one.in_flight,
-        waiting=waiting,
+        waiting=len(pool.waiting_for(one.model)),
         restarts=one.restarts,
         n_ctx_per_slot=plan.n_ctx_per_slot,
         n_parallel=plan.n_parallel,
         expires_at=_deadline(one, clock, RunnerState.READY),
+        keep_alive_s=one.stays_s(pool.limits_of(one.model)),
         retry_at=_deadline(one, clock, RunnerState.BACKOFF, RunnerState.FAILED),
         load_seconds=one.load_seconds,
         plan=plan.document,

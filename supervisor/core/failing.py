@@ -50,8 +50,7 @@ def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcom
     """
     while_loading = runner.load_seconds is None
     crashes = (*(at for at in runner.crashes if at > now - limits.crash_window_s), now)
-    keep_alive_s = limits.keep_alive_s if runner.keep_alive_s is None else runner.keep_alive_s
-    in_use = not while_loading and not runner.stop_reason and keep_alive_s > 0
+    in_use = not while_loading and not runner.stop_reason and runner.stays_s(limits) > 0
     state, pause_s, wanted_back = RunnerState.BACKOFF, _pause_s(len(crashes), limits), in_use or runner.wanted_back
     if len(crashes) >= limits.max_crashes:
         state, pause_s = RunnerState.FAILED, limits.crash_window_s

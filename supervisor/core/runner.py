@@ -10,7 +10,7 @@ from typing import Final
 
 from planner.types import HOST, Decision
 from supervisor.api import LoadOptions
-from supervisor.core.types import NO_OPTIONS, Failure, LoadPlan, ModelId, RunnerId
+from supervisor.core.types import NO_OPTIONS, Failure, Limits, LoadPlan, ModelId, RunnerId
 
 
 class RunnerState(StrEnum):
@@ -102,6 +102,10 @@ class Runner:
             for name in ("n_gpu_layers", "main_gpu", "n_batch", "use_mmap")
             for asked in [getattr(options, name)]
         )
+
+    def stays_s(self, limits: Limits) -> float:
+        """Return how long it stays once it is idle: as a request asked of this child, else as the limits say."""
+        return limits.keep_alive_s if self.keep_alive_s is None else self.keep_alive_s
 
     def held_bytes(self) -> dict[str, int]:
         """Return what its child holds on each device: the larger of what was planned and what was measured.

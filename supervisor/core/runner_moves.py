@@ -41,8 +41,8 @@ def _enter(runner: Runner, state: RunnerState, now: float, *, deadline: float | 
 
 
 def _idle_deadline(runner: Runner, now: float, limits: Limits) -> float | None:
-    keep_alive_s = limits.keep_alive_s if runner.keep_alive_s is None else runner.keep_alive_s
-    return None if math.isinf(keep_alive_s) else now + keep_alive_s
+    stays_s = runner.stays_s(limits)
+    return None if math.isinf(stays_s) else now + stays_s
 
 
 def start(runner: Runner, event: StartRequested, now: float, _limits: Limits) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -207,6 +208,7 @@ RUNNER = RunnerView(
     n_ctx_per_slot=2048,
     n_parallel=1,
     expires_at=1_700_000_300.0,
+    keep_alive_s=300.0,
     retry_at=None,
     load_seconds=1.0,
     plan=None,
@@ -241,13 +243,33 @@ def test_loaded_models_are_told_with_measured_bytes_and_their_end() -> None:
 
 
 def test_a_model_that_stays_for_ever_expires_in_centuries_and_comes_first() -> None:
-    other = replace(RUNNER, id="r2", model="other", expires_at=None)
+    other = replace(RUNNER, id="r2", model="other", expires_at=None, keep_alive_s=math.inf)
     stopped = replace(RUNNER, id="r3", state="failed")
     listed = (MODEL, replace(MODEL, id="other"))
     first, second = models.running(snapshot(RUNNER, stopped, other, listed=listed))["models"]
     assert first["name"] == "other:latest"
     assert datetime.fromisoformat(first["expires_at"]).year == 2318
     assert second["name"] == "llama3.2:latest"
+
+
+@pytest.mark.parametrize(
+    "changes, ends",
+    [
+        ({"in_flight": 1}, "2023-11-14T22:18:20.000000Z"),
+        ({"state": "loading"}, "2023-11-14T22:18:20.000000Z"),
+        ({"in_flight": 1, "keep_alive_s": 0.0}, "2023-11-14T22:13:20.000000Z"),
+        ({"in_flight": 1, "keep_alive_s": math.inf}, "2318-01-01T00:00:00.000000Z"),
+        ({"state": "stopping", "since": 1_699_999_999.0}, "2023-11-14T22:13:19.000000Z"),
+        ({"state": "draining", "in_flight": 1, "since": 1_699_999_999.0}, "2023-11-14T22:13:19.000000Z"),
+    ],
+)
+def test_a_model_in_use_ends_as_if_it_fell_idle_now_and_one_that_goes_has_ended(
+    changes: dict[str, Any], ends: str
+) -> None:
+    """Ollama's own command calls the latter "Stopping..."."""
+    now = replace(snapshot(replace(RUNNER, expires_at=None, **changes)), now=1_700_000_000.0)
+    (told,) = models.running(now)["models"]
+    assert told["expires_at"] == ends
 
 
 PRESET = Preset(

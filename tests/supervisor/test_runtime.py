@@ -515,9 +515,9 @@ async def test_a_request_says_how_long_its_model_stays(
     async with supervising(models(chat_model)) as supervisor:
         async with supervisor.acquire("tiny-chat", Role.CHAT, Need(keep_alive_s=math.inf)):
             pass
-        assert only_runner(supervisor).expires_at is None
+        assert (only_runner(supervisor).expires_at, only_runner(supervisor).keep_alive_s) == (None, math.inf)
         async with supervisor.acquire("tiny-chat", Role.CHAT, Need(keep_alive_s=0.0)):
-            pass
+            assert (only_runner(supervisor).expires_at, only_runner(supervisor).keep_alive_s) == (None, 0.0)
         await log.wait("runner.stopped")
 
 

@@ -18,6 +18,8 @@ Json = dict[str, Any]
 FOREVER: Final = datetime(2318, 1, 1, tzinfo=UTC).timestamp()
 # States in which a runner holds memory for its model.
 LOADED: Final = frozenset({"starting", "loading", "ready", "draining", "stopping"})
+# States of one that was told to go.
+LEAVING: Final = frozenset({"draining", "stopping"})
 # Longer arrays (vocabularies) are emptied unless everything is asked for.
 SHORT_ARRAY: Final = 5
 # Told by their own fields of the answer.
@@ -36,8 +38,9 @@ def running(snapshot: Snapshot) -> Json:
     """Return the answer to ``GET /api/ps``: every loaded model, the one that stays longest first."""
     models = {model.id: model for model in snapshot.models}
     loaded = [one for one in snapshot.runners if one.state in LOADED and one.model in models]
-    loaded.sort(key=_expires_at, reverse=True)
-    return {"models": [_running(models[one.model], one) for one in loaded]}
+    ends = {one.id: _expires_at(one, snapshot.now) for one in loaded}
+    loaded.sort(key=lambda one: ends[one.id], reverse=True)
+    return {"models": [_running(models[one.model], one, ends[one.id]) for one in loaded]}
 
 
 def described(model: ModelView, details: Mapping[str, Any], *, verbose: bool) -> Json:
@@ -96,7 +99,7 @@ def _listed(model: ModelView) -> Json:
     }
 
 
-def _running(model: ModelView, runner: RunnerView) -> Json:
+def _running(model: ModelView, runner: RunnerView, expires_at: float) -> Json:
     """Return a loaded model; bytes are measured ones where there are any, else what was planned."""
     held = {use.device: use.planned_bytes if use.measured_bytes is None else use.measured_bytes for use in runner.uses}
     known = {device: count for device, count in held.items() if count is not None}
@@ -106,15 +109,19 @@ def _running(model: ModelView, runner: RunnerView) -> Json:
         "size": sum(known.values()),
         "digest": _hex(model.digest),
         "details": _details(model),
-        "expires_at": timestamp(_expires_at(runner)),
+        "expires_at": timestamp(expires_at),
         "size_vram": sum(count for device, count in known.items() if device != HOST),
         "context_length": runner.n_ctx_per_slot,
     }
 
 
-def _expires_at(runner: RunnerView) -> float:
-    """Return when it will be unloaded as things stand: never while it is busy."""
-    return FOREVER if runner.expires_at is None else runner.expires_at
+def _expires_at(runner: RunnerView, now: float) -> float:
+    """Return when it goes, as Ollama tells it: one in use as if it fell idle now, one that goes already in the past."""
+    if runner.state in LEAVING:
+        return runner.since  # of which Ollama's own command makes "Stopping..."
+    if runner.expires_at is not None:
+        return runner.expires_at
+    return min(FOREVER, now + runner.keep_alive_s)
 
 
 def _details(model: ModelView) -> Json:
