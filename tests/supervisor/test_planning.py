@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
-from itertools import chain, repeat
 from pathlib import Path
-from types import SimpleNamespace
 
 import anyio
 import psutil
@@ -17,15 +18,12 @@ from event_log import EventLog
 from store_layout import HOST, put_model
 from supervising import Supervising
 
-from gpu import whatif
-from gpu.llama import Search
 from planner.types import Role
 from planner.units import GIB, MIB
-from supervisor import planning_worker
 from supervisor.api import PlannerFailed
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import LookAround, ScanModels, Situation, Surroundings
+from supervisor.planning_messages import ScanModels
 from supervisor.store.folder import StoreFolder
 
 
@@ -140,30 +138,6 @@ async def test_a_request_whose_planner_is_killed_fails_and_the_next_one_is_serve
             assert lease.model == "tiny-chat"
 
 
-@pytest.mark.parametrize("readings_mib, believed_mib", [((50, 50, 55, 88), 88), ((50,), 50)])
-def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_ever(
-    monkeypatch: pytest.MonkeyPatch, readings_mib: tuple[int, ...], believed_mib: int
-) -> None:
-    """A driver that keeps the bytes holds up one plan, within its bound."""
-    readings = chain(readings_mib, repeat(readings_mib[-1]))
-
-    def detect(*_: object, **__: object) -> SimpleNamespace:
-        machine = whatif.machine([f"CUDA0={next(readings)}MiB"], host_memory_bytes=8 * GIB)
-        return SimpleNamespace(machine=machine, llama=Search(None, ()))
-
-    monkeypatch.setattr(planning_worker, "detect", detect)
-    worker = planning_worker.Worker({}, settle_within_s=0.3)
-
-    def free_mib(held: dict[str, int], gone: dict[str, int]) -> int:
-        answer = worker.answer(LookAround(Situation(None, held, {}, gone)))
-        assert isinstance(answer, Surroundings)
-        return (answer.machine.devices[0].free_bytes or 0) // MIB
-
-    runner = {"CUDA0": 40 * MIB}
-    assert free_mib(held=runner, gone={}) == 50
-    assert free_mib(held={}, gone=runner) == believed_mib
-
-
 CARD = """card NVIDIA_GeForce_RTX_4090 GPU-aaaa 0 41 0
 memory 25757220864 393216000 {used}
 """
@@ -190,6 +164,36 @@ grep -q error {cards} || printf '{LISTED}'
         "LD_LIBRARY_PATH": str(nvml_folder),
         "FAKE_NVML": str(cards),
     }
+
+
+# What a planning process sees of a card while a runner is on it, and once that has gone.
+LOOKS = """
+import os
+import sys
+
+from planner.units import MIB
+from supervisor.planning_messages import LookAround, Situation
+from supervisor.planning_worker import Worker
+
+worker, runner = Worker(os.environ, settle_within_s=float(sys.argv[1])), {"CUDA0": 40 * MIB}
+for held, gone in ((runner, {}), ({}, runner)):
+    print(worker.answer(LookAround(Situation(None, held, {}, gone))).machine.devices[0].free_bytes // MIB)
+"""
+
+
+@pytest.mark.parametrize(
+    "readings_mib, settle_within_s, believed_mib", [((50, 50, 55, 88), 60.0, 88), ((50,), 0.1, 50)]
+)
+def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_ever(
+    stubbed: dict[str, str], readings_mib: tuple[int, ...], settle_within_s: float, believed_mib: int
+) -> None:
+    """A driver that keeps the bytes holds up one plan, within its bound."""
+    card, _ = CARD.splitlines()
+    memory = (f"memory {100 * MIB} 0 {(100 - free_mib) * MIB}" for free_mib in readings_mib)
+    Path(stubbed["FAKE_NVML"]).write_text("\n".join((card, *memory)) + "\n")
+    command = [sys.executable, "-c", LOOKS, str(settle_within_s)]
+    done = subprocess.run(command, env=os.environ | stubbed, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["50", str(believed_mib)]
 
 
 async def seen(inventory: Inventory) -> list[tuple[str, int]]:
