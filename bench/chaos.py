@@ -37,6 +37,7 @@ import psutil
 from measuring import Way, get, post, service
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fixtures"))
+import tiny_encoders
 import tiny_models
 from rpc_worker import RpcWorker, start_worker
 
@@ -330,7 +331,7 @@ def many_models(folder: Path) -> Iterator[Path]:
     for name, words in WORDS.items():
         tiny_models.write_chat_model(models / f"{name}.gguf", text=words)
     tiny_models.write_chat_model(models / f"{ENDLESS}.gguf", n_layer=8, n_embd=256, n_ff=768, endless=True)
-    tiny_models.write_embedding_model(models / f"{EMBEDDING}.gguf")
+    tiny_encoders.write_embedding_model(models / f"{EMBEDDING}.gguf")
     yield models
 
 

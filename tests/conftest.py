@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import tiny_encoders
 import tiny_models
 from rpc_worker import RpcWorker, start_worker
 from stub_library import compile_stub
@@ -67,7 +68,7 @@ def endless_model(model_folder: Path) -> Path:
 def embedding_model(model_folder: Path) -> Path:
     """Return a bert model with mean pooling, 64 dimensions."""
     path = model_folder / "tiny-embedding.gguf"
-    tiny_models.write_embedding_model(path)
+    tiny_encoders.write_embedding_model(path)
     return path
 
 
@@ -75,7 +76,7 @@ def embedding_model(model_folder: Path) -> Path:
 def rerank_model(model_folder: Path) -> Path:
     """Return a bert model with rank pooling."""
     path = model_folder / "tiny-rerank.gguf"
-    tiny_models.write_rerank_model(path)
+    tiny_encoders.write_rerank_model(path)
     return path
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import companion_models
 import pytest
+from drafting_model import write_drafting_model
 from live_server import MIB, assert_as_planned, explain, lines_until_ready, reserved
 from machines import machine_of
 
@@ -274,7 +275,7 @@ def test_an_override_that_llama_cpp_cannot_read_is_wrong_usage(word: str, endles
 @pytest.fixture(scope="module")
 def drafting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("drafting") / "drafting.gguf"
-    companion_models.write_drafting_model(path)
+    write_drafting_model(path)
     return path
 
 

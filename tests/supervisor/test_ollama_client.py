@@ -19,6 +19,7 @@ from typing import Any
 import companion_models
 import ollama
 import pytest
+import tiny_encoders
 import tiny_models
 from running_service import Service, run
 
@@ -49,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_models.write_chat_model(folder / "endless.gguf", n_ctx_train=32_768, endless=True)
     tiny_models.write_chat_model(folder / "see" / "eyes.gguf")
     companion_models.write_projector(folder / "see" / "mmproj-eyes.gguf", n_embd_text=64)
-    tiny_models.write_embedding_model(folder / "embed.gguf")
+    tiny_encoders.write_embedding_model(folder / "embed.gguf")
     return folder
 
 
