@@ -128,23 +128,28 @@ def _read_value(cursor: _Cursor, key: str, metadata: dict[str, MetadataValue], a
     elif kind in _SCALARS:
         metadata[key] = cursor.scalar(_SCALARS[int(kind)])
     elif kind == _ARRAY:
-        kind, length = int(cursor.scalar("I")), int(cursor.scalar("Q"))
-        array_lengths[key] = length
-        kept = length <= MAX_KEPT_ARRAY
-        if kind == _STRING:
-            if kept:
-                metadata[key] = tuple(cursor.string() for _ in range(length))
-            else:
-                cursor.skip_strings(length)
-        elif kind in _SCALARS:
-            if kept:
-                metadata[key] = cursor.scalars(_SCALARS[kind], length)
-            else:
-                cursor.skip(length * struct.calcsize(_SCALARS[kind]))
-        else:
+        kind, array_lengths[key] = int(cursor.scalar("I")), int(cursor.scalar("Q"))
+        if kind != _STRING and kind not in _SCALARS:
             raise _BadHeader(f"metadata key {key[:80]!r} is an array of the unknown type {kind}")
+        if array_lengths[key] <= MAX_KEPT_ARRAY:
+            metadata[key] = _read_array(cursor, kind, array_lengths[key])
+        else:
+            _skip_array(cursor, kind, array_lengths[key])
     else:
         raise _BadHeader(f"metadata key {key[:80]!r} has the unknown type {kind}")
+
+
+def _read_array(cursor: _Cursor, kind: int, length: int) -> MetadataValue:
+    if kind == _STRING:
+        return tuple(cursor.string() for _ in range(length))
+    return cursor.scalars(_SCALARS[kind], length)
+
+
+def _skip_array(cursor: _Cursor, kind: int, length: int) -> None:
+    if kind == _STRING:
+        cursor.skip_strings(length)
+    else:
+        cursor.skip(length * struct.calcsize(_SCALARS[kind]))
 
 
 def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: int) -> tuple[tuple[TensorInfo, ...], int]:

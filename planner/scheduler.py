@@ -68,12 +68,17 @@ def _assign_from_locations(graph: Graph, cpu: int, offloads: Sequence[Offloads |
         elif node.is_input:
             node.backend = cpu
         elif node.op not in _IGNORES_WEIGHTS:
-            for source in node.src:
-                if source.is_weight and source.home is not None:
-                    node.backend = source.home
-                    if takers and source.home == cpu:
-                        node.backend = next((backend for backend, takes in takers if takes(node)), cpu)
-                    break
+            node.backend = _home_of_weight(node)
+            if node.backend == cpu:
+                node.backend = next((backend for backend, takes in takers if takes(node)), cpu)
+
+
+def _home_of_weight(node: Node) -> int:
+    """Return where the first of this operation's weights lies, UNASSIGNED where it has none."""
+    for source in node.src:
+        if source.is_weight and source.home is not None:
+            return source.home
+    return UNASSIGNED
 
 
 def _expand(nodes: list[Node], cpu: int) -> None:

@@ -7,7 +7,7 @@ from planner.overrides import UNPIPELINED
 from planner.search.candidates import Candidate
 from planner.search.overflow import sent_on
 from planner.types.machine import Machine
-from planner.types.plan import Decision, PlacementKind
+from planner.types.plan import Decision, Placement, PlacementKind
 from planner.types.request import PlanRequest, Policy
 from planner.units import format_size
 
@@ -16,40 +16,15 @@ def of_placement(
     found: Candidate, request: PlanRequest, model: ModelFacts, machine: Machine, policy: Policy
 ) -> tuple[Decision, ...]:
     """Return what was chosen of the knobs that place layers and ``request`` leaves open, and why."""
-    decisions: list[Decision] = []
-
-    def decide(step: str, chosen: str, because: str) -> None:
-        decisions.append(Decision(step, chosen, because))
-
-    placement = found.placement
+    decisions = []
     if request.devices is None:
-        if len(placement.devices) == 1:
-            why = "it has the most room" if found.shortfalls else "one device is enough"
-        elif placement.devices:
-            why = "PLANNER_SCHED_SPREAD asks for all of them" if policy.spread else "fewer would not hold it"
-        else:
-            why = "no layer fits on one" if machine.devices else "there is none"
-        decide("devices", ", ".join(placement.devices) or "none", why)
+        decisions.append(_of_devices(found, machine, policy))
     if request.n_gpu_layers is None:
-        why = "all fit" if placement.kind is PlacementKind.GPU else "no more fit; the first layers stay on the host"
-        why = why if placement.devices else "no device is used"
-        decide("layers on devices", f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}", why)
-    if request.tensor_split is None and len(placement.devices) > 1:
-        shares = ", ".join(f"{share:g}" for share in placement.tensor_split)
-        full = placement.kind is PlacementKind.GPU and not (leaves_parts(found, request) or _sent_on(found, request))
-        why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
-        decide("layers per device", shares, why)
-    if leaves_parts(found, request):
-        chosen = found.request.n_cpu_moe or found.request.n_cpu_ffn
-        what = "experts" if model.hparams.n_expert else "feed-forward matrices"
-        which = f"those of the first {chosen} layers" if chosen else "those that --override-tensor names"
-        why = "they do not fit, and are read faster there than whole layers would be"
-        decide(f"{what} on the CPU", which, why)
-    elif sent := _sent_on(found, request):
-        why = "everything then lies on devices: each has less than a layer's room left, all together have enough"
-        decide("experts on the next device", "; ".join(sent), why)
-    elif found.request.override_tensor == UNPIPELINED and request.override_tensor is None:
-        decide("pipelining", "off", "without copies of the inputs everything fits (an override of no tensor)")
+        decisions.append(_of_layers(found.placement))
+    if request.tensor_split is None and len(found.placement.devices) > 1:
+        decisions.append(_of_shares(found, request))
+    if (parts := _of_parts(found, request, model)) is not None:
+        decisions.append(parts)
     return tuple(decisions)
 
 
@@ -72,6 +47,52 @@ def leaves_parts(found: Candidate, request: PlanRequest) -> bool:
         (chosen.override_tensor, request.override_tensor),
     )
     return not _sent_on(found, request) and any(own not in {pinned, None, UNPIPELINED} for own, pinned in ours)
+
+
+def _of_devices(found: Candidate, machine: Machine, policy: Policy) -> Decision:
+    devices = found.placement.devices
+    if len(devices) == 1:
+        why = "it has the most room" if found.shortfalls else "one device is enough"
+    elif devices:
+        why = "PLANNER_SCHED_SPREAD asks for all of them" if policy.spread else "fewer would not hold it"
+    else:
+        why = "no layer fits on one" if machine.devices else "there is none"
+    return Decision("devices", ", ".join(devices) or "none", why)
+
+
+def _of_layers(placement: Placement) -> Decision:
+    if not placement.devices:
+        why = "no device is used"
+    elif placement.kind is PlacementKind.GPU:
+        why = "all fit"
+    else:
+        why = "no more fit; the first layers stay on the host"
+    chosen = f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}"
+    return Decision("layers on devices", chosen, why)
+
+
+def _of_shares(found: Candidate, request: PlanRequest) -> Decision:
+    placement = found.placement
+    full = placement.kind is PlacementKind.GPU and not (leaves_parts(found, request) or _sent_on(found, request))
+    why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
+    return Decision("layers per device", ", ".join(f"{share:g}" for share in placement.tensor_split), why)
+
+
+def _of_parts(found: Candidate, request: PlanRequest, model: ModelFacts) -> Decision | None:
+    """Return what was decided of parts of layers or of an override in their stead, or None where they were left."""
+    if leaves_parts(found, request):
+        n_layers = found.request.n_cpu_moe or found.request.n_cpu_ffn
+        what = "experts" if model.hparams.n_expert else "feed-forward matrices"
+        which = f"those of the first {n_layers} layers" if n_layers else "those that --override-tensor names"
+        why = "they do not fit, and are read faster there than whole layers would be"
+        return Decision(f"{what} on the CPU", which, why)
+    if sent := _sent_on(found, request):
+        why = "everything then lies on devices: each has less than a layer's room left, all together have enough"
+        return Decision("experts on the next device", "; ".join(sent), why)
+    if found.request.override_tensor == UNPIPELINED and request.override_tensor is None:
+        why = "without copies of the inputs everything fits (an override of no tensor)"
+        return Decision("pipelining", "off", why)
+    return None
 
 
 def _sent_on(found: Candidate, request: PlanRequest) -> tuple[str, ...]:
