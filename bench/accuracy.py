@@ -25,9 +25,9 @@ from typing import Any
 FOLDER = Path(__file__).parents[1]
 sys.path += [str(FOLDER / "fixtures"), str(FOLDER / "tests" / "planner")]
 
-from live_server import explain, reserved  # noqa: E402 - from the tests: a server that really loads
-from published_models import dimensions, write_model  # noqa: E402
-from rpc_worker import start_worker  # noqa: E402
+from live_server import explain, reserved  # from the tests: a server that really loads
+from published_models import dimensions, write_model
+from rpc_worker import start_worker
 
 DOCUMENT = FOLDER / "docs" / "accuracy.md"
 TOOLS = Path(sysconfig.get_path("platlib")) / "bin"

@@ -29,13 +29,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "fixtures")]
 
-import tiny_models  # noqa: E402 - of the folder just added
-from rpc_worker import start_worker  # noqa: E402
+import tiny_models  # of the folder just added
+from rpc_worker import start_worker
 
-from gpu import nvml  # noqa: E402
-from planner.types import HOST  # noqa: E402
-from supervisor.core import loglines  # noqa: E402
-from supervisor.core.loglines import BufferKind, BufferSize, Listening  # noqa: E402
+from gpu import nvml
+from planner.types import HOST
+from supervisor.core import loglines
+from supervisor.core.loglines import BufferKind, BufferSize, Listening
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "4 layers of 64, F16": {},

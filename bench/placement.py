@@ -31,15 +31,15 @@ from threading import Thread
 FOLDER = Path(__file__).parents[1]
 sys.path += [str(FOLDER), str(FOLDER / "fixtures")]
 
-from published_models import dimensions, write_model  # noqa: E402
-from rpc_worker import start_worker  # noqa: E402
+from published_models import dimensions, write_model
+from rpc_worker import start_worker
 
-from planner import flags  # noqa: E402
-from planner.build import PINNED_BUILD  # noqa: E402
-from planner.model import ModelFacts, read_model  # noqa: E402
-from planner.search.placement import search  # noqa: E402
-from planner.speed import EQUAL_SPEED  # noqa: E402
-from planner.types import (  # noqa: E402
+from planner import flags
+from planner.build import PINNED_BUILD
+from planner.model import ModelFacts, read_model
+from planner.search.placement import search
+from planner.speed import EQUAL_SPEED
+from planner.types import (
     HOST,
     HOST_POOL,
     Device,
@@ -52,7 +52,7 @@ from planner.types import (  # noqa: E402
     Policy,
     PoolId,
 )
-from planner.units import GIB, MIB  # noqa: E402
+from planner.units import GIB, MIB
 
 DOCUMENT = FOLDER / "docs" / "placement.md"
 TOOLS = Path(sysconfig.get_path("platlib")) / "bin"

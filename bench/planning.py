@@ -24,16 +24,16 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[1]
 sys.path += [str(FOLDER), str(FOLDER / "fixtures")]
 
-from explain import run  # noqa: E402 - beside this file
-from published_models import dimensions, write_model  # noqa: E402
+from explain import run  # beside this file
+from published_models import dimensions, write_model
 
-from planner.accounting import MemoryLedger, account  # noqa: E402
-from planner.build import PINNED_BUILD  # noqa: E402
-from planner.context import context_params  # noqa: E402
-from planner.layers import layer_devices  # noqa: E402
-from planner.model import ModelFacts, read_model  # noqa: E402
-from planner.search.placement import search  # noqa: E402
-from planner.types import (  # noqa: E402
+from planner.accounting import MemoryLedger, account
+from planner.build import PINNED_BUILD
+from planner.context import context_params
+from planner.layers import layer_devices
+from planner.model import ModelFacts, read_model
+from planner.search.placement import search
+from planner.types import (
     HOST,
     HOST_POOL,
     Device,
