@@ -161,13 +161,17 @@ class LoadProgress:
 class YieldResult:
     """What came of freeing memory for another program.
 
-    ``freed_bytes`` is what our runners gave back for it, ``free_bytes`` what the driver calls free now (None: it does
-    not say), ``until`` the moment, in seconds since the epoch, up to which nothing of ours is placed there.
+    ``freed_bytes`` is what our runners gave back for it, ``free_bytes`` what the driver calls free now and
+    ``short_bytes`` how much less that is than was wanted (None: it does not say). ``awaited_bytes`` is what runners in
+    use will give back, by model: they take up no new request, and go when they have finished. ``until`` is the moment,
+    in seconds since the epoch, up to which nothing of ours is placed there.
     """
 
     device: str
     freed_bytes: int
     free_bytes: int | None
+    short_bytes: int | None
+    awaited_bytes: Mapping[str, int]
     until: float
 
 
@@ -401,9 +405,9 @@ class Runtime(Protocol):
         ...
 
     async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
-        """Stop idle runners until so much is free on a device, and place nothing there for so long.
+        """Stop the cheapest runners until so much is free on a device, and place nothing there for so long.
 
-        Raises UnknownDevice.
+        Returns once those that were idle are gone, and does not wait for those in use. Raises UnknownDevice.
         """
         ...
 

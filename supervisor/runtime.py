@@ -29,7 +29,7 @@ from supervisor.api import (
     YieldResult,
 )
 from supervisor.catalogue import ModelEntry
-from supervisor.core import ledger
+from supervisor.core import ledger, yielding
 from supervisor.core.events import (
     ResetRequested,
     SettingsChanged,
@@ -37,7 +37,7 @@ from supervisor.core.events import (
     StopRequested,
     YieldRequested,
 )
-from supervisor.core.runner import HAS_CHILD, Runner
+from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
 from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
@@ -180,20 +180,36 @@ class Supervisor:
         return views.progress(self._writer.pool, ModelId(model), anyio.current_time())
 
     async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
-        """Stop idle runners until so much is free on a device, and place nothing there for so long.
+        """Stop the cheapest runners until so much is free on a device, and place nothing there for so long.
 
-        Raises UnknownDevice.
+        Returns once those that were idle are gone, and does not wait for those in use. Raises UnknownDevice.
         """
-        before = ledger.held_bytes(self._writer.pool)
-        await self._inventory.refresh(before, {})
-        free_bytes = self._free_bytes(device)
-        until = anyio.current_time() + for_s
-        self._writer.post(YieldRequested(device, wanted_bytes, free_bytes or 0, until))
-        await self._writer.until(lambda pool: not any(one.held_bytes().get(device) for one in pool.leaving))
-        after = ledger.held_bytes(self._writer.pool)
-        await self._inventory.refresh(after, ledger.gone_bytes(self._writer.pool, anyio.current_time()))
-        freed_bytes = max(0, before.get(device, 0) - after.get(device, 0))
-        return YieldResult(device, freed_bytes, self._free_bytes(device), self._clock.at(until))
+        writer = self._writer
+        await writer.until(lambda pool: not any(one.held_bytes().get(device) for one in pool.loading))
+        before = ledger.held_bytes(writer.pool).get(device, 0)
+        free_bytes = await self._free_now(device)
+        promised_since = ledger.held_bytes(writer.pool).get(device, 0) - before
+        now = anyio.current_time()
+        self._clock.follow(now)
+        writer.post(YieldRequested(device, wanted_bytes, (free_bytes or 0) - promised_since, now + for_s))
+        await writer.until(lambda pool: not any(_is_stopping_on(one, device) for one in pool.leaving))
+        free_bytes = await self._free_now(device)
+        after = ledger.held_bytes(writer.pool).get(device, 0)
+        awaited = yielding.awaited_bytes(writer.pool, device, now)
+        return YieldResult(
+            device=device,
+            freed_bytes=max(0, before - after),
+            free_bytes=free_bytes,
+            short_bytes=None if free_bytes is None else max(0, wanted_bytes - free_bytes),
+            awaited_bytes={str(model): size for model, size in awaited.items()},
+            until=self._clock.at(now + for_s),
+        )
+
+    async def _free_now(self, device: str) -> int | None:
+        """Return what is free once the driver shows what runners that have just gone gave back."""
+        pool = self._writer.pool
+        await self._inventory.refresh(ledger.held_bytes(pool), ledger.gone_bytes(pool, anyio.current_time()))
+        return self._free_bytes(device)
 
     def _free_bytes(self, device: str) -> int | None:
         machine = self._inventory.machine
@@ -228,6 +244,11 @@ class Supervisor:
                 yield line
         else:
             raise UnknownModel(f"no runner of {runner.model} has said anything yet")
+
+
+def _is_stopping_on(runner: Runner, device: str) -> bool:
+    """Say whether the child stops, no more in use, and still holds memory there."""
+    return runner.state is RunnerState.STOPPING and bool(runner.held_bytes().get(device))
 
 
 def _is_gone(runner: Runner, generation: int) -> bool:

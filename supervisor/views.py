@@ -11,7 +11,7 @@ from typing import Final, assert_never
 from planner.types import Machine
 from supervisor.api import DeviceLedger, DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
 from supervisor.catalogue import ModelEntry
-from supervisor.core import ledger, loading, scheduler
+from supervisor.core import ledger, loading, yielding
 from supervisor.core.commands import (
     Command,
     Grant,
@@ -30,7 +30,7 @@ from supervisor.core.types import LoadPlan, ModelId
 
 # The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
 CLOCK_STEP_S: Final = 0.1
-EVICTED: Final = frozenset({loading.FOR_ROOM, scheduler.FOR_OTHERS})  # the reasons why a runner goes for another's sake
+EVICTED: Final = (loading.FOR_ROOM, yielding.FOR_OTHERS)  # how the reasons begin why a runner goes for another's sake
 
 
 class Clock:
@@ -71,7 +71,7 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
                 out_of_memory=before.out_of_memory + (failure.shortage is not None),
             )
         case StopProcess(reason=reason):
-            after = replace(before, unloads=before.unloads + 1, evictions=before.evictions + (reason in EVICTED))
+            after = replace(before, unloads=before.unloads + 1, evictions=before.evictions + reason.startswith(EVICTED))
         case PlanModel() | ReadMachine() | LoseLeases() | Learn():
             return counters
         case _:

@@ -14,13 +14,13 @@ from urllib.parse import quote
 
 from config.parse import parse_duration, parse_size
 from planner.errors import InvalidRequest
-from planner.units import format_size
 from supervisor.client import chat, making, tables
 from supervisor.client.names import choose
 from supervisor.client.service import Service, service
 from supervisor.client.transfer import Transfer
 
 OK: Final = 0
+SHORT: Final = 3  # as `planner explain` ends where something does not fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +166,8 @@ def _yield(at: Service, words: Words) -> int:
     except ValueError as error:
         raise InvalidRequest(f"{error}: write a size such as 8GiB, and a duration such as 30m") from None
     told = at.post("/manage/yield", {"device": device, "bytes": wanted_bytes, "for_seconds": for_s})
-    free = "unknown" if told["free_bytes"] is None else format_size(told["free_bytes"])
-    return _print(f"{told['device']}: {format_size(told['freed_bytes'])} given back, {free} free now\n")
+    _print(tables.yielded(told, wanted_bytes))
+    return SHORT if told["short_bytes"] else OK
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,8 @@ question), it prints the one answer and ends.
 planner yield DEVICE SIZE [--for DURATION]
 
 Frees memory for another program: stops idle runners until so much is free on the device, and places nothing there for
-so long (30m where not given).
+so long (30m where not given). Where that is not enough, runners in use take no new request and go when they have
+finished; it says so, and ends with status 3 as long as less is free.
 """,
         (2, 2),
         frozenset({"--for"}),

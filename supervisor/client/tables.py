@@ -66,6 +66,23 @@ def _until(runner: Mapping[str, Any], now: float) -> str:
     return "for ever" if runner["expires_at"] is None else f"{duration(runner['expires_at'] - now)} from now"
 
 
+def yielded(told: Mapping[str, Any], wanted_bytes: int) -> str:
+    """Return what ``planner yield`` prints: what is free now, and what is missing and why."""
+    device, free_bytes = told["device"], told["free_bytes"]
+    free = "nobody knows how much" if free_bytes is None else format_size(free_bytes)
+    lines = [f"{device}: {format_size(told['freed_bytes'])} given back, {free} free now"]
+    awaited = told["awaited_bytes"]
+    if told["short_bytes"]:
+        lines.append(f"{device}: {format_size(told['short_bytes'])} of {format_size(wanted_bytes)} are still missing")
+        if told["short_bytes"] > sum(awaited.values()):
+            lines[-1] += ": what else is used there is not ours, or pinned"
+    lines += [
+        f"{device}: {format_size(size)} more when {model}, which takes no new request, has finished what it serves"
+        for model, size in awaited.items()
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def models(status: Mapping[str, Any]) -> str:
     """Return what ``planner list`` prints: every model, and below what is wrong with those that cannot be asked."""
     rows = [

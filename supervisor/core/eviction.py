@@ -72,13 +72,13 @@ def choose(
 
 
 def cheapest_for(neighbours: Iterable[Neighbour], device: str, wanted_bytes: int) -> frozenset[ModelId]:
-    """Return the cheapest set of idle runners that gives so much back on one device; all there are, where none does."""
-    idle = [one for one in neighbours if one.standing is Standing.IDLE and one.held_bytes.get(device, 0) > 0]
-    idle = sorted(idle, key=lambda one: _cost((one,)))[:MAX_CANDIDATES]
-    for some in _by_cost(idle):
+    """Return the cheapest set of runners that gives so much back on one device; all that may go, where none does."""
+    movable = [one for one in neighbours if one.standing is not Standing.FIXED and one.held_bytes.get(device, 0) > 0]
+    movable = sorted(movable, key=lambda one: _cost((one,)))
+    for some in _by_cost(movable[:MAX_CANDIDATES]):
         if sum(one.held_bytes[device] for one in some) >= wanted_bytes:
             return frozenset(one.model for one in some)
-    return frozenset(one.model for one in idle)
+    return frozenset(one.model for one in movable)
 
 
 def _cheapest(

@@ -58,6 +58,7 @@ class Yielded:
 
     device: str
     cap_bytes: int
+    since: float
     until: float
 
 

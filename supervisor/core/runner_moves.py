@@ -151,9 +151,11 @@ def stop_ready(runner: Runner, event: StopRequested, now: float, _limits: Limits
 
 
 def stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
-    if event.drain_until is not None:
+    if event.drain_until is None:
+        return _cut_short(runner, now, "it was told to stop at once")
+    if runner.deadline is not None and runner.deadline <= event.drain_until:
         return runner, ()
-    return _cut_short(runner, now, "it was told to stop at once")
+    return replace(runner, deadline=event.drain_until, stop_reason=event.reason), ()
 
 
 def drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:

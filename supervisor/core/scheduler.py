@@ -1,7 +1,8 @@
 """The one function over the pool: an event comes in, the next state and the commands go out.
 
-``admission`` says who waits and who is served, ``loading`` how models come to be loaded, ``runner_table`` what becomes
-of one runner, ``ledger`` what each holds, ``eviction`` (asked by whoever plans) which runners go. What follows from the
+``admission`` says who waits and who is served, ``loading`` how models come to be loaded, ``yielding`` what becomes of
+memory that another program wants, ``runner_table`` what becomes of one runner, ``ledger`` what each holds, ``eviction``
+(asked by whoever plans) which runners go. What follows from the
 state alone is not done by the event that brought it about, but here, by settling: rules are applied until none changes
 anything. So it does not matter which event made a slot free or a device empty.
 """
@@ -13,7 +14,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, assert_never
 
-from supervisor.core import admission, eviction, ledger, loading
+from supervisor.core import admission, loading, yielding
 from supervisor.core.commands import Command, PlanModel, ReadMachine, Reject
 from supervisor.core.events import (
     DeadlinePassed,
@@ -29,13 +30,12 @@ from supervisor.core.events import (
     TimePassed,
     YieldRequested,
 )
-from supervisor.core.pool import LoadPhase, Pool, Yielded
+from supervisor.core.pool import LoadPhase, Pool
 from supervisor.core.runner import HAS_CHILD, IS_LEAVING, RunnerState
 from supervisor.core.stepping import Outcome, asked_anew, step_runner
 from supervisor.core.types import ModelId, ModelSettings, Refusal, RefusalKind
 
 MAX_ROUNDS: Final = 10_000  # of settling; far above what a full queue needs, so that ping-pong is an error and no hang
-FOR_OTHERS: Final = "its memory is another program's for now"
 
 
 def step(pool: Pool, event: Event, now: float) -> Outcome:
@@ -50,7 +50,7 @@ def step(pool: Pool, event: Event, now: float) -> Outcome:
         case SettingsChanged(by_model):
             pool, commands = _change_settings(pool, by_model, now)
         case YieldRequested():
-            pool, commands = _yield(pool, event, now)
+            pool, commands = _ask_all_anew(yielding.begin(pool, event, now)), ()
         case ShutdownRequested():
             pool, commands = _shut_down(pool, now)
         case TimePassed():
@@ -76,8 +76,11 @@ def _settle(pool: Pool, now: float) -> Outcome:
     for _ in range(MAX_ROUNDS):
         before = pool
         pool, granted = admission.grant_waiting(pool, now)
-        pool, advanced = (pool, ()) if pool.draining else loading.advance(pool, now)
-        commands += granted + advanced
+        commands += granted
+        if not pool.draining:
+            pool, gone = yielding.advance(pool, now)
+            pool, advanced = loading.advance(pool, now)
+            commands += gone + advanced
         if pool is before:
             return pool, commands
     raise RuntimeError(f"the scheduler did not settle within {MAX_ROUNDS} rounds; loads: {pool.loads}")
@@ -125,20 +128,6 @@ def _change_settings(pool: Pool, by_model: Mapping[ModelId, ModelSettings], now:
     for model, settings in by_model.items():
         if settings.preload and pool.runner(model).state is RunnerState.STOPPED:
             pool = pool.with_runner(replace(pool.runner(model), wanted_back=True))
-    return _ask_all_anew(pool), commands
-
-
-def _yield(pool: Pool, event: YieldRequested, now: float) -> Outcome:
-    """Cap what our runners may hold on a device, and stop the cheapest idle ones that hold more."""
-    held = ledger.held_bytes(pool).get(event.device, 0)
-    cap_bytes = held + event.free_bytes - event.wanted_bytes
-    pool = replace(pool, yields=(*pool.yields, Yielded(event.device, cap_bytes, event.until)))
-    idle = [ledger.neighbour(pool, one, now) for one in pool.runners.values() if one.idle]
-    commands: tuple[Command, ...] = ()
-    for model in sorted(eviction.cheapest_for(idle, event.device, held - cap_bytes)):
-        runner = pool.runner(model)
-        pool, more = step_runner(pool, StopRequested(model, runner.generation, reason=FOR_OTHERS), now)
-        commands += more
     return _ask_all_anew(pool), commands
 
 

@@ -71,6 +71,8 @@ class Manage:
                 "device": given.device,
                 "freed_bytes": given.freed_bytes,
                 "free_bytes": given.free_bytes,
+                "short_bytes": given.short_bytes,
+                "awaited_bytes": dict(given.awaited_bytes),
                 "until": given.until,
             }
         )

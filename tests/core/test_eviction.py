@@ -175,14 +175,17 @@ def _models(some: tuple[Neighbour, ...]) -> frozenset[ModelId]:
     return frozenset(one.model for one in some)
 
 
-def test_memory_for_others_comes_from_the_cheapest_idle_runners_on_that_device() -> None:
-    idle = [
+def test_memory_for_others_comes_from_the_cheapest_runners_on_that_device_those_in_use_last() -> None:
+    neighbours = [
         runner("a", on={"CUDA0": 6}, cost=1.0),
         runner("b", on={"CUDA0": 12}, cost=1.5),
         runner("c", on={"CUDA1": 12}, cost=0.1),
         runner("d", on={"CUDA0": 12}, cost=0.1, standing=Standing.BUSY),
+        runner("e", on={"CUDA0": 12}, cost=0.1, standing=Standing.FIXED),
     ]
-    assert cheapest_for(idle, "CUDA0", 5) == {"a"}
-    assert cheapest_for(idle, "CUDA0", 10) == {"b"}
-    assert cheapest_for(idle, "CUDA0", 100) == {"a", "b"}
-    assert cheapest_for(idle, "CUDA0", 0) == frozenset()
+    assert cheapest_for(neighbours, "CUDA0", 5) == {"a"}
+    assert cheapest_for(neighbours, "CUDA0", 10) == {"b"}
+    assert cheapest_for(neighbours, "CUDA0", 18) == {"a", "b"}
+    assert cheapest_for(neighbours, "CUDA0", 19) == {"b", "d"}
+    assert cheapest_for(neighbours, "CUDA0", 100) == {"a", "b", "d"}
+    assert cheapest_for(neighbours, "CUDA0", 0) == frozenset()

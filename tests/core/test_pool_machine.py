@@ -39,6 +39,7 @@ from supervisor.core.loading import FOR_ROOM
 from supervisor.core.loglines import Shortage
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId, ModelSettings, PlanProblem, TicketId
+from supervisor.core.yielding import FOR_OTHERS
 
 pytestmark = pytest.mark.timeout(600)  # half a minute alone, several on a machine that does much else
 
@@ -109,6 +110,8 @@ class PoolMachine(RuleBasedStateMachine):
                     self.stopping.add((model, generation))
                     if reason == FOR_ROOM:
                         self.it_may_go(before, model)
+                    elif reason == FOR_OTHERS:
+                        self.it_may_go(self.pool, model)
                 case Grant(ticket, model, generation):
                     self.open_tickets.remove(ticket)
                     assert (model, generation) in self.ready - self.stopping, "a victim takes up no work"
@@ -128,8 +131,8 @@ class PoolMachine(RuleBasedStateMachine):
         held = ledger.held_bytes(self.pool)
         assert all(held.get(device, 0) <= size for device, size in CAPACITY.items()), held
 
-    def it_may_go(self, before: Pool, model: ModelId) -> None:
-        assert not before.settings_of(model).pinned
+    def it_may_go(self, decided_on: Pool, model: ModelId) -> None:
+        assert not decided_on.settings_of(model).pinned
         assert not any(ticket.owed for ticket in self.pool.waiting_for(model)), "it has served whom it was loaded for"
         assert not self.pool.runner(model).serving
 

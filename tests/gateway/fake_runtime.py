@@ -238,7 +238,7 @@ class FakeRuntime:
 
     async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
         """Free nothing, since nothing is held."""
-        return YieldResult(device, 0, wanted_bytes, time.time() + for_s)
+        return YieldResult(device, 0, wanted_bytes, 0, {}, time.time() + for_s)
 
     async def rescan(self) -> None:
         """Count how often it was asked."""

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,26 @@ def test_without_a_service_each_command_says_how_to_start_one(planner: Planner) 
         done = planner(None, *words)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "planner serve" in done.stderr
+
+
+def test_who_wants_memory_for_another_program_is_told_what_is_missing_and_whose_end_brings_it(
+    serve: Serve, planner: Planner, endless_model: Path
+) -> None:
+    """The status tells scripts that it is not there yet."""
+    service = serve(PLANNER_CONTEXT_LENGTH="32768")
+    assert planner(service, "yield", "Host", "1MiB").returncode == 0
+    body = {"model": "tiny-endless", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+    with closing(HTTPConnection("127.0.0.1", service.port, timeout=WITHIN_S)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        assert connection.getresponse().read(10)
+        done = planner(service, "yield", "Host", "1000TiB")
+        assert service.runner()["state"] == "draining"
+    service.read_log("runner.stopped")
+    assert (done.returncode, done.stderr) == (3, "")
+    given_back, missing, awaited = done.stdout.splitlines()
+    assert given_back.startswith("Host: 0 B given back, ")
+    assert missing.endswith("are still missing: what else is used there is not ours, or pinned")
+    assert awaited.endswith("more when tiny-endless, which takes no new request, has finished what it serves")
 
 
 def test_a_reader_that_has_enough_ends_the_answer_without_a_word(

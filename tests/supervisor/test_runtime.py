@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -536,19 +537,24 @@ async def test_unloading_lets_streams_finish_and_returns_once_the_child_is_gone(
         assert supervisor.snapshot().runners == ()
 
 
-async def test_memory_is_yielded_by_idle_runners_and_left_alone_for_a_while(
-    supervising: Supervising, models: Models, chat_model: Path, embedding_model: Path
+async def test_memory_is_yielded_by_runners_that_are_idle_or_fall_idle_and_left_alone_for_a_while(
+    supervising: Supervising, models: Models, chat_model: Path, embedding_model: Path, log: EventLog
 ) -> None:
-    """All that is free and more is asked for, so the idle one goes, the busy one stays, and nothing is loaded."""
+    """All that is free and more is asked for: the idle one goes, the busy one once it is idle, and none is loaded."""
     async with supervising(models(chat_model, embedding_model)) as supervisor:
         await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
         async with supervisor.acquire("tiny-chat", Role.CHAT):
             result = await supervisor.yield_memory("Host", 1 << 60, 60.0)
-            assert [runner.model for runner in supervisor.snapshot().runners] == ["tiny-chat"]
+            assert only_runner(supervisor).state == "draining"
             assert supervisor.snapshot().counters["tiny-embedding"].evictions == 1
+            assert set(result.awaited_bytes) == {"tiny-chat"}
+            assert result.until > time.time()
             with pytest.raises(CannotFit, match="planner yield") as refused:
                 await hold_named(supervisor, "tiny-embedding", Role.EMBEDDING)
+        await log.wait("runner.stopped", count=2)
+        assert supervisor.snapshot().counters["tiny-chat"].evictions == 1
         assert result.freed_bytes > 0
+        assert result.short_bytes
         assert not refused.value.never
         assert 0 < (refused.value.retry_after_s or 0) <= 60
         with pytest.raises(UnknownDevice, match=r"there are: .*Host"):

@@ -1,0 +1,63 @@
+"""Memory that is another program's for a while: what our runners may hold meanwhile, and which of them go for it.
+
+1. From when it is asked for until its time is over, our runners together may hold no more of the device than leaves the
+   other program what it wants: a cap on what is loaded there.
+2. As long as they hold more, the cheapest set of them that is enough goes. Idle ones go at once. One in use takes up no
+   new request and goes when it has served those that it serves, however long they take: nobody is cut short.
+3. One that has just been loaded serves first who waited for it. Pinned runners stay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Final
+
+from supervisor.core import eviction, ledger
+from supervisor.core.commands import Command
+from supervisor.core.events import StopRequested, YieldRequested
+from supervisor.core.pool import Pool, Yielded
+from supervisor.core.runner import HAS_CHILD, IS_LEAVING, Runner, RunnerState
+from supervisor.core.stepping import Outcome, step_runner
+from supervisor.core.types import ModelId
+
+FOR_OTHERS: Final = "its memory is another program's for now"
+
+
+def begin(pool: Pool, event: YieldRequested, now: float) -> Pool:
+    """Return the pool in which this memory is another program's (case 1)."""
+    cap_bytes = ledger.held_bytes(pool).get(event.device, 0) + event.free_bytes - event.wanted_bytes
+    return replace(pool, yields=(*pool.yields, Yielded(event.device, cap_bytes, now, event.until)))
+
+
+def advance(pool: Pool, now: float) -> Outcome:
+    """Let those go that have to, and may by now (cases 2 and 3)."""
+    commands: tuple[Command, ...] = ()
+    for one in _going(pool, now):
+        if one.state is RunnerState.READY and not any(ticket.owed for ticket in pool.waiting_for(one.model)):
+            stop = StopRequested(one.model, one.generation, math.inf, FOR_OTHERS)
+            pool, more = step_runner(pool, stop, now)
+            commands += more
+    return pool, commands
+
+
+def awaited_bytes(pool: Pool, device: str, now: float) -> dict[ModelId, int]:
+    """Return what each runner in use will give back on a device once it has finished, because it goes."""
+    draining = (one for one in pool.leaving if one.state is RunnerState.DRAINING)
+    awaited = {one.model: one.held_bytes().get(device, 0) for one in (*draining, *_going(pool, now))}
+    return {model: size for model, size in awaited.items() if size > 0}
+
+
+def _going(pool: Pool, now: float) -> tuple[Runner, ...]:
+    """Return the runners that have to go and were not told so yet.
+
+    What was loaded since was planned below the cap. Should it turn out a little larger, it is not loaded over and over.
+    """
+    staying = [one for one in pool.runners.values() if one.state in HAS_CHILD - IS_LEAVING]
+    going: frozenset[ModelId] = frozenset()
+    for hold in pool.yields:
+        excess_bytes = sum(one.held_bytes().get(hold.device, 0) for one in staying) - hold.cap_bytes
+        earlier = [ledger.neighbour(pool, one, now) for one in staying if one.load_started_at <= hold.since]
+        if excess_bytes > 0:
+            going |= eviction.cheapest_for(earlier, hold.device, excess_bytes)
+    return tuple(one for one in staying if one.model in going)
