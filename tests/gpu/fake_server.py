@@ -40,3 +40,16 @@ def calls(folder: Path) -> list[str]:
     """Return the flags that the server was started with, in order."""
     file = folder / "calls"
     return file.read_text().splitlines() if file.exists() else []
+
+
+def write_script(folder: Path, body: str) -> Path:
+    """Write ``folder/llama-server`` that does this and no more."""
+    binary = folder / "llama-server"
+    binary.write_text(f"#!/bin/sh\n{body}\n")
+    binary.chmod(0o755)
+    return binary
+
+
+def environ_in(folder: Path) -> dict[str, str]:
+    """Return an environment that sets nothing of ours but where the cache is."""
+    return {"XDG_CACHE_HOME": str(folder / "cache"), "PATH": "/usr/bin:/bin"}
