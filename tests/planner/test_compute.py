@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gguf_files import write_header
 from machines import machine_of, placement_on
+from recorded_models import ReadModel, reader
 
 from planner import flags
 from planner.build import PINNED_BUILD
@@ -34,21 +33,11 @@ CASES = [(name, case) for name, cases in RESERVED.items() for case in cases]
 REPLAYED = [(name, case) for name, case in CASES if SAMPLE[name]["architecture"] in SHAPES]
 
 Question = tuple[ModelFacts, ContextParams, Placement, Machine]
-ReadModel = Callable[[str], ModelFacts]
 
 
 @pytest.fixture(scope="module")
 def sample_model(tmp_path_factory: pytest.TempPathFactory) -> ReadModel:
-    folder = tmp_path_factory.mktemp("compute")
-
-    @cache
-    def read(name: str) -> ModelFacts:
-        entry = SAMPLE[name]
-        path = folder / f"{name}.gguf"
-        write_header(path, entry["architecture"], entry["metadata"], entry["tensors"], tokens=entry["vocabulary"])
-        return read_model(str(path))
-
-    return read
+    return reader(tmp_path_factory.mktemp("compute"), SAMPLE)
 
 
 def question(model: ModelFacts, args: str, kind: DeviceKind, count: int) -> Question:

@@ -7,8 +7,6 @@ llama.cpp's own breakdown, with RPC workers as devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from gguf_files import write_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import machine_of, placement_on
+from recorded_models import ReadModel, reader
 
 from planner import flags
 from planner.accounting import account
@@ -38,21 +37,10 @@ ODD_VALUES = st.one_of(
 )
 ODD_SHAPES = st.one_of(st.none(), st.lists(st.sampled_from([1, 2, 32, 256]), min_size=1, max_size=3))
 
-ReadModel = Callable[[str], ModelFacts]
-
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> ReadModel:
-    folder = tmp_path_factory.mktemp("families")
-
-    @cache
-    def read(name: str) -> ModelFacts:
-        entry = FAMILIES[name]
-        path = folder / f"{name}.gguf"
-        write_header(path, entry["architecture"], entry["metadata"], entry["tensors"], tokens=entry["vocabulary"])
-        return read_model(str(path))
-
-    return read
+    return reader(tmp_path_factory.mktemp("families"), FAMILIES)
 
 
 def compute_bytes(model: ModelFacts, case: dict[str, Any], build: LlamaBuild) -> dict[str, tuple[int | None, Source]]:

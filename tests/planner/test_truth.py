@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import write_header
 from machines import machine_of, placement_on
+from recorded_models import ReadModel, reader
 from rpc_worker import RpcWorker
 
 from planner import flags
 from planner.accounting import account
 from planner.build import PINNED_BUILD
 from planner.context import context_params, refusal
-from planner.model import ModelFacts, read_model
+from planner.model import read_model
 from planner.types import HOST, DeviceKind, PlanRequest, Source
 
 SAMPLE: dict[str, Any] = json.loads((Path(__file__).parents[2] / "fixtures/truth/sample.json").read_text())
@@ -32,33 +32,15 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def sample_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelFacts]:
-    folder = tmp_path_factory.mktemp("truth")
-    models: dict[str, ModelFacts] = {}
-
-    def read(name: str) -> ModelFacts:
-        if name not in models:
-            entry = SAMPLE[name]
-            path = write_header(
-                folder / f"{name}.gguf",
-                entry["architecture"],
-                entry["metadata"],
-                entry["tensors"],
-                tokens=entry["vocabulary"],
-            )
-            models[name] = read_model(str(path))
-        return models[name]
-
-    return read
+def sample_model(tmp_path_factory: pytest.TempPathFactory) -> ReadModel:
+    return reader(tmp_path_factory.mktemp("truth"), SAMPLE)
 
 
 CASES = [(name, case) for name, entry in SAMPLE.items() for case in entry["cases"]]
 
 
 @pytest.mark.parametrize("name,case", CASES, ids=[f"{name}:{case}" for name, case in CASES])
-def test_accounts_for_every_byte_that_llama_cpp_reserved(
-    sample_model: Callable[[str], ModelFacts], name: str, case: str
-) -> None:
+def test_accounts_for_every_byte_that_llama_cpp_reserved(sample_model: ReadModel, name: str, case: str) -> None:
     model, measured = sample_model(name), SAMPLE[name]["cases"][case]
     machine = machine_of(DeviceKind.RPC, measured["workers"])
     request = flags.parse(measured["args"].split()).request
