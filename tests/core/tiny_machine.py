@@ -1,21 +1,28 @@
-"""Two cards, a host, and a planner that any reader can follow: what the search is to the real one."""
+"""Two cards, a host, and a planner that any reader can follow: what the search is to the real one.
+
+Sizes are in bytes, a layer is one byte. Model a takes 10, b 14, c 20, d 30, s 5, f too much; g is broken.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
-from making_plans import make_plan
+from making_plans import LIMITS, Bench, make_plan
 
 from supervisor.api import LoadOptions
 from supervisor.core import eviction
-from supervisor.core.commands import PlanModel
-from supervisor.core.types import DoesNotFit, LoadPlan, ModelId, Neighbour, PlanOutcome, PlanProblem
+from supervisor.core.commands import Command, PlanModel
+from supervisor.core.events import Event, Planned
+from supervisor.core.runner import RunnerState
+from supervisor.core.types import NO_OPTIONS, DoesNotFit, LoadPlan, ModelId, Neighbour, PlanOutcome, PlanProblem
 
 CAPACITY: Final[Mapping[str, int]] = {"CUDA0": 24, "CUDA1": 24, "Host": 64}
-SIZES: Final[Mapping[str, int]] = {"a": 10, "b": 14, "c": 20, "d": 30, "e": 70, "f": 1000}
+SIZES: Final[Mapping[str, int]] = {"a": 10, "b": 14, "c": 20, "d": 30, "e": 70, "f": 1000, "s": 5}
 BROKEN: Final = ModelId("g")
+ANY: Final = replace(LIMITS, max_loaded_models=None, max_queue=100)
 N_CTX: Final = 4096  # what a conversation gets that asks for nothing; each 4096 more take a byte
 
 
@@ -51,17 +58,48 @@ def _free(question: PlanModel, left: list[Neighbour]) -> dict[str, int]:
 
 
 def _place(question: PlanModel, free: Mapping[str, int], n_parallel: int) -> LoadPlan | DoesNotFit:
-    """Place a model on the emptier card, else on both, else what is left of it on the host."""
-    n_ctx = question.options.n_ctx or N_CTX
+    """Place a model, or as much of it as is asked for, on the emptier card, else on both, the rest on the host."""
+    n_ctx, n_gpu_layers = question.options.n_ctx or N_CTX, question.options.n_gpu_layers
     size = SIZES[question.model] + n_ctx // N_CTX - 1
+    wanted = size if n_gpu_layers is None else min(size, n_gpu_layers)
     first, second = sorted(("CUDA0", "CUDA1"), key=lambda device: -free[device])
-    on = {first: min(size, max(0, free[first]))}
-    if on[first] < size:
-        on[second] = min(size - on[first], max(0, free[second]))
+    on = {first: min(wanted, max(0, free[first]))}
+    if on[first] < wanted:
+        on[second] = min(wanted - on[first], max(0, free[second]))
     on = {device: part for device, part in on.items() if part}
     rest = size - sum(on.values())
     if rest > free["Host"]:
         return DoesNotFit(f"lacks {rest - free['Host']} bytes")
     quality = 3 if not rest else min(2, 3 * (size - rest) // size)
-    serves = LoadOptions(n_ctx=n_ctx)
+    serves = LoadOptions(n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
     return make_plan(on=on, host_bytes=rest, quality=quality, n_parallel=n_parallel, serves=serves)
+
+
+class Shop(Bench):
+    """A bench whose planner answers by itself."""
+
+    def __init__(self, n_parallel: int = 1) -> None:
+        super().__init__(ANY)
+        self.n_parallel = n_parallel
+        self.questions: list[PlanModel] = []
+
+    def post(self, event: Event) -> tuple[Command, ...]:
+        commands = super().post(event)
+        self.questions += self.all(PlanModel)
+        return commands
+
+    def plan(self) -> None:
+        """Answer every question there is."""
+        while self.questions:
+            question = self.questions.pop(0)
+            self.post(Planned(question.model, question.revision, answer(question, self.n_parallel)))
+
+    def load(self, model: ModelId, *, busy: bool = False, options: LoadOptions = NO_OPTIONS) -> None:
+        self.arrive(model, options=options)
+        self.plan()
+        self.finish_load(model)
+        if not busy:
+            self.finish(model)
+
+    def loaded(self) -> set[ModelId]:
+        return {one.model for one in self.pool.runners.values() if one.state is RunnerState.READY}
