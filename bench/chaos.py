@@ -283,7 +283,7 @@ async def rage(
             Monkey(through, workers, report, random.Random(seed)).strike_until(end),  # noqa: S311 - not a secret
             follow_memory(through, report, end),
             *(
-                Client(session, through.url, report, random.Random(f"{seed}.{number}")).ask_until(end)  # noqa: S311
+                Client(session, through.url, report, random.Random(f"{seed}.{number}")).ask_until(end)  # noqa: S311 - likewise
                 for number in range(clients)
             ),
         )

@@ -20,7 +20,7 @@ def ask(name: str, call: Callable[[], T], timeout_s: float) -> T | None:
     once: waiting once for a wedged driver is enough, and one thread is enough to lose.
     """
     from queue import Empty, SimpleQueue  # noqa: PLC0415 - only machines with such a driver pay for it
-    from threading import Thread  # noqa: PLC0415
+    from threading import Thread  # noqa: PLC0415 - likewise
 
     if name in _LEFT_BEHIND and _LEFT_BEHIND[name].is_alive():
         return None

@@ -244,7 +244,7 @@ class _NoAnswerError(Exception):
 
 def _run(path: Path, flag: str, environ: Environ, timeout_s: float) -> str:
     import subprocess  # noqa: PLC0415 - a cached answer spares both imports, 10 ms of a command that has 200
-    import tempfile  # noqa: PLC0415
+    import tempfile  # noqa: PLC0415 - likewise
 
     with tempfile.TemporaryDirectory(prefix="loadmaster-") as empty:
         try:
@@ -274,7 +274,7 @@ def _run(path: Path, flag: str, environ: Environ, timeout_s: float) -> str:
 
 def _read(child: Popen[bytes], deadline: float) -> str:
     """Return what a child printed until it ended. Raises TimeoutError, TimeoutExpired, _NoAnswerError."""
-    import select  # noqa: PLC0415
+    import select  # noqa: PLC0415 - as subprocess: not needed where the answer is cached
 
     if child.stdout is None:
         return ""

@@ -71,9 +71,9 @@ def _answer() -> dict[str, dict[str, Any]]:
         if function is not None:
             function.argtypes = [ctypes.c_void_p, *_REST_OF_ARGUMENTS.get(name, [ctypes.c_void_p])]
     # pyrsmi calls this one with three of its four arguments; without it, it goes through the sockets.
-    rocml._init_processor_handles_by_type = lambda: False  # noqa: SLF001
+    rocml._init_processor_handles_by_type = lambda: False  # noqa: SLF001 - see above
     # pyrsmi asks a shell for a file that a built-in amdgpu does not have; that sysfs shows cards is proof enough.
-    rocml._driver_initialized = lambda: True  # noqa: SLF001
+    rocml._driver_initialized = lambda: True  # noqa: SLF001 - see above
     rocml.smi_initialize()
     domain_at = 32 if rocml._using_amdsmi_package else 16  # noqa: SLF001 - its two ways encode the domain differently
     found = {}

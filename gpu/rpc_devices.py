@@ -88,10 +88,11 @@ def _told_apart(workers: Sequence[Worker]) -> list[Worker]:
     told = []
     for worker in workers:
         same = first.setdefault(worker.address or worker.endpoint, worker.endpoint)
-        if same != worker.endpoint:
+        if same == worker.endpoint:
+            told.append(worker)
+        else:
             why = f"{worker.endpoint} is the same worker as {same}: take one of them out of RPC_SERVERS"
-            worker = replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why)  # noqa: PLW2901
-        told.append(worker)
+            told.append(replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why))
     return told
 
 

@@ -121,7 +121,7 @@ def run_child(module: str, question: dict[str, Any], timeout_s: float) -> dict[s
     None where it failed or took too long. No process of it is left behind.
     """
     import json  # noqa: PLC0415 - most plans ask nothing, and are not to wait for these
-    import subprocess  # noqa: PLC0415
+    import subprocess  # noqa: PLC0415 - likewise
 
     child = subprocess.Popen(  # noqa: S603 - one of our own modules
         [sys.executable, "-m", module],

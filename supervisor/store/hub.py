@@ -30,6 +30,7 @@ _SPLIT: Final = re.compile(r"-\d{5}-of-\d{5}$", re.ASCII)
 _LENGTH: Final = re.compile(r"bytes 0-0/(\d{1,19})", re.ASCII)
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_.-]+", re.ASCII)
 _LONGEST_PART: Final = 80
+_HTTPS_PORT: Final = 443  # a name without a port means it
 
 
 def is_address(text: str) -> bool:
@@ -56,7 +57,7 @@ def name_of(url: URL) -> ModelName:
         raise BadModelName(f"{stem} is one part of a split model: join the parts with llama-gguf-split, or fetch them")
     hub = len(parts) > 2  # noqa: PLR2004 - user, repository, and what is in it
     namespace, model, tag = (parts[0], parts[1], stem) if hub else (names.DEFAULT_NAMESPACE, stem, names.DEFAULT_TAG)
-    host = f"{url.host}:{url.port}" if url.port != 443 and url.port is not None else str(url.host)  # noqa: PLR2004
+    host = f"{url.host}:{url.port}" if url.port not in {None, _HTTPS_PORT} else str(url.host)
     return ModelName(host, _part(namespace).replace(".", "-"), _part(model), _part(tag))
 
 

@@ -111,7 +111,7 @@ def test_a_registry_is_nothing_else(text: str) -> None:
         load({"PLANNER_REGISTRY": text})
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", ":11434", "[::]:80", "192.168.1.4:11434", "my-box"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", ":11434", "[::]:80", "192.168.1.4:11434", "my-box"])  # noqa: S104 - refused
 def test_listening_beyond_this_machine_needs_a_key_or_explicit_permission(host: str) -> None:
     with pytest.raises(ConfigError, match="PLANNER_API_KEYS"):
         load({"PLANNER_HOST": host})
@@ -134,7 +134,7 @@ def test_listening_on_loopback_needs_neither(host: str) -> None:
         ("127.0.0.1", Address("127.0.0.1", 11434)),
         ("[::1]:8080", Address("::1", 8080)),
         ("::1", Address("::1", 11434)),
-        (":9000", Address("0.0.0.0", 9000)),  # noqa: S104
+        (":9000", Address("0.0.0.0", 9000)),  # noqa: S104 - only read
         ("http://localhost", Address("localhost", 80)),
     ],
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_server import CUDA_LIST, NO_DEVICES, calls, write_server
+from rpc_worker import RpcWorker
 
 from gpu import llama
 from planner.build import PINNED_COMMIT
@@ -165,7 +167,9 @@ def test_accelerators_without_memory_and_workers_are_no_devices_of_this_machine(
     assert device.description == "AMD Radeon RX 7900 XTX (RADV NAVI31)"
 
 
-def test_the_real_server_lists_its_workers_in_the_form_that_is_parsed(llama_tools: Path, rpc_workers) -> None:  # noqa: ANN001
+def test_the_real_server_lists_its_workers_in_the_form_that_is_parsed(
+    llama_tools: Path, rpc_workers: Callable[[int], tuple[RpcWorker, ...]]
+) -> None:
     workers = rpc_workers(2)
     endpoints = ",".join(worker.endpoint for worker in workers)
     command = [str(llama_tools / "llama-server"), "--rpc", endpoints, "--list-devices"]
