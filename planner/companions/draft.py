@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from planner import context
+from planner import context, refusals
 from planner.charges import Charge
 from planner.layers import layer_devices
 from planner.types.machine import HOST
@@ -26,7 +26,7 @@ _ALL_LAYERS: Final = -1
 
 def refusal(draft: ModelFacts, request: PlanRequest) -> str | None:
     """Return why llama.cpp would not load this draft model, or None."""
-    reason = context.refusal(draft, _request(request, request.n_ctx if isinstance(request.n_ctx, int) else 0))
+    reason = refusals.refusal(draft, _request(request, request.n_ctx if isinstance(request.n_ctx, int) else 0))
     return None if reason is None else f"the draft model {draft.summary.path}: {reason}"
 
 

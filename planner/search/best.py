@@ -15,7 +15,8 @@ from math import inf
 from typing import Final, NamedTuple
 
 from planner import budget, cache, weights
-from planner.context import MAX_DEVICES, context_params
+from planner.context import context_params
+from planner.flag_values import MAX_DEVICES
 from planner.overrides import UNPIPELINED
 from planner.search.bounds import bound_s
 from planner.search.candidates import Candidate, Finder

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from planner import context
+from planner import context, refusals
 from planner.types.machine import Device
 from planner.types.plan import Decision
 from planner.types.request import FlashAttention, PlanRequest, Policy, Role
@@ -112,7 +112,7 @@ def _flash_attn(model: ModelFacts, request: PlanRequest, policy: Policy) -> tupl
         return policy.flash_attn, "it is the setting PLANNER_FLASH_ATTENTION"
     if context.context_params(model, request).flash_attn == "off":
         return "off", f"{model.hparams.architecture} does not support it"
-    if model.hparams.architecture in context.ABORTS_WITH_FLASH_ATTENTION:
+    if model.hparams.architecture in refusals.ABORTS_WITH_FLASH_ATTENTION:
         return "off", f"llama.cpp aborts with it on {model.hparams.architecture}"
     return "auto", f"{DEFAULT}, and is on wherever each layer's device can"
 
@@ -126,7 +126,7 @@ def _cache_type(model: ModelFacts, request: PlanRequest, policy: Policy) -> str:
         cache_type_k=request.cache_type_k or policy.cache_type,
         cache_type_v=request.cache_type_v or policy.cache_type,
     )
-    return policy.cache_type if context.refusal(model, wanted) is None else "f16"
+    return policy.cache_type if refusals.refusal(model, wanted) is None else "f16"
 
 
 def _shown(value: Any) -> str:

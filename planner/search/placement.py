@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, context, launch, speculation, speed, weights
+from planner import budget, companions, launch, refusals, speculation, speed, weights
 from planner.build import is_pinned
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
@@ -102,7 +102,7 @@ class _Search:
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)
         kinds = [device.kind for device in devices]
-        reason = context.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
+        reason = refusals.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
         reason = _buffer_refusal(settled, self.machine) or reason
         if settled.split_mode == "tensor" and not devices:
             reason = "--split-mode tensor needs a device"
@@ -354,7 +354,7 @@ def _build_warnings(build: LlamaBuild) -> tuple[str, ...]:
 def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> tuple[str, ...]:
     """Return what a reader of the plan should know beside its figures."""
     warnings = []
-    if reason := context.aborts(model, found.params):
+    if reason := refusals.aborts(model, found.params):
         warnings.append(reason)
     if missing := launch.unaddressed(used):
         warnings.append(

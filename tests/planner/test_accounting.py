@@ -17,9 +17,10 @@ from planner.accounting import MemoryLedger, account
 from planner.architectures import ARCHITECTURES
 from planner.buffers import HOST_BUFFER
 from planner.build import PINNED_BUILD
-from planner.context import context_params, refusal
+from planner.context import context_params
 from planner.errors import PlannerError
 from planner.model import ModelFacts, read_model
+from planner.refusals import refusal
 from planner.types import DeviceKind, LlamaBuild, PlanRequest, Role, Source
 
 METADATA = {

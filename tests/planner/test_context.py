@@ -11,10 +11,11 @@ from gguf_files import write_header
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.context import ContextParams, aborts, context_params, refusal
+from planner.context import ContextParams, context_params
 from planner.errors import InvalidRequest
 from planner.flags import parse
 from planner.model import ModelFacts, read_model
+from planner.refusals import aborts, refusal
 from planner.types import DeviceKind, PlanRequest, Role
 
 BASE = {

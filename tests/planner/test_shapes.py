@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from planner.build import PINNED_BUILD
-from planner.context import refusal
 from planner.model import read_model
+from planner.refusals import refusal
 from planner.search.placement import search
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, Machine, PlanRequest, Policy, Refused
 from planner.units import GIB

@@ -22,8 +22,9 @@ from rpc_worker import RpcWorker
 from planner import flags
 from planner.accounting import account
 from planner.build import PINNED_BUILD
-from planner.context import context_params, refusal
+from planner.context import context_params
 from planner.model import read_model
+from planner.refusals import refusal
 from planner.types import HOST, DeviceKind, PlanRequest, Source
 
 SAMPLE: dict[str, Any] = json.loads((Path(__file__).parents[2] / "fixtures/truth/sample.json").read_text())
