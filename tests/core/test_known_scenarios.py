@@ -191,18 +191,19 @@ def test_what_needs_more_evicts_the_idle_first_and_waits_for_the_busy_only_if_it
     assert bench.loaded() == {B, D}
 
 
-def test_where_all_are_busy_it_waits_until_the_first_that_is_enough_falls_idle() -> None:
-    """Ollama waits for the one of the shortest keep-alive, whichever falls idle before it."""
+@pytest.mark.parametrize("first, other", [(A, B), (B, A)])
+def test_where_all_are_busy_it_waits_until_the_first_that_is_enough_falls_idle(first: ModelId, other: ModelId) -> None:
+    """Either holds 22 of a card's 24. Ollama waits for that of the shorter keep-alive, whichever falls idle first."""
     bench = Shop()
-    bench.load(B, busy=True)
-    bench.load(C, busy=True)
-    bench.arrive(D)
+    bench.load(A, busy=True, options=LoadOptions(n_ctx=13 * 4096))
+    bench.load(B, busy=True, options=LoadOptions(n_ctx=9 * 4096))
+    bench.arrive(C)
     bench.plan()
     assert stopped(bench) == set()
-    bench.finish(C)
+    bench.finish(first)
     bench.plan()
-    assert stopped(bench) == {C}
-    assert bench.state(B) is RunnerState.READY
+    assert stopped(bench) == {first}
+    assert bench.state(other) is RunnerState.READY
 
 
 def test_a_few_layers_that_were_asked_for_evict_nobody_though_more_would_fit_without_the_others() -> None:
