@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import pytest
+from rpc_worker import RpcWorker
 
 MIB = 1024 * 1024
 LOG_RESOLUTION_MIB = 0.01  # llama.cpp prints two decimals
@@ -34,6 +36,17 @@ def explain(*words: str, environment: Mapping[str, str]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr or done.stdout
     plan: dict[str, Any] = json.loads(done.stdout)
     return plan
+
+
+def device_words(workers: Iterable[RpcWorker], sizes: Iterable[int | str] = repeat("1GiB")) -> list[str]:
+    """Return the flags that make these workers RPC0, RPC1 and so on, of these sizes."""
+    named = enumerate(zip(workers, sizes, strict=False))
+    return [word for i, (one, size) in named for word in ("--device", f"RPC{i}@{one.endpoint}={size}")]
+
+
+def places_of(workers: Iterable[RpcWorker]) -> dict[str, str]:
+    """Return where each device of ``device_words`` and the host stand in what llama-server prints."""
+    return {"Host": "Host"} | {f"RPC{i}": one.endpoint for i, one in enumerate(workers)}
 
 
 def lines_until_ready(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import companion_models
 import pytest
 from drafting_model import write_drafting_model
-from live_server import MIB, assert_as_planned, explain, lines_until_ready, reserved
+from live_server import MIB, assert_as_planned, device_words, explain, lines_until_ready, places_of, reserved
 from machines import machine_of
 
 from planner import companions
@@ -70,15 +70,13 @@ def test_adapters_take_what_the_plan_says(
 ) -> None:
     """Two adapters lie where the matrices lie that they change, and widen the graphs that they are part of."""
     workers = rpc_workers(2)
-    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(workers))
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(workers)
     files = ",".join(map(str, adapters))
     fixed = ("-c", "4096", "-ts", "3,2", "--lora", files, "--no-oracle")
     plan = explain(str(endless_model), *words, *fixed, *flags, environment=free_environment)
 
-    places = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
     # The log has one line for the model and one for each adapter, each rounded.
-    assert_as_planned(plan, places, free_environment, resolution=0.01)
+    assert_as_planned(plan, places_of(workers), free_environment, resolution=0.01)
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
 
 
@@ -213,12 +211,10 @@ def test_a_draft_model_takes_what_the_plan_says(
 ) -> None:
     """The draft is a whole second model, by its own flags, on the first one's devices or on others."""
     workers = rpc_workers(3)
-    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(workers))
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(workers)
     fixed = ("-c", "4096", "-md", str(chat_model), *SPECULATES, "--no-oracle")
     plan = explain(str(endless_model), *words, *fixed, *flags, environment=free_environment)
-    places = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
-    assert_as_planned(plan, places, free_environment, resolution=0.01)
+    assert_as_planned(plan, places_of(workers), free_environment, resolution=0.01)
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
 
 
@@ -289,13 +285,11 @@ def test_a_draft_head_takes_the_weights_and_caches_that_the_plan_says(
 ) -> None:
     """Its layers are loaded, it has a cache of its own, and each recurrent state is kept in several ages."""
     workers = rpc_workers(2)
-    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(workers))
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(workers)
     fixed = ("-c", "2048", "--spec-type", "draft-mtp", "--no-oracle")
     plan = explain(str(drafting_model), *words, *fixed, *flags, environment=free_environment)
-    measured = reserved(plan, free_environment)
+    measured, places = reserved(plan, free_environment), places_of(workers)
 
-    places = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
     for device in plan["devices"]:
         for kind in ("model_bytes", "context_bytes"):
             printed = measured.get((places[device["name"]], kind), 0.0)

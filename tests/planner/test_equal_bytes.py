@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import MIB, assert_as_planned, explain
+from live_server import MIB, assert_as_planned, device_words, explain, places_of
 from published_models import dimensions, write_model
 
 pytestmark = pytest.mark.llama
@@ -35,8 +35,7 @@ def test_every_device_gets_the_bytes_that_the_plan_says(
     """A model is planned over three unequal devices and launched on three workers; each figure is as planned."""
     workers = rpc_workers(3)
     sizes = (120 * MIB, 90 * MIB, 140 * MIB)
-    devices = [f"RPC{i}@{worker.endpoint}={size}" for i, (worker, size) in enumerate(zip(workers, sizes, strict=True))]
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(workers, sizes)
     context = () if "-c" in flags else ("-c", "4096")
     plan = explain(
         str(endless_model),
@@ -50,8 +49,7 @@ def test_every_device_gets_the_bytes_that_the_plan_says(
     used = [name for name in ("RPC0", "RPC1", "RPC2") if planned[name]["layers"]]
     assert used == ["RPC0", "RPC1", "RPC2"], "the sizes were chosen so that every device is needed"
 
-    lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
-    assert_as_planned(plan, lies_at, free_environment)
+    assert_as_planned(plan, places_of(workers), free_environment)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +71,10 @@ def test_what_the_search_divides_is_reserved_where_it_says(
     """Two workers too small for whole layers: these stay behind, or experts, or go on; each figure is as planned."""
     model = write_model(tmp_path / "model.gguf", dimensions("small")[model_name])
     workers = rpc_workers(2)
-    devices = [f"RPC{i}@{worker.endpoint}={size}" for i, (worker, size) in enumerate(zip(workers, sizes, strict=True))]
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(workers, sizes)
     plan = explain(str(model), *words, "-c", "4096", "-ub", "64", "--no-oracle", environment=free_environment)
     assert chosen in {plan["placement"], *(decision["step"] for decision in plan["decisions"])}
-    lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
-    assert_as_planned(plan, lies_at, free_environment)
+    assert_as_planned(plan, places_of(workers), free_environment)
 
 
 @pytest.mark.parametrize("family", sorted(dimensions("small")))
@@ -91,9 +87,8 @@ def test_a_family_of_models_gets_the_bytes_that_its_plan_says(
     """Dense, windowed and mixed-expert models of their makers' proportions, really loaded over two devices."""
     model = write_model(tmp_path / f"{family}.gguf", dimensions("small")[family])
     workers = rpc_workers(2)
-    words = [word for i, worker in enumerate(workers) for word in ("--device", f"RPC{i}@{worker.endpoint}={400 * MIB}")]
+    words = device_words(workers, [400 * MIB] * 2)
     spread = free_environment | {"PLANNER_SCHED_SPREAD": "1"}
     plan = explain(str(model), *words, "-c", "4096", "--no-oracle", environment=spread)
     assert [len(device["layers"]) > 0 for device in plan["devices"]] == [True, True, False]
-    lies_at = {"Host": "Host"} | {f"RPC{i}": worker.endpoint for i, worker in enumerate(workers)}
-    assert_as_planned(plan, lies_at, free_environment)
+    assert_as_planned(plan, places_of(workers), free_environment)

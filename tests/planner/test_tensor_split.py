@@ -12,7 +12,7 @@ import tiny_models
 from gguf_files import write_header
 from hypothesis import given
 from hypothesis import strategies as st
-from live_server import BUFFER, LOG_RESOLUTION_MIB, MIB, explain, lines_until_ready
+from live_server import BUFFER, LOG_RESOLUTION_MIB, MIB, device_words, explain, lines_until_ready
 from machines import machine_of, placement_on
 
 from planner.accounting import account
@@ -49,8 +49,7 @@ def test_the_fullest_device_has_what_llama_server_says(
     free_environment: dict[str, str],
 ) -> None:
     """llama-server prints the fullest device's figures only; shares that make each of them the fullest tell of all."""
-    devices = (f"RPC{i}@{worker.endpoint}=1GiB" for i, worker in enumerate(rpc_workers(3)))
-    words = [word for device in devices for word in ("--device", device)]
+    words = device_words(rpc_workers(3))
     plan = explain(
         str(endless_model), *words, "-sm", "tensor", "-c", "4096", *flags, "--no-oracle", environment=free_environment
     )
