@@ -13,6 +13,7 @@ from supervisor.client.service import Service, ServiceError
 
 PATH: Final = "/v1/chat/completions"
 DONE: Final = "[DONE]"
+PROGRESS: Final = "load-progress"  # how the comments begin that tell of a load
 QUOTES: Final = '"""'  # around a question of several lines, as in Ollama's own terminal
 HELP: Final = f"""\
   /bye, Ctrl-D    leave
@@ -36,6 +37,7 @@ class Conversation:
     keep_alive: str | None = None
     is_terminal: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
+    _shown: str = field(default="", init=False, repr=False)  # of the load's progress, until it is cleared away
 
     def clear(self) -> None:
         """Begin anew."""
@@ -54,7 +56,7 @@ class Conversation:
             with self.service.lines("POST", PATH, body, {"X-Load-Progress": "1"}) as lines:
                 for piece in _pieces(lines, self._waiting):
                     parts += self._show(piece)
-        except ServiceError:
+        except (ServiceError, KeyboardInterrupt):
             if not parts:
                 self.messages.pop()  # it was not answered: asking it again must not ask it twice
             raise
@@ -72,6 +74,7 @@ class Conversation:
         return [said] if said else []
 
     def _end_answer(self, parts: list[str]) -> None:
+        self._waiting("")
         if not parts:
             return
         self.messages.append({"role": "assistant", "content": "".join(parts)})
@@ -80,10 +83,11 @@ class Conversation:
             self.out.flush()
 
     def _waiting(self, text: str) -> None:
-        """Show what the service says while the model loads; an empty text clears it away."""
-        if self.is_terminal:
+        """Show on a terminal how the load goes, in place of what was shown of it; an empty text clears that away."""
+        if self.is_terminal and text != self._shown:
             sys.stderr.write(f"{CLEAR_LINE}{text}")
             sys.stderr.flush()
+            self._shown = text
 
 
 def _pieces(lines: Iterator[str], waiting: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -91,7 +95,7 @@ def _pieces(lines: Iterator[str], waiting: Callable[[str], None]) -> Iterator[di
     ended = False
     for line in lines:
         if line.startswith(":"):
-            waiting(line[1:].strip())
+            waiting(_progress(line.removeprefix(":").strip()))
             continue
         if not line.startswith("data:"):
             continue
@@ -107,6 +111,16 @@ def _pieces(lines: Iterator[str], waiting: Callable[[str], None]) -> Iterator[di
             yield choice.get("delta", {})
     if not ended:
         raise ServiceError("the answer broke off: the connection to the service was lost")
+
+
+def _progress(comment: str) -> str:
+    """Return what a comment of the stream says of the load, for people; nothing where it speaks of something else."""
+    kind, _, told = comment.partition(" ")
+    if kind != PROGRESS:
+        return ""
+    progress = json.loads(told)
+    share = "" if progress["fraction"] is None else f" {progress['fraction']:.0%}"
+    return f"{progress['stage']}{share}, {progress['waited_s']:.0f} s"
 
 
 def converse(conversation: Conversation) -> int:

@@ -141,7 +141,11 @@ def _load(at: Service, words: Words) -> int:
     body = {"model": _model(at, words.names[0])}
     if "--keep-alive" in words.values:
         body["keep_alive"] = words.values["--keep-alive"]
-    at.post("/manage/load", body)
+    try:
+        at.post("/manage/load", body)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{body['model']} goes on loading; `planner unload {body['model']}` stops that\n")
+        raise
     return _print(f"{body['model']} is loaded\n")
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -15,6 +19,7 @@ import structlog
 from event_log import WITHIN_S, EventLog
 from running_service import Serve, Service, run
 from supervising import Supervising
+from terminal import Terminal
 
 from supervisor import children
 from supervisor.core.invariants import violations
@@ -117,3 +122,47 @@ def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
             return service
 
         yield start
+
+
+@pytest.fixture
+def terminal(environ: dict[str, str]) -> Iterator[Terminal]:
+    """Return a function that runs the command in a terminal of its own and returns its process and the other end."""
+    with ExitStack() as stack:
+
+        def run(service: Service, *words: str) -> tuple[subprocess.Popen[bytes], int]:
+            ours, its = pty.openpty()
+            stack.callback(os.close, ours)
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-m", "planner", *words],
+                    stdin=its,
+                    stdout=its,
+                    stderr=its,
+                    env={**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}", "TERM": "dumb"},
+                    start_new_session=True,
+                )
+            )
+            stack.callback(process.kill)
+            os.close(its)
+            return process, ours
+
+        yield run
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Return a pipe: a launch of the ``held_back`` llama-server begins only once a line is written to it."""
+    path = tmp_path / "gate"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.fixture
+def held_back(gate: Path, llama_tools: Path, tmp_path: Path) -> Path:
+    """Return what stands in front of the real llama-server and lets a launch begin only when the test says so."""
+    path = tmp_path / "llama-server"
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *--port*) read -r _ < {gate} ;; esac\nexec {llama_tools}/llama-server "$@"\n'
+    )
+    path.chmod(0o755)
+    return path

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 from running_service import Serve, Service
+from terminal import Terminal, read_until
 
 from planner.errors import InvalidRequest
 from supervisor.client.names import choose
@@ -46,39 +46,6 @@ def planner(environ: dict[str, str]) -> Planner:
         )
 
     return run
-
-
-@pytest.fixture
-def terminal(environ: dict[str, str]) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], int]]]:
-    """Return a function that runs the command in a terminal of its own and returns its process and the other end."""
-    with ExitStack() as stack:
-
-        def run(service: Service, *words: str) -> tuple[subprocess.Popen[bytes], int]:
-            ours, its = pty.openpty()
-            stack.callback(os.close, ours)
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-m", "planner", *words],
-                    stdin=its,
-                    stdout=its,
-                    stderr=its,
-                    env={**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}", "TERM": "dumb"},
-                    start_new_session=True,
-                )
-            )
-            stack.callback(process.kill)
-            os.close(its)
-            return process, ours
-
-        yield run
-
-
-def read_until(terminal: int, words: str) -> str:
-    """Read what the terminal shows until these words are there."""
-    seen = ""
-    while words not in seen:
-        seen += os.read(terminal, 4096).decode()
-    return seen
 
 
 def test_a_question_is_answered_by_a_model_that_part_of_its_name_stands_for(
@@ -262,7 +229,7 @@ def test_bytes_that_are_no_text_are_asked_all_the_same(serve: Serve, environ: di
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(
-    serve: Serve, terminal: Callable[..., tuple[subprocess.Popen[bytes], int]], endless_model: Path
+    serve: Serve, terminal: Terminal, endless_model: Path
 ) -> None:
     service = serve(PLANNER_CONTEXT_LENGTH="32768")
     process, screen = terminal(service, "run", "endless")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from http.client import HTTPConnection
 from pathlib import Path
 
@@ -12,12 +11,6 @@ import pytest
 from running_service import WITHIN_S, Serve, Service
 
 pytestmark = pytest.mark.llama
-
-# Stands in front of the real llama-server and lets a launch begin only when the test says so.
-HELD_BACK = """#!/bin/sh
-case "$*" in *--port*) read -r _ < {gate} ;; esac
-exec {llama_server} "$@"
-"""
 
 
 def ask_and_leave_open(service: Service, model: str) -> HTTPConnection:
@@ -29,12 +22,8 @@ def ask_and_leave_open(service: Service, model: str) -> HTTPConnection:
 
 
 def test_who_leaves_while_a_model_loads_waits_no_more_and_the_load_goes_on(
-    serve: Serve, chat_model: Path, llama_tools: Path, tmp_path: Path
+    serve: Serve, chat_model: Path, held_back: Path, gate: Path
 ) -> None:
-    gate, held_back = tmp_path / "gate", tmp_path / "llama-server"
-    os.mkfifo(gate)
-    held_back.write_text(HELD_BACK.format(gate=gate, llama_server=llama_tools / "llama-server"))
-    held_back.chmod(0o755)
     service = serve(PLANNER_LLAMA_SERVER=str(held_back))
     connections = [ask_and_leave_open(service, "tiny-chat") for _ in range(2)]
     service.read_log("runner.starting")
