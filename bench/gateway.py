@@ -1,12 +1,13 @@
 """What the way through ``planner serve`` costs, beside llama-server asked directly and beside its own router mode.
 
-    python bench/gateway.py [--pairs N] [--streams N] [--tokens N]
+    python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N]
 
-One model, one thread, as many streams as slots. In each pair every way is taken in turn: straight to the llama-server
-that the service started, through the service, through a bare relay (the least that a proxy made with aiohttp does) to
-the same llama-server, and through llama-server's router mode, which starts a llama-server of its own with the same
-flags. Compared are medians over the pairs: tokens per second with all streams, seconds to the first token of a single
-stream and of all at once, processor seconds of the proxy itself. Ends with 1 where a bound is broken.
+One model, as many streams as slots, and one thread that computes; with ``--threads 0`` as many as llama-server takes by
+itself, where every proxy has to fight for its time. In each pair every way is taken in turn: straight to the
+llama-server that the service started, through the service, through a bare relay (the least that a proxy made with
+aiohttp does) to the same llama-server, and through llama-server's router mode, which starts a llama-server of its own
+with the same flags. Compared are medians over the pairs: tokens per second with all streams, seconds to the first token
+of a single stream and of all at once, processor seconds of the proxy itself. Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from measuring import (
     drain,
     get,
     llama_server,
+    llama_server_of,
     median,
-    one_threaded,
     post,
     running,
     service,
@@ -160,13 +161,13 @@ def key_of(pid: int) -> str:
     return psutil.Process(pid).environ()["LLAMA_API_KEY"]
 
 
-def measure(folder: Path, pairs: int, streams: int, tokens: int) -> bool:
+def measure(folder: Path, pairs: int, streams: int, tokens: int, threads: int) -> bool:
     """Start everything, compare, report."""
     models = folder / "models"
     models.mkdir()
     write_model(models / f"{MODEL}.gguf")
     settings = {
-        "PLANNER_LLAMA_SERVER": str(one_threaded(folder)),
+        "PLANNER_LLAMA_SERVER": str(llama_server_of(folder, threads)),
         "PLANNER_NUM_PARALLEL": str(streams),
         "PLANNER_CONTEXT_LENGTH": str(N_CTX),
     }
@@ -181,7 +182,7 @@ def measure(folder: Path, pairs: int, streams: int, tokens: int) -> bool:
             relayed = (bare.stdout or sys.stdin).readline().strip()
             drain(bare)
             ways = [direct, through, Way("bare relay", relayed, "", psutil.Process(bare.pid)), router]
-            print(f"{streams} streams of {tokens} tokens, {pairs} pairs")
+            print(f"{streams} streams of {tokens} tokens, {threads or 'all'} threads, {pairs} pairs")
             return report(compare(ways, pairs, streams, tokens), through)
 
 
@@ -191,12 +192,13 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--relay", nargs=2, metavar=("URL", "KEY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.relay:
         asyncio.run(relay(*args.relay))
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if measure(Path(folder), args.pairs, args.streams, args.tokens) else 1
+        return 0 if measure(Path(folder), args.pairs, args.streams, args.tokens, args.threads) else 1
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import tiny_models
 
 PATH: Final = "/v1/chat/completions"
 LLAMA_SERVER: Final = Path(sysconfig.get_path("platlib")) / "bin" / "llama-server"
+# The processor clock of another process (glibc: sysdeps/unix/sysv/linux/clock_getcpuclockid.c).
+CPUCLOCK_SCHED: Final = 2
 TOKEN: Final = b'"delta":{"content":"'  # how llama-server begins each token of a streamed chat
 
 
@@ -39,10 +41,10 @@ def write_small_model(path: Path) -> None:
     tiny_models.write_chat_model(path)
 
 
-def one_threaded(folder: Path) -> Path:
-    """Write and return a llama-server that computes with one thread, whoever starts it."""
-    script = folder / "llama-server"
-    script.write_text(f'#!/bin/sh\nexec {LLAMA_SERVER} "$@" -t 1 -tb 1\n')
+def llama_server_of(folder: Path, threads: int) -> Path:
+    """Write and return a llama-server that computes with so many threads, whoever starts it; 0: as many as it likes."""
+    script, flags = folder / "llama-server", f"-t {threads} -tb {threads}" if threads else ""
+    script.write_text(f'#!/bin/sh\nexec {LLAMA_SERVER} "$@" {flags}\n')
     script.chmod(0o755)
     return script
 
@@ -57,9 +59,14 @@ class Way:
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """Return the seconds that the process has computed."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+        """Return the seconds that the process has computed, threads that have ended included, to the nanosecond.
+
+        Ends the program where the process is gone.
+        """
+        try:
+            return time.clock_gettime(~self.process.pid << 3 | CPUCLOCK_SCHED)
+        except OSError as error:
+            raise SystemExit(f"the process of {self.name} has ended") from error
 
 
 @contextmanager

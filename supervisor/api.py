@@ -6,7 +6,7 @@ else is read from one immutable ``Snapshot``.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -215,8 +215,8 @@ class Lease(Protocol):
         """Return what is to be changed in the request; None: nothing, it goes on byte for byte."""
         ...
 
-    async def wait_lost(self) -> str:
-        """Return one line of the story as soon as the runner behind this lease has died; else wait for ever."""
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Have this told one line of the story as soon as the runner behind this lease has died."""
         ...
 
 

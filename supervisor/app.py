@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -111,6 +112,8 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
 async def _look_around(inventory: Inventory, notifier: Notifier) -> None:
     """Find out what there is, then tell systemd; what is missing is told on ``/readyz`` and looked for again."""
     await inventory.look_around()
+    gc.collect()
+    gc.freeze()  # what is there now stays: a collection in the middle of a stream need not look through all of it
     problems = inventory.not_ready
     _log.info("serve.ready", models=len(inventory.entries), not_ready=list(problems))
     notifier.ready("; ".join(problems) or f"{len(inventory.entries)} models, none loaded yet")

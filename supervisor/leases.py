@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import anyio
+import asyncio
+from collections.abc import Callable
 
 from supervisor.api import Amendments, Endpoint
 from supervisor.core.types import ModelId, Refusal
@@ -17,8 +18,8 @@ class ChildLease:
         self._model = model
         self._endpoint = endpoint
         self._amendments = amendments
-        self._lost = anyio.Event()
-        self._story = ""
+        self._story: str | None = None
+        self._to_tell: list[Callable[[str], None]] = []
         self.generation = generation
 
     @property
@@ -36,28 +37,33 @@ class ChildLease:
         """What is to be changed in the request."""
         return self._amendments
 
-    async def wait_lost(self) -> str:
-        """Return the story as soon as the child is gone; else wait for ever."""
-        await self._lost.wait()
-        return self._story
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Have this told the story as soon as the child is gone, at once where it is."""
+        if self._story is None:
+            self._to_tell.append(tell)
+        else:
+            tell(self._story)
 
     def lose(self, story: str) -> None:
-        """Tell whoever waits that the child is gone."""
+        """Tell whoever wants to know that the child is gone."""
         self._story = story
-        self._lost.set()
+        for tell in self._to_tell:
+            tell(story)
 
 
 class Waiter:
-    """A ticket's owner: settled by a lease or by a refusal."""
+    """A ticket's owner: settled by a lease or by a refusal, at once or later."""
 
     def __init__(self) -> None:
-        self._settled = anyio.Event()
+        self._waiting: asyncio.Future[None] | None = None
         self.lease: ChildLease | None = None
         self.refusal: Refusal | None = None
 
     async def wait_settled(self) -> None:
         """Return when there is an answer."""
-        await self._settled.wait()
+        if self.lease is None and self.refusal is None:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
 
     def settle(self, answer: ChildLease | Refusal) -> None:
         """Answer the ticket."""
@@ -65,4 +71,5 @@ class Waiter:
             self.refusal = answer
         else:
             self.lease = answer
-        self._settled.set()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)

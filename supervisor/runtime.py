@@ -152,8 +152,11 @@ class Supervisor:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
         entry = await self._inventory.find(model, role)
         options = _possible(need.load, entry, self._options.n_ctx_per_slot)
-        async with self._writer.lease(entry.id, need.client, options, need.keep_alive_s) as lease:
+        lease = await self._writer.lease(entry.id, need.client, options, need.keep_alive_s)
+        try:
             yield lease
+        finally:
+            self._writer.give_back(lease, need.client)
 
     async def unload(self, model: str) -> bool:
         """Let the model's runner finish what it serves, stop it, and return once its child is gone."""

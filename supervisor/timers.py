@@ -17,12 +17,17 @@ class Alarm:
     def set(self, deadline: float | None) -> None:
         """Move the deadline; None puts it off until it is set again."""
         self._deadline = math.inf if deadline is None else deadline
-        if self._scope is not None:
+        if (
+            self._scope is not None and self._deadline < self._scope.deadline
+        ):  # a later one is seen when this one passes
             self._scope.deadline = self._deadline
 
     async def wait(self) -> None:
         """Return once the deadline has passed, and put it off until it is set again."""
-        with anyio.CancelScope(deadline=self._deadline) as self._scope:
-            await anyio.sleep_forever()
-        self._scope = None
+        while True:
+            with anyio.CancelScope(deadline=self._deadline) as self._scope:
+                await anyio.sleep_forever()
+            self._scope = None
+            if anyio.current_time() >= self._deadline:
+                break
         self._deadline = math.inf

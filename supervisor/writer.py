@@ -7,8 +7,7 @@ a settled one. What takes time (a child, a plan) runs as a task of the one task 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import assert_never
@@ -75,7 +74,7 @@ class Writer:
         self._handling = False
         self._alarm = Alarm()
         self._tasks: TaskGroup | None = None
-        self._changed = anyio.Event()  # set, and replaced, whenever the pool may have changed
+        self._changed: anyio.Event | None = None  # of who waits for the pool to change
         self._next_ticket = 1
         self._waiters: dict[TicketId, Waiter] = {}
         self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
@@ -92,36 +91,38 @@ class Writer:
     async def until(self, holds: Callable[[Pool], bool]) -> None:
         """Return once this holds for the pool."""
         while not holds(self.pool):
+            self._changed = self._changed or anyio.Event()
             await self._changed.wait()
 
-    @asynccontextmanager
-    async def lease(
-        self, model: ModelId, client: str, options: LoadOptions, keep_alive_s: float | None
-    ) -> AsyncIterator[ChildLease]:
-        """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
+    async def lease(self, model: ModelId, client: str, options: LoadOptions, keep_alive_s: float | None) -> ChildLease:
+        """Wait for a lease and return it; ``give_back`` has to follow, exactly once. Raises an AcquireError."""
         ticket = TicketId(self._next_ticket)
         self._next_ticket += 1
         waiter = self._waiters[ticket] = Waiter()
         try:
             self.post(RequestArrived(ticket, model, client, options, keep_alive_s))
             await waiter.wait_settled()
-            if waiter.refusal is not None:
-                raise error_of(waiter.refusal)
-            assert waiter.lease is not None  # noqa: S101 - settled is one or the other
-            yield waiter.lease
-        finally:
-            del self._waiters[ticket]
-            if waiter.lease is not None:
-                self._give_back(model, waiter.lease, client)
+        except BaseException:
+            if waiter.lease is not None:  # granted in the moment in which nobody waits any longer
+                self.give_back(waiter.lease, client)
             elif waiter.refusal is None:
                 self.post(RequestAbandoned(ticket))
+            raise
+        finally:
+            del self._waiters[ticket]
+        if waiter.refusal is not None:
+            raise error_of(waiter.refusal)
+        assert waiter.lease is not None  # noqa: S101 - settled is one or the other
+        return waiter.lease
 
-    def _give_back(self, model: ModelId, lease: ChildLease, client: str) -> None:
-        holders = self._leases.get((model, lease.generation), set())
+    def give_back(self, lease: ChildLease, client: str) -> None:
+        """Take a lease back from the client that held it."""
+        model, generation = ModelId(lease.model), lease.generation
+        holders = self._leases.get((model, generation), set())
         holders.discard(lease)
         if not holders:
-            self._leases.pop((model, lease.generation), None)
-        self.post(RequestFinished(model, lease.generation, client))
+            self._leases.pop((model, generation), None)
+        self.post(RequestFinished(model, generation, client))
 
     def post(self, event: Event) -> None:
         """Let this happen: it is handled before this returns, but for what a command of an earlier event caused."""
@@ -135,8 +136,9 @@ class Writer:
         finally:
             self._handling = False
         self._alarm.set(scheduler.next_deadline(self.pool))
-        changed, self._changed = self._changed, anyio.Event()
-        changed.set()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
         if self.pool.draining and not self.pool.has_children:
             self.stopped.set()
 

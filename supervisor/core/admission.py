@@ -44,7 +44,7 @@ def grant_waiting(pool: Pool, now: float) -> Outcome:
         runner = pool.runner(ticket.model)
         granted = RequestGranted(runner.model, runner.generation, ticket.client, ticket.keep_alive_s)
         pool, more = step_runner(pool, granted, now)
-        pool = pool.without_tickets(frozenset({ticket.id})).with_turn(ticket.client)
+        pool = pool.with_served(ticket)
         commands += (*more, Grant(ticket.id, runner.model, runner.generation, runner.url or ""))
     return pool, commands
 

@@ -98,6 +98,8 @@ class Pool:
 
     def with_runner(self, runner: Runner) -> Pool:
         """Return the pool with this runner in its place."""
+        if self.runners.get(runner.model) is runner:
+            return self
         return replace(self, runners=MappingProxyType({**self.runners, runner.model: runner}))
 
     def with_load(self, load: Load, **changes: Any) -> Pool:
@@ -113,12 +115,13 @@ class Pool:
         """Return the pool with these tickets no longer waiting."""
         return replace(self, waiting=tuple(one for one in self.waiting if one.id not in tickets))
 
-    def with_turn(self, client: str) -> Pool:
-        """Return the pool in which this client is the one that was served last."""
-        waiting = {ticket.client for ticket in self.waiting}
-        turns = {one: turn for one, turn in self.turns.items() if one in waiting}
-        turns[client] = max(turns.values(), default=0) + 1
-        return replace(self, turns=MappingProxyType(turns))
+    def with_served(self, served: Ticket) -> Pool:
+        """Return the pool in which this ticket waits no longer, and its client is the one that was served last."""
+        waiting = tuple(one for one in self.waiting if one.id != served.id)
+        clients = {ticket.client for ticket in waiting}
+        turns = {one: turn for one, turn in self.turns.items() if one in clients}
+        turns[served.client] = max(turns.values(), default=0) + 1
+        return replace(self, waiting=waiting, turns=MappingProxyType(turns))
 
     def with_gone(self, runner: Runner, now: float) -> Pool:
         """Return the pool that remembers what this runner held, whose child has just gone."""

@@ -96,19 +96,19 @@ def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits)
 def grant(runner: Runner, event: RequestGranted, now: float, _limits: Limits) -> Outcome:
     keep_alive_s = runner.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
     serving = {**runner.serving, event.client: runner.serving.get(event.client, 0) + 1}
-    served = replace(runner, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s)
-    return replace(served, deadline=None, last_used=now), ()
+    served = replace(runner, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s, deadline=None, last_used=now)
+    return served, ()
 
 
-def _given_back(runner: Runner, client: str) -> Runner:
+def _given_back(runner: Runner, client: str, **changes: Any) -> Runner:
     serving = {**runner.serving, client: runner.serving.get(client, 0) - 1}
-    return replace(runner, serving=MappingProxyType({one: count for one, count in serving.items() if count}))
+    return replace(runner, serving=MappingProxyType({one: n for one, n in serving.items() if n}), **changes)
 
 
 def finish(runner: Runner, event: RequestFinished, now: float, limits: Limits) -> Outcome:
-    left = _given_back(runner, event.client)
-    deadline = _idle_deadline(runner, now, limits) if left.idle else None
-    return replace(left, deadline=deadline, last_used=now), ()
+    is_last = runner.in_flight == 1
+    deadline = _idle_deadline(runner, now, limits) if is_last else None
+    return _given_back(runner, event.client, deadline=deadline, last_used=now), ()
 
 
 def keep_as_long(runner: Runner, _event: KeepAliveChanged, _now: float, limits: Limits) -> Outcome:

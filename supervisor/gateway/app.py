@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 
 from supervisor.api import Runtime
@@ -19,13 +17,11 @@ from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.patience import Patience
-from supervisor.gateway.proxy import open_session
 from supervisor.status.metrics import Exposition
 from supervisor.store_api import Store
 
 CLIENTS: Final = web.AppKey("clients", Clients)
 PATIENCE: Final = web.AppKey("patience", Patience)
-SESSION: Final = web.AppKey("session", aiohttp.ClientSession)
 
 # A request line or header field longer than this is no client's of ours: the longest is a key or a cookie.
 MAX_LINE_BYTES: Final = 16 << 10
@@ -52,9 +48,8 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     )
     app[CLIENTS], app[PATIENCE] = clients, patience
     app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.append(_session)
-    app.add_routes(OpenAI(permitted, SESSION).routes())
-    app.add_routes(ollama_routes(permitted, SESSION, store, options.version))
+    app.add_routes(OpenAI(permitted).routes())
+    app.add_routes(ollama_routes(permitted, store, options.version))
     app.add_routes(Monitoring(permitted, exposition).routes())
     app.add_routes(Manage(permitted).routes())
     return app
@@ -97,9 +92,3 @@ def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRu
         lingering_time=LINGER_S,
         shutdown_timeout=shutdown_timeout_s,
     )
-
-
-async def _session(app: web.Application) -> AsyncIterator[None]:
-    async with open_session() as session:
-        app[SESSION] = session
-        yield

@@ -10,12 +10,12 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api import LoadProgress, Runtime
+from supervisor.api import Lease, LoadProgress, Runtime
 from supervisor.gateway.events import sse_comment
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.proxy import SSE_CONTENT_TYPE, name_model
@@ -28,13 +28,24 @@ EVERY_S: Final = 1.0
 QUEUED: Final = "queued"
 
 
+def wants_progress(request: web.Request) -> bool:
+    """Say whether this request, for a stream, asked to be told how far the load is."""
+    return bool(request[EXCHANGE].stream) and request.headers.get(PROGRESS_HEADER, "").lower() in WANTED
+
+
 @asynccontextmanager
-async def progress_told(request: web.Request, runtime: Runtime, model: str) -> AsyncIterator[None]:
-    """Tell the load's progress for as long as the context is open, where this request asked for it."""
-    exchange = request[EXCHANGE]
-    if not exchange.stream or request.headers.get(PROGRESS_HEADER, "").lower() not in WANTED:
-        yield
-        return
+async def progress_told(
+    request: web.Request, runtime: Runtime, model: str, acquiring: AbstractAsyncContextManager[Lease]
+) -> AsyncIterator[Lease]:
+    """Acquire the lease, and tell the load's progress until it is there."""
+    async with AsyncExitStack() as stack:
+        async with _telling(request, runtime, model):
+            lease = await stack.enter_async_context(acquiring)
+        yield lease
+
+
+@asynccontextmanager
+async def _telling(request: web.Request, runtime: Runtime, model: str) -> AsyncIterator[None]:
     granted = asyncio.Event()
     telling = asyncio.create_task(_tell(request, runtime, model, granted))
     try:

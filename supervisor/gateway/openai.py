@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Final
 
-import aiohttp
 from aiohttp import hdrs, web
 
 from planner.types import Role
 from supervisor.api import Amendments, ModelView, Preset, Runtime, Snapshot
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
-from supervisor.gateway.loading import progress_told
+from supervisor.gateway.loading import progress_told, wants_progress
 from supervisor.gateway.needs import need_of
 from supervisor.gateway.peek import Peek, peek, peek_form
 from supervisor.gateway.preset import is_spoken, loaded_by, with_preset
@@ -50,9 +48,8 @@ FORM: Final = "multipart/form-data"
 class OpenAI:
     """The handlers of ``/v1``, and of what llama-server has beside it."""
 
-    def __init__(self, runtime: Runtime, session: web.AppKey[aiohttp.ClientSession]) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._session = session
 
     def routes(self) -> list[web.AbstractRouteDef]:
         """Return what to add to the application's router."""
@@ -75,12 +72,13 @@ class OpenAI:
         view = self._runtime.model(model)
         role = PASSED_THROUGH[request.path] or view.role
         need = replace(need, load=loaded_by(view.preset, need.load))
-        async with AsyncExitStack() as stack:
-            async with progress_told(request, self._runtime, model):
-                lease = await stack.enter_async_context(self._runtime.acquire(model, role, need))
+        acquiring = self._runtime.acquire(model, role, need)
+        if wants_progress(request):
+            acquiring = progress_told(request, self._runtime, model, acquiring)
+        async with acquiring as lease:
             if not wanted.is_form:
                 body = _amended(request.path, body, lease.amendments, view.preset)
-            return await forward(request.app[self._session], lease, request, request.path, body)
+            return await forward(lease, request, request.path, body)
 
     async def _models(self, _request: web.Request) -> web.Response:
         snapshot = self._runtime.snapshot()

@@ -35,6 +35,8 @@ def is_spoken(preset: Preset) -> bool:
 
 def loaded_by(preset: Preset, asked: LoadOptions) -> LoadOptions:
     """Return what the load is to be like: as the request wants it, else as the Modelfile."""
+    if not preset.parameters:
+        return asked
     own = load_options(of_preset(preset.parameters))
     return own if asked.n_ctx is None else replace(own, n_ctx=asked.n_ctx)
 

@@ -10,32 +10,26 @@ What is not untouched, and why:
 - ``Origin`` goes no further and ``Access-Control-*`` comes no further: the gateway has judged the page itself.
 - A stream whose runner is lost ends, after its last whole event, with an error event instead of ``[DONE]``.
 
-Each request has a connection of its own. An idle kept connection would occupy one of llama-server's few HTTP threads,
-and a request sent into one that the server is just closing could not be told from one that was begun.
+Each request has a connection of its own (``upstream``). An idle kept connection would occupy one of llama-server's few
+HTTP threads, and a request sent into one that the server is just closing could not be told from one that was begun.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from http import HTTPStatus
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 from urllib.parse import quote
 
-import aiohttp
 from aiohttp import hdrs, web
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
+from multidict import CIMultiDict, MultiMapping
 
 from supervisor.api import Lease
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE
+from supervisor.gateway.upstream import Upstream, send
 
-T = TypeVar("T")
-
-# Loopback answers within a millisecond; a listener whose backlog is full is as good as gone.
-CONNECT_TIMEOUT_S: Final = 5.0
 # A dead runner's last bytes may still lie in the socket: they are read before its loss is told.
 LAST_BYTES_S: Final = 0.25
 # The connection breaks a moment before the exit is noticed; so long the gateway waits for the reason.
@@ -69,107 +63,82 @@ NOT_TO_RUNNER: Final = HOP_BY_HOP | {
 }
 
 
-def open_session() -> aiohttp.ClientSession:
-    """Return the one session for all runners. The caller closes it."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=(hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.CONTENT_TYPE),
-    )
-
-
 class RunnerLine:
     """The conversation with the runner of one lease, which may die at any moment.
 
-    A dead process's sockets break by themselves; ``wait_lost`` covers what does not break, and tells why. Use within
-    ``async with``, which gives the connection up: llama-server then stops what it still does for this request.
+    A dead process's sockets break by themselves; the lease covers what does not break, and tells why. Use within
+    ``with``, which gives the connection up: llama-server then stops what it still does for this request.
     """
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
-        self._deadline: float | None = None
-        self._scope: asyncio.Timeout | None = None
-        self._answer: aiohttp.ClientResponse | None = None
+        self._upstream: Upstream | None = None
+        self._story: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    async def __aenter__(self) -> Self:
-        self._story = asyncio.create_task(self._lease.wait_lost())
-        self._story.add_done_callback(self._hear)
+    def __enter__(self) -> Self:
+        self._lease.when_lost(self._hear)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        self._story.cancel()
-        self._give_up()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    async def post(
-        self, session: aiohttp.ClientSession, path: str, body: bytes, headers: CIMultiDict[str]
-    ) -> aiohttp.ClientResponse:
+    def close(self) -> None:
+        """Close the connection. Whoever reads from it learns that it was closed."""
+        if self._upstream is not None:
+            self._upstream.close()
+
+    async def post(self, path: str, body: bytes, headers: CIMultiDict[str]) -> Upstream:
         """Send this body to a path of the runner, and return its answer's head; ``read`` has the rest.
 
-        The runner's own key is added. Raises ``RunnerLost`` as soon as it is known that nothing will come.
+        The runner's own key is added; the answer before, if any, is given up. Raises ``RunnerLost`` as soon as it is
+        known that nothing will come.
         """
+        self.close()
         endpoint = self._lease.endpoint
-        url = URL(endpoint.base_url.rstrip("/") + path, encoded=True)
         headers[hdrs.AUTHORIZATION] = f"Bearer {endpoint.api_key}"
-        answer = await self.result(session.post(url, data=body, headers=headers, allow_redirects=False))
-        self._answer = answer
+        try:
+            self._upstream = answer = await send(endpoint.base_url, path, headers, body)
+            await answer.wait_head()
+        except OSError as error:
+            raise await self._lost(error) from error
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RunnerLost(
                 f"the runner of {self._lease.model} refused its own key: another program answers on its port"
             )
         return answer
 
-    async def result(self, pending: Awaitable[T]) -> T:
-        """Return what the runner sends. Raises ``RunnerLost`` as soon as it is known that nothing will come."""
-        try:
-            async with asyncio.timeout_at(self._deadline) as scope:
-                self._scope = scope
-                try:
-                    return await pending
-                finally:
-                    self._scope = None  # from here on there is nothing left to cut short
-        except (aiohttp.ClientError, OSError) as error:  # TimeoutError, once the loss was heard, is an OSError
-            raise await self._lost(error) from error
-
     async def read(self) -> bytes:
         """Return what came of the answer's body, as soon as there is anything; empty at its end.
 
-        Raises ``RunnerLost``. There is no timeout to be set up for each piece: a loss closes the connection.
+        Raises ``RunnerLost`` as soon as it is known that nothing more will come.
         """
-        assert self._answer is not None  # noqa: S101 - there is a head
+        assert self._upstream is not None  # noqa: S101 - there is a head
         try:
-            return await self._answer.content.readany()
-        except (aiohttp.ClientError, OSError) as error:
+            return await self._upstream.read()
+        except OSError as error:
             raise await self._lost(error) from error
 
-    def _hear(self, story: asyncio.Task[str]) -> None:
+    async def rest(self) -> bytes:
+        """Return the answer's body to its end. Raises ``RunnerLost``."""
+        pieces = []
+        while chunk := await self.read():
+            pieces.append(chunk)
+        return b"".join(pieces)
+
+    def _hear(self, story: str) -> None:
         """Give the last bytes their time, then cut the wait for more short."""
-        if not story.cancelled():
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.time() + LAST_BYTES_S
-            if self._scope is not None:
-                self._scope.reschedule(self._deadline)
-            loop.call_at(self._deadline, self._give_up)
+        self._story.set_result(story)
+        asyncio.get_running_loop().call_later(LAST_BYTES_S, self.close)
 
-    def _give_up(self) -> None:
-        """Close the connection. Whoever reads from it learns that it was closed."""
-        if self._answer is not None:
-            self._answer.close()
-
-    async def _lost(self, error: Exception) -> RunnerLost:
+    async def _lost(self, error: OSError) -> RunnerLost:
         await asyncio.wait({self._story}, timeout=STORY_TIMEOUT_S)
-        why = (
-            self._story.result()
-            if self._story.done()
-            else f"its connection broke ({str(error) or type(error).__name__})"
+        broken = f"its connection broke ({str(error) or type(error).__name__})"
+        return RunnerLost(
+            f"the runner of {self._lease.model} was lost: {self._story.result() if self._story.done() else broken}"
         )
-        return RunnerLost(f"the runner of {self._lease.model} was lost: {why}")
 
 
-async def forward(
-    session: aiohttp.ClientSession, lease: Lease, request: web.Request, path: str, body: bytes
-) -> web.StreamResponse:
+async def forward(lease: Lease, request: web.Request, path: str, body: bytes) -> web.StreamResponse:
     """Send ``body`` to ``path`` of the lease's runner and carry its answer to the client as it comes.
 
     Raises ``RunnerLost`` where the runner fails before the first byte; afterwards the answer is ended as well as it can
@@ -177,17 +146,15 @@ async def forward(
     llama-server stops generating. Where the client's stream was begun already, the answer goes on in it.
     """
     query = f"?{request.rel_url.raw_query_string}" if request.query_string else ""
-    async with RunnerLine(lease) as line:
-        answer = await line.post(session, path + query, body, forwarded(request.headers, without=NOT_TO_RUNNER))
+    with RunnerLine(lease) as line:
+        answer = await line.post(path + query, body, forwarded(request.headers, without=NOT_TO_RUNNER))
         begun = request[EXCHANGE].begun
-        if begun is not None and answer.content_type != SSE_CONTENT_TYPE:
+        if begun is not None and not _is_stream(answer):
             return await _tell_in_stream(line, begun)
         return await _relay(line, answer, lease, request)
 
 
-async def _relay(
-    line: RunnerLine, answer: aiohttp.ClientResponse, lease: Lease, request: web.Request
-) -> web.StreamResponse:
+async def _relay(line: RunnerLine, answer: Upstream, lease: Lease, request: web.Request) -> web.StreamResponse:
     chunk = await line.read()
     exchange = request[EXCHANGE]
     response = exchange.begun
@@ -213,10 +180,7 @@ async def _relay(
 
 async def _tell_in_stream(line: RunnerLine, begun: web.StreamResponse) -> web.StreamResponse:
     """Put an answer that is no stream, which only a refusal is, into the stream that the client was given already."""
-    whole = b""
-    while chunk := await line.read():
-        whole += chunk
-    await begun.write(sse_event(whole.replace(b"\n", b" ")))
+    await begun.write(sse_event((await line.rest()).replace(b"\n", b" ")))
     await begun.write_eof()
     return begun
 
@@ -233,12 +197,16 @@ async def _end_broken(response: web.StreamResponse, request: web.Request, error:
         request.transport.abort()  # the promised length cannot be kept: a cut connection is the only honest sign
 
 
+def _is_stream(answer: Upstream) -> bool:
+    return answer.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower() == SSE_CONTENT_TYPE
+
+
 def name_model(response: web.StreamResponse, model: str) -> None:
     """Say in the answer's head which model answers."""
     response.headers[MODEL_HEADER] = quote(model, safe="/:@+ ")
 
 
-def forwarded(headers: CIMultiDictProxy[str], *, without: frozenset[str]) -> CIMultiDict[str]:
+def forwarded(headers: MultiMapping[str], *, without: frozenset[str]) -> CIMultiDict[str]:
     """Return the headers that go on to the other side; what ``Connection`` names stays behind too."""
     named = {name.strip().lower() for value in headers.getall(hdrs.CONNECTION, ()) for name in value.split(",")}
     return CIMultiDict(

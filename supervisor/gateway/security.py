@@ -7,6 +7,7 @@ not, a foreign Origin is refused, and so is a Host that is not this machine (a p
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Mapping
@@ -38,6 +39,8 @@ LOCAL_ORIGINS: Final = (
 )
 # Names that a public DNS zone cannot hold.
 LOCAL_SUFFIXES: Final = (".localhost", ".local", ".internal")
+# Clients name the service in a handful of ways, and with each request again.
+MAX_KEPT_HOSTS: Final = 64
 
 
 def is_managing(path: str) -> bool:
@@ -66,12 +69,18 @@ def check_origin(headers: Mapping[str, str], origins: tuple[str, ...]) -> str | 
 
 def check_host(headers: Mapping[str, str], origins: tuple[str, ...]) -> None:
     """Raise ``Forbidden`` where the Host header names neither this machine nor a host in ORIGINS."""
-    host = _host_of("//" + headers.get("Host", "localhost"))
-    if host == "localhost" or host.endswith(LOCAL_SUFFIXES) or _is_address(host):
-        return
-    if any(pattern == "*" or _matches(_host_of(pattern), host) for pattern in origins):
+    host = _named_host(headers.get("Host", "localhost"))
+    if host is None or any(pattern == "*" or _matches(_host_of(pattern), host) for pattern in origins):
         return
     raise Forbidden(f"this service does not answer for the host {host[:200]}; add its origin to ORIGINS to allow it")
+
+
+@functools.lru_cache(MAX_KEPT_HOSTS)
+def _named_host(header: str) -> str | None:
+    """Return the host that a Host header names; None for this machine by a name of its own, or by an address."""
+    host = _host_of("//" + header)
+    is_local = host == "localhost" or host.endswith(LOCAL_SUFFIXES) or _is_address(host)
+    return None if is_local else host
 
 
 def _host_of(url: str) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -142,12 +142,12 @@ class FakeLease:
 
     endpoint: Endpoint
     model: str
-    lost: Callable[[], Awaitable[str]]
+    lost: asyncio.Future[str]
     amendments: Amendments | None = None
 
-    async def wait_lost(self) -> str:
-        """Return the story of the server's end."""
-        return await self.lost()
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Tell the story of the server's end."""
+        self.lost.add_done_callback(lambda lost: None if lost.cancelled() else tell(lost.result()))
 
 
 @dataclass
@@ -216,11 +216,13 @@ class FakeRuntime:
         if self.refusal is not None:
             raise self.refusal
         self.granted += 1
-        try:
-            yield self._lease(model, role)
-        finally:
-            self.released += 1
-            self.returned.set()
+        async with AsyncExitStack() as stack:
+            stack.callback(self._take_back)
+            yield self._lease(model, role, stack)
+
+    def _take_back(self) -> None:
+        self.released += 1
+        self.returned.set()
 
     async def unload(self, model: str) -> bool:
         """Remember who was to go; say whether it was there."""
@@ -257,16 +259,15 @@ class FakeRuntime:
         finally:
             self.returned.set()
 
-    async def _wait_loss(self) -> str:
-        return await asyncio.shield(self.loss)
-
-    def _lease(self, model: str, role: Role) -> FakeLease:
+    def _lease(self, model: str, role: Role, stack: AsyncExitStack) -> FakeLease:
         if model in self.endpoints:
-            return FakeLease(self.endpoints[model], model, self._wait_loss)
+            return FakeLease(self.endpoints[model], model, self.loss)
         server = self.servers[model]
         if role != server.role:
             raise WrongRole(f"{model} is served for {server.role}, not for {role}")
-        return FakeLease(server.endpoint, model, server.wait_exit)
+        waiting = asyncio.create_task(server.wait_exit())
+        stack.callback(waiting.cancel)
+        return FakeLease(server.endpoint, model, waiting)
 
 
 Serve = Callable[..., Awaitable[str]]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 from fake_runtime import FakeRuntime, LlamaServer, Serve
+from raw_runner import raw_runner, read_request
 from yarl import URL
 
 from supervisor.api import Endpoint
@@ -204,25 +203,6 @@ async def until_busy(server: LlamaServer) -> None:
     """Return once the server has begun to generate; each question is a request that takes its time."""
     while not await server.busy_slots():
         pass
-
-
-Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-@asynccontextmanager
-async def raw_runner(answer: Answer) -> AsyncIterator[Endpoint]:
-    """Serve one scripted answer per connection: what llama-server does only when it breaks."""
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        host, port = server.sockets[0].getsockname()
-        yield Endpoint(f"http://{host}:{port}", "runner-key")
-
-
-async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """Return head and body of a request with a Content-Length."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    found = re.search(rb"(?i)content-length: (\d+)", head)
-    assert found
-    return head, await reader.readexactly(int(found[1]))
 
 
 async def test_the_body_goes_on_as_it_came_and_the_headers_are_ours_where_they_must_be(

@@ -13,7 +13,7 @@ import pytest
 from event_log import EventLog
 from rpc_worker import RpcWorker, start_worker
 from running_service import Serve
-from supervising import Supervising
+from supervising import Supervising, story_of_loss
 
 from planner.types import Role
 from supervisor.api import Lease, RunnerView
@@ -88,7 +88,7 @@ async def test_a_worker_that_dies_under_a_stream_is_told_left_out_and_used_again
             async with answering(lease, 3):
                 workers[1].process.kill()
                 with anyio.fail_after(30):
-                    assert await lease.wait_lost()
+                    assert await story_of_loss(lease)
         async with supervisor.acquire("tiny-endless", Role.CHAT) as lease:
             machine = supervisor.snapshot().machine
             assert machine is not None

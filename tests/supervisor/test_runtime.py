@@ -17,7 +17,7 @@ import psutil
 import pytest
 import tiny_models
 from event_log import EventLog
-from supervising import Models, Supervising
+from supervising import Models, Supervising, story_of_loss
 
 from planner.types import Role
 from supervisor.api import (
@@ -185,7 +185,7 @@ async def test_a_killed_runner_is_noticed_at_once_and_replaced(
             pid = pid_of(supervisor)
             os.kill(pid, signal.SIGKILL)
             with anyio.fail_after(30):
-                story = await lease.wait_lost()
+                story = await story_of_loss(lease)
             assert story == "killed by SIGKILL"
             runner = only_runner(supervisor)
             assert runner.state != "ready"
@@ -234,7 +234,7 @@ async def test_a_runner_that_stops_answering_is_ended_its_clients_told_and_anoth
                 pid = only_runner(supervisor).pid
                 assert pid is not None
                 os.kill(pid, signal.SIGSTOP)
-                assert "it hung: with requests in flight it did not answer" in await lease.wait_lost()
+                assert "it hung: with requests in flight it did not answer" in await story_of_loss(lease)
             async with supervisor.acquire("tiny-chat", Role.CHAT):
                 assert only_runner(supervisor).pid != pid
                 assert only_runner(supervisor).restarts == 1
@@ -465,7 +465,7 @@ async def test_a_stream_that_does_not_finish_in_time_is_told_before_its_child_ha
         try:
             supervisor.shut_down()
             with anyio.fail_after(30):
-                assert "0 s of DRAIN_TIMEOUT" in await lease.wait_lost()
+                assert "0 s of DRAIN_TIMEOUT" in await story_of_loss(lease)
             assert child.is_running()
             assert only_runner(supervisor).state == "stopping"
         finally:

@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from planner.types import Role
@@ -32,9 +31,8 @@ class Granted:
 class Granting:
     """What every endpoint that uses a model does first."""
 
-    def __init__(self, runtime: Runtime, session: web.AppKey[aiohttp.ClientSession]) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self._session = session
 
     async def model(self, request: web.Request, name: str, missing: Missing = model_not_found) -> ModelView:
         """Return the model of this name. Raises ``OllamaError``: without a name, or as ``missing`` says."""
@@ -57,7 +55,7 @@ class Granting:
         before_s = exchange.elapsed_s()
         async with self.runtime.acquire(model.id, role, need) as lease:
             load_s = exchange.elapsed_s() - before_s
-            async with talking(request.app[self._session], lease) as runner:
+            with talking(lease) as runner:
                 yield Granted(runner, load_s, self.runtime.model(model.id).n_ctx_per_slot)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import aiohttp
 from aiohttp import web
 
 from supervisor.api import Runtime
@@ -13,11 +12,9 @@ from supervisor.gateway.ollama.library import Library
 from supervisor.store_api import Store
 
 
-def ollama_routes(
-    runtime: Runtime, session: web.AppKey[aiohttp.ClientSession], store: Store | None, version: str
-) -> list[web.AbstractRouteDef]:
+def ollama_routes(runtime: Runtime, store: Store | None, version: str) -> list[web.AbstractRouteDef]:
     """Return Ollama's API over this runtime. Without a store there is nothing to pull into or to create."""
-    granting = Granting(runtime, session)
+    granting = Granting(runtime)
     inference, embedding, library = Inference(granting), Embedding(granting), Library(granting, store, version)
     return [
         web.post("/api/chat", inference.chat),

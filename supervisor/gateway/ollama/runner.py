@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, Final
 
-import aiohttp
 from aiohttp import hdrs
 from multidict import CIMultiDict
 
@@ -29,15 +28,14 @@ EXCEEDED: Final = "exceed_context_size_error"
 class Runner:
     """The runner of one lease. ``talking`` makes one."""
 
-    def __init__(self, session: aiohttp.ClientSession, lease: Lease, line: RunnerLine) -> None:
-        self._session = session
+    def __init__(self, lease: Lease, line: RunnerLine) -> None:
         self._lease = lease
         self._line = line
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> Any:
         """Return llama-server's JSON answer. Raises ``RunnerRefused``, ``RunnerLost``."""
-        async with self._asked(path, body) as upstream:
-            return json.loads(await self._line.result(upstream.read()))
+        await self._ask(path, body)
+        return json.loads(await self._line.rest())
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the events of llama-server's answer, as they come. Raises ``RunnerRefused``, ``RunnerLost``.
@@ -45,35 +43,33 @@ class Runner:
         Closing the iterator closes the connection, at which llama-server stops generating.
         """
         events = WholeEvents()
-        async with self._asked(path, {**body, "stream": True}):
+        try:
+            await self._ask(path, {**body, "stream": True})
             while chunk := await self._line.read():
                 for event in events.feed(chunk).split(EVENT_END):
                     if event.startswith(DATA) and event != DATA + DONE:
                         yield _checked(json.loads(event[len(DATA) :]))
+        finally:
+            self._line.close()
 
     def lost(self, why: str) -> RunnerLost:
         """Return the error for an answer that ended by itself, and too early."""
         return RunnerLost(f"the runner of {self._lease.model} {why}")
 
-    @asynccontextmanager
-    async def _asked(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _ask(self, path: str, body: Mapping[str, Any]) -> None:
         headers = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
         amendments = self._lease.amendments
         sent = body if amendments is None else amendments.in_words(OWN_WORDS).applied(body)
-        upstream = await self._line.post(self._session, path, json.dumps(sent).encode(), headers)
-        try:
-            if upstream.status != HTTPStatus.OK:
-                raise _refusal(upstream.status, await self._line.result(upstream.read()))
-            yield upstream
-        finally:
-            upstream.close()
+        answer = await self._line.post(path, json.dumps(sent).encode(), headers)
+        if answer.status != HTTPStatus.OK:
+            raise _refusal(answer.status, await self._line.rest())
 
 
-@asynccontextmanager
-async def talking(session: aiohttp.ClientSession, lease: Lease) -> AsyncIterator[Runner]:
+@contextmanager
+def talking(lease: Lease) -> Iterator[Runner]:
     """Return the lease's runner to talk to; its loss is heard for as long as the context is open."""
-    async with RunnerLine(lease) as line:
-        yield Runner(session, lease, line)
+    with RunnerLine(lease) as line:
+        yield Runner(lease, line)
 
 
 def _checked(event: dict[str, Any]) -> dict[str, Any]:
