@@ -7,8 +7,10 @@ A ticket's way, as numbered cases:
 3. Its runner is ready and has a free slot: granted, to the client with the fewest requests in flight on this runner,
    then anywhere, then to the one that was served longest ago, then to the oldest ticket. But for
    a. tickets behind one that needs the runner loaded anew (a longer context): they wait, or it would never come;
-   b. tickets younger than those of a load that waits for this runner to fall idle.
-   Whoever waited when the runner became ready is served all the same, or loads would take turns and serve nobody.
+   b. tickets younger than those of a load that waits for this runner to fall idle. Whoever waited when the runner
+      became ready is served all the same, or loads would take turns and serve nobody;
+   c. all tickets, once the runner's turn is over: it has served for several times as long as it took to load, and a
+      client that waits for nothing here waits for it to go. Else one client's queue would keep all others out.
 4. Else it waits, for QUEUE_TIMEOUT at most, while ``loading`` sees to it that its model is loaded.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 from supervisor.core.commands import Command, Grant, Reject
 from supervisor.core.events import RequestArrived, RequestGranted
@@ -24,6 +27,10 @@ from supervisor.core.pool import Pool
 from supervisor.core.runner import Runner, RunnerState
 from supervisor.core.stepping import Outcome, load_failed_refusal, refuse, retry_after_s, step_runner
 from supervisor.core.types import Refusal, RefusalKind, Ticket
+
+# So many times as long as its load took, a runner may serve while another client waits for it to go: however many
+# requests of however many clients come, no more than a quarter of the time goes into loading.
+TURN_LOADS: Final = 3.0
 
 
 def arrive(pool: Pool, event: RequestArrived, now: float) -> Outcome:
@@ -40,7 +47,8 @@ def arrive(pool: Pool, event: RequestArrived, now: float) -> Outcome:
 def grant_waiting(pool: Pool, now: float) -> Outcome:
     """Grant whatever can be granted (case 3)."""
     commands: tuple[Command, ...] = ()
-    while (ticket := _next_served(pool)) is not None:
+    pool = _end_turns(pool, now)
+    while (ticket := _next_served(pool, now)) is not None:
         runner = pool.runner(ticket.model)
         granted = RequestGranted(runner.model, runner.generation, ticket.client, ticket.keep_alive_s)
         pool, more = step_runner(pool, granted, now)
@@ -71,7 +79,7 @@ def _refusal(pool: Pool, runner: Runner, ticket: Ticket, now: float) -> Refusal 
     client_is_full = most_of_client is not None and of_client >= most_of_client
     if not client_is_full and of_all < most:
         return None
-    if ticket in _eligible(replace(pool, waiting=(*pool.waiting, ticket)), runner):
+    if ticket in _eligible(replace(pool, waiting=(*pool.waiting, ticket)), runner, now):
         return None
     again_s = retry_after_s(pool, ticket.model)
     if client_is_full:
@@ -81,11 +89,11 @@ def _refusal(pool: Pool, runner: Runner, ticket: Ticket, now: float) -> Refusal 
     return Refusal(RefusalKind.QUEUE_FULL, message, again_s)
 
 
-def _next_served(pool: Pool) -> Ticket | None:
+def _next_served(pool: Pool, now: float) -> Ticket | None:
     models = dict.fromkeys(ticket.model for ticket in pool.waiting)
     for model in models:
         runner = pool.runner(model)
-        if tickets := _eligible(pool, runner):
+        if tickets := _eligible(pool, runner, now):
             everywhere = pool.in_flight_of()
             return min(
                 tickets,
@@ -99,9 +107,9 @@ def _next_served(pool: Pool) -> Ticket | None:
     return None
 
 
-def _eligible(pool: Pool, runner: Runner) -> list[Ticket]:
-    """Return who may have the free slot of this runner, nobody where it has none (cases 3a and 3b)."""
-    if not runner.has_free_slot:
+def _eligible(pool: Pool, runner: Runner, now: float) -> list[Ticket]:
+    """Return who may have the free slot of this runner, nobody where it has none (cases 3a to 3c)."""
+    if not runner.has_free_slot or _turn_is_over(pool, runner, now):
         return []
     held_back_from = min(_held_back_from(pool, runner), default=math.inf)
     eligible, is_barred = [], False
@@ -118,3 +126,21 @@ def _held_back_from(pool: Pool, runner: Runner) -> Iterator[int]:
     for load in pool.loads.values():
         if runner.model in load.victims:
             yield from (ticket.id for ticket in pool.stranded(load.model)[:1])
+
+
+def _turn_is_over(pool: Pool, runner: Runner, now: float) -> bool:
+    """Say whether case 3c holds."""
+    loads = [load for load in pool.loads.values() if runner.model in load.victims]
+    if not loads or runner.load_seconds is None or now <= runner.since + TURN_LOADS * runner.load_seconds:
+        return False
+    here = {ticket.client for ticket in pool.waiting_for(runner.model)}
+    return any({ticket.client for ticket in pool.stranded(load.model)} - here for load in loads)
+
+
+def _end_turns(pool: Pool, now: float) -> Pool:
+    """Return the pool in which runners whose turn is over owe nobody anything."""
+    owing = {ticket.model for ticket in pool.waiting if ticket.owed}
+    over = {model for model in owing if _turn_is_over(pool, pool.runner(model), now)}
+    if not over:
+        return pool
+    return replace(pool, waiting=tuple(replace(one, owed=False) if one.model in over else one for one in pool.waiting))

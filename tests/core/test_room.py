@@ -196,6 +196,46 @@ def test_a_runner_just_loaded_serves_who_waited_for_it_before_it_goes() -> None:
     assert [ticket.id for ticket in bench.pool.waiting] == [younger]
 
 
+def test_one_client_s_queue_keeps_a_model_loaded_no_longer_than_its_turn_while_another_client_waits() -> None:
+    """A took 10 s to load; having served for 30 it goes, and serves the rest of the queue when it comes again."""
+    bench = Bench(replace(ALONE, max_queue=100))
+    greedy = [bench.arrive(A, "greedy") for _ in range(4)]
+    bench.answer_to(A, make_plan())
+    modest = bench.arrive(B, "modest")
+    bench.answer(room(A))
+    bench.now = 10.0
+    served = granted(bench.finish_load(A))
+    bench.answer(room(A))
+    for bench.now in (25.0, 40.0):
+        served += granted(bench.finish(A, "greedy"))
+    assert served == greedy[:3]
+    bench.now = 41.0
+    assert granted(bench.finish(A, "greedy")) == []
+    assert bench.one(StopProcess).model == A
+    bench.exit(A)
+    bench.answer_to(B, make_plan())
+    bench.answer_to(A, room(B))
+    assert granted(bench.finish_load(B)) == [modest]
+    bench.answer_to(A, room(B))
+    bench.finish(B, "modest")
+    bench.exit(B)
+    bench.answer(make_plan())
+    assert granted(bench.finish_load(A)) == greedy[3:]
+
+
+def test_a_client_that_has_all_to_itself_has_its_queue_served_before_its_other_model_is_loaded() -> None:
+    bench = Bench(replace(ALONE, max_queue=100))
+    first, second = bench.arrive(A, "greedy"), bench.arrive(A, "greedy")
+    bench.answer_to(A, make_plan())
+    bench.arrive(B, "greedy")
+    bench.answer(room(A))
+    bench.now = 10.0
+    assert granted(bench.finish_load(A)) == [first]
+    bench.answer(room(A))
+    bench.now = 1000.0
+    assert granted(bench.finish(A, "greedy")) == [second]
+
+
 def test_waiting_for_room_ends_after_load_timeout() -> None:
     bench = Bench(ALONE)
     bench.bring_up(A)
