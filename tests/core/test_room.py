@@ -223,6 +223,22 @@ def test_one_client_s_queue_keeps_a_model_loaded_no_longer_than_its_turn_while_a
     assert granted(bench.finish_load(A)) == greedy[3:]
 
 
+def test_a_runner_whose_turn_is_over_owes_nobody_anything_while_it_finishes() -> None:
+    bench = Bench(replace(ALONE, max_queue=100))
+    for _ in range(3):
+        bench.arrive(A, "greedy")
+    bench.answer_to(A, make_plan(n_parallel=2))
+    bench.arrive(B, "modest")
+    bench.answer(room(A))
+    bench.finish_load(A)
+    bench.answer(room(A))
+    bench.now = 1.0
+    assert granted(bench.finish(A, "greedy")) == []
+    assert (bench.pool.runner(A).in_flight, [ticket.owed for ticket in bench.pool.waiting]) == (1, [False, False])
+    bench.finish(A, "greedy")
+    assert bench.one(StopProcess).model == A
+
+
 def test_a_client_that_has_all_to_itself_has_its_queue_served_before_its_other_model_is_loaded() -> None:
     bench = Bench(replace(ALONE, max_queue=100))
     first, second = bench.arrive(A, "greedy"), bench.arrive(A, "greedy")
