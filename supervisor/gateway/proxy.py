@@ -155,13 +155,12 @@ async def forward(lease: Lease, request: web.Request, path: str, body: bytes) ->
 
 
 async def _relay(line: RunnerLine, answer: Upstream, lease: Lease, request: web.Request) -> web.StreamResponse:
-    chunk = await line.read()
     exchange = request[EXCHANGE]
-    response = exchange.begun
-    if response is None:
-        response = web.StreamResponse(
-            status=answer.status, reason=answer.reason, headers=forwarded(answer.headers, without=HOP_BY_HOP)
-        )
+    response = exchange.begun or web.StreamResponse(
+        status=answer.status, reason=answer.reason, headers=forwarded(answer.headers, without=HOP_BY_HOP)
+    )
+    chunk = await line.read()  # until there is something a runner's end can still be told as what it is
+    if exchange.begun is None:
         name_model(response, lease.model)
         await response.prepare(request)
     events = WholeEvents(MAX_HELD_BYTES if response.content_type == SSE_CONTENT_TYPE else 0)
