@@ -103,6 +103,14 @@ def test_all_that_the_operator_or_a_modelfile_says_of_a_launch_is_loaded_anew_af
     assert granted(bench.finish_load(A)) == [ticket]
 
 
+def test_two_names_are_two_models() -> None:
+    """Ollama gives two names of one file one runner. Here each has settings, a role and a Modelfile of its own."""
+    bench = Bench(ANY)
+    bench.load_idle(ModelId("one:latest"))
+    bench.arrive(ModelId("one:3b"))
+    assert bench.one(PlanModel).model == "one:3b"
+
+
 def test_two_requests_that_want_different_loads_get_one_after_the_other_in_their_order() -> None:
     bench = Shop()
     bench.load(A, busy=True)

@@ -71,9 +71,9 @@ def question(chat_model: Path) -> MakePlan:
     return MakePlan(ModelId("tiny-chat"), str(chat_model), REQUEST, situation, (), 0, {}, {}, {})
 
 
-def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
+def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour, request: PlanRequest = REQUEST) -> PlanOutcome:
     facts, build = read_model(question.path), LlamaBuild("/llama-server", None, None)
-    place = by_search(lambda at, policy: placement.search(facts, REQUEST, at, policy, build))
+    place = by_search(lambda at, policy: placement.search(facts, request, at, policy, build))
     return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
 
 
@@ -100,6 +100,22 @@ def test_an_idle_runner_goes_for_a_model_that_would_else_stay_on_the_host(questi
     found = outcome(question, machine(CUDA0=1), neighbour("a", {"CUDA0": 90}), neighbour("b", {"CUDA0": 1}))
     assert isinstance(found, MakeRoom)
     assert found.victims == {"a"}
+
+
+def test_every_slot_s_context_counts_before_anything_is_started(question: MakePlan, tmp_path: Path) -> None:
+    """One conversation of 32,768 tokens fits beside the other model, two do not."""
+    model = tmp_path / "long.gguf"
+    tiny_models.write_chat_model(model, n_ctx_train=1 << 17)
+    long, there, other = replace(question, path=str(model)), machine(CUDA0=348), neighbour("a", {"CUDA0": 200})
+    one = replace(REQUEST, n_ctx_per_slot=32_768)
+    assert devices_of(outcome(long, there, other, request=one)) == {"CUDA0"}
+    assert isinstance(outcome(long, there, other, request=replace(one, n_parallel=2)), MakeRoom)
+
+
+def test_a_few_layers_that_were_asked_for_evict_nobody(question: MakePlan) -> None:
+    other, few = neighbour("a", {"CUDA0": 200}), replace(REQUEST, n_gpu_layers=0)
+    assert isinstance(outcome(question, machine(CUDA0=1), other), MakeRoom)
+    assert isinstance(outcome(question, machine(CUDA0=1), other, request=few), LoadPlan)
 
 
 def in_the_open(question: MakePlan, model: Path, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
@@ -135,6 +151,21 @@ def test_nobody_goes_for_a_context_that_is_long_enough_or_cannot_be_longer(quest
     tiny_models.write_chat_model(short, n_ctx_train=2048)
     assert devices_of(in_the_open(question, long, machine(CUDA0=250), neighbour("a", {"CUDA0": 200}))) == {"CUDA0"}
     assert devices_of(in_the_open(question, short, machine(CUDA0=60), neighbour("a", {"CUDA0": 70}))) == {"CUDA0"}
+
+
+def test_a_context_that_was_left_to_the_planner_gives_way_to_a_margin_and_one_that_was_asked_for_does_not(
+    question: MakePlan, tmp_path: Path
+) -> None:
+    model = tmp_path / "long.gguf"
+    tiny_models.write_chat_model(model, n_ctx_train=1 << 17)
+    short = replace(question, path=str(model), margins={"CUDA0": 60 * MIB})
+    free, less = (in_the_open(one, model, machine(CUDA0=150)) for one in (question, short))
+    assert isinstance(free, LoadPlan)
+    assert isinstance(less, LoadPlan)
+    assert (less.serves.n_ctx or 0) < (free.serves.n_ctx or 0)
+    pinned = outcome(short, machine(CUDA0=150), request=replace(REQUEST, n_ctx_per_slot=free.serves.n_ctx))
+    assert isinstance(pinned, LoadPlan)
+    assert pinned.serves.n_ctx == free.serves.n_ctx
 
 
 def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePlan) -> None:
