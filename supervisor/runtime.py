@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import anyio
 import structlog
@@ -45,6 +45,8 @@ from supervisor.leases import ChildLease
 from supervisor.writer import Writer
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")
+
+LEAST_CTX: Final = 4  # as in Ollama; with a single token llama-server's own warm-up aborts
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,6 @@ def _possible(options: LoadOptions, entry: ModelEntry, n_ctx_per_slot: int | Non
     """
     n_ctx, n_gpu_layers = options.n_ctx, options.n_gpu_layers
     if n_ctx is not None:
-        n_ctx = max(n_ctx, entry.settings.context or n_ctx_per_slot or 0)
+        n_ctx = max(n_ctx, LEAST_CTX, entry.settings.context or n_ctx_per_slot or 0)
         n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)
     return replace(options, n_ctx=n_ctx, n_gpu_layers=None if (n_gpu_layers or 0) < 0 else n_gpu_layers)

@@ -38,6 +38,12 @@ def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat
     assert service.process.wait(WITHIN_S) == 0
     (final,) = service.events("plan.final")
     assert final["plan"] == runner["plan"]
+
+
+def test_a_context_of_one_token_is_made_long_enough_to_load_at_all(serve: Serve, chat_model: Path) -> None:
+    service = serve(PLANNER_CONTEXT_LENGTH="0")
+    asked = {"model": "tiny-chat", "messages": [{"role": "user", "content": "hello"}], "options": {"num_ctx": 1}}
+    assert service.request("POST", "/api/chat", asked).status == 200
     assert len(service.events("config.effective")) == 1
 
 
