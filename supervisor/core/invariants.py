@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Final
 
 from supervisor.core.pool import LoadPhase, Pool
 from supervisor.core.runner import HAS_CHILD, IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.types import Ticket
+
+MAY_SERVE: Final = frozenset({RunnerState.READY, RunnerState.DRAINING, RunnerState.STOPPING})
+HAS_NO_DEADLINE: Final = frozenset({RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING})
+HAS_DEADLINE: Final = frozenset({RunnerState.LOADING, RunnerState.DRAINING, RunnerState.BACKOFF, RunnerState.FAILED})
+COMES_BACK: Final = IS_LEAVING | {RunnerState.BACKOFF}
 
 
 def violations(pool: Pool) -> list[str]:
@@ -46,7 +52,7 @@ def _will_serve(runner: Runner, ticket: Ticket) -> bool:
     """Say whether the runner will serve this ticket, or come to where it is loaded for it."""
     if runner.state is RunnerState.READY:
         return runner.can_serve(ticket.options)
-    return runner.state in {*IS_LEAVING, RunnerState.BACKOFF}
+    return runner.state in COMES_BACK
 
 
 def _of_children(pool: Pool) -> Iterator[str]:
@@ -82,7 +88,7 @@ def _of_runner(one: Runner) -> Iterator[str]:
         yield f"{one.model} is ready without a process or an address"
     if any(count <= 0 for count in one.serving.values()):
         yield f"{one.model} serves {dict(one.serving)}"
-    if one.in_flight and one.state not in {RunnerState.READY, RunnerState.DRAINING, RunnerState.STOPPING}:
+    if one.in_flight and one.state not in MAY_SERVE:
         yield f"{one.model} serves requests while {one.state}"
     if one.plan is not None and one.in_flight > one.plan.n_parallel:
         yield f"{one.model} serves {one.in_flight} requests with {one.plan.n_parallel} slots"
@@ -90,11 +96,9 @@ def _of_runner(one: Runner) -> Iterator[str]:
         yield f"{one.model} would be unloaded while in use"
     if one.state is RunnerState.DRAINING and not one.in_flight:
         yield f"{one.model} drains although nothing is in flight"
-    if one.state in {RunnerState.STOPPED, RunnerState.STARTING, RunnerState.STOPPING} and one.deadline is not None:
+    if one.state in HAS_NO_DEADLINE and one.deadline is not None:
         yield f"{one.model} is {one.state} with a deadline"
-    if one.state in {RunnerState.LOADING, RunnerState.DRAINING, RunnerState.BACKOFF, RunnerState.FAILED} and (
-        one.deadline is None
-    ):
+    if one.state in HAS_DEADLINE and one.deadline is None:
         yield f"{one.model} would be {one.state} for ever"
     if one.state not in HAS_CHILD and (one.pid is not None or one.held_bytes()):
         yield f"{one.model} is {one.state} and still holds a process or memory"

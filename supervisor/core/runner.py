@@ -28,7 +28,8 @@ class RunnerState(StrEnum):
 
 IS_LOADING: Final = frozenset({RunnerState.STARTING, RunnerState.LOADING})
 IS_LEAVING: Final = frozenset({RunnerState.DRAINING, RunnerState.STOPPING})
-HAS_CHILD: Final = frozenset({*IS_LOADING, RunnerState.READY, *IS_LEAVING})
+STAYS: Final = frozenset({*IS_LOADING, RunnerState.READY})
+HAS_CHILD: Final = STAYS | IS_LEAVING
 
 
 @dataclass(frozen=True, slots=True)

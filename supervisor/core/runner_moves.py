@@ -47,9 +47,10 @@ def _idle_deadline(runner: Runner, now: float, limits: Limits) -> float | None:
 
 def start(runner: Runner, event: StartRequested, now: float, _limits: Limits) -> Outcome:
     started = _enter(
-        replace(runner, generation=event.generation),
+        runner,
         S.STARTING,
         now,
+        generation=event.generation,
         plan=event.plan,
         options=event.options,
         launch=event.launch,

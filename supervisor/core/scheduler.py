@@ -31,7 +31,7 @@ from supervisor.core.events import (
     YieldRequested,
 )
 from supervisor.core.pool import LoadPhase, Pool
-from supervisor.core.runner import HAS_CHILD, IS_LEAVING, RunnerState
+from supervisor.core.runner import STAYS, RunnerState
 from supervisor.core.stepping import Outcome, asked_anew, step_runner
 from supervisor.core.types import ModelId, ModelSettings, Refusal, RefusalKind
 
@@ -117,7 +117,7 @@ def _change_settings(pool: Pool, by_model: Mapping[ModelId, ModelSettings], now:
     commands: tuple[Command, ...] = ()
     before, pool = pool, replace(pool, settings=by_model)
     for one in tuple(pool.runners.values()):
-        if one.state in HAS_CHILD - IS_LEAVING and one.launch != pool.settings_of(one.model).launch:
+        if one.state in STAYS and one.launch != pool.settings_of(one.model).launch:
             until = now + pool.limits.drain_timeout_s
             stop = StopRequested(one.model, one.generation, until, "its settings have changed", come_back=True)
             pool, more = step_runner(pool, stop, now)

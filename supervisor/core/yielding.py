@@ -17,7 +17,7 @@ from supervisor.core import eviction, ledger
 from supervisor.core.commands import Command
 from supervisor.core.events import StopRequested, YieldRequested
 from supervisor.core.pool import Pool, Yielded
-from supervisor.core.runner import HAS_CHILD, IS_LEAVING, Runner, RunnerState
+from supervisor.core.runner import STAYS, Runner, RunnerState
 from supervisor.core.stepping import Outcome, step_runner
 from supervisor.core.types import ModelId
 
@@ -53,11 +53,13 @@ def _going(pool: Pool, now: float) -> tuple[Runner, ...]:
 
     What was loaded since was planned below the cap. Should it turn out a little larger, it is not loaded over and over.
     """
-    staying = [one for one in pool.runners.values() if one.state in HAS_CHILD - IS_LEAVING]
+    if not pool.yields:
+        return ()
+    staying = [one for one in pool.runners.values() if one.state in STAYS]
     going: frozenset[ModelId] = frozenset()
     for hold in pool.yields:
         excess_bytes = sum(one.held_bytes().get(hold.device, 0) for one in staying) - hold.cap_bytes
-        earlier = [ledger.neighbour(pool, one, now) for one in staying if one.load_started_at <= hold.since]
         if excess_bytes > 0:
+            earlier = [ledger.neighbour(pool, one, now) for one in staying if one.load_started_at <= hold.since]
             going |= eviction.cheapest_for(earlier, hold.device, excess_bytes)
     return tuple(one for one in staying if one.model in going)
