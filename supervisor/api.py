@@ -308,6 +308,7 @@ class ModelView:
 
     ``digest`` tells versions of one name apart: the sha256 of a store's manifest, of name, size and time of a file.
     ``capabilities`` are Ollama's words: completion, tools, insert, vision, audio, embedding, thinking.
+    ``runner`` is the model under which its runner is listed: itself (empty, too), or another name for the same files.
     """
 
     id: str
@@ -326,6 +327,7 @@ class ModelView:
     capabilities: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     preset: Preset = Preset()
+    runner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,8 @@ class ModelEntry:
 
     ``path`` is the file that llama-server loads, ``file_bytes`` everything that belongs to the model. The other fields
     are as in ``supervisor.api.ModelView``; ``settings`` and ``aliases`` are the operator's. ``external`` is set where a
-    program of the operator's stands in for llama-server, and there is no file.
+    program of the operator's stands in for llama-server, and there is no file; ``runs_as`` where another
+    model loads the same files in the same way.
     """
 
     id: ModelId
@@ -68,6 +69,12 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     settings: ModelSettings = field(default_factory=ModelSettings)
     external: ExternalRunner | None = None
+    runs_as: ModelId | None = None
+
+    @property
+    def runner(self) -> ModelId:
+        """Return the model whose runner serves this one: itself, or another name for the same."""
+        return self.id if self.runs_as is None else self.runs_as
 
     @property
     def loaded_files(self) -> tuple[object, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
@@ -15,8 +15,8 @@ from supervisor.core.types import ModelId
 
 def apply(file: ModelsFile, entries: Iterable[ModelEntry]) -> tuple[ModelEntry, ...]:
     """Return the models that were found, with what the file says of each, and the programs that it adds."""
-    models = tuple(_configured(entry, file.of(entry.id)) for entry in entries)
-    return (*models, *(_external(name, program) for name, program in file.external.items()))
+    models = [_configured(entry, file.of(entry.id)) for entry in entries]
+    return (*_sharing(models), *(_external(name, program) for name, program in file.external.items()))
 
 
 def missing(file: ModelsFile, entries: Iterable[ModelEntry]) -> tuple[str, ...]:
@@ -41,6 +41,19 @@ def amendments(settings: ModelSettings) -> Amendments | None:
 def _configured(entry: ModelEntry, settings: ModelSettings) -> ModelEntry:
     role = entry.role if settings.role is None else Role(settings.role)
     return replace(entry, role=role, aliases=settings.aliases, settings=settings)
+
+
+def _sharing(entries: Iterable[ModelEntry]) -> Iterator[ModelEntry]:
+    """Yield the models, those that are names of one another with the first of them: they share its runner."""
+    first: dict[object, list[ModelEntry]] = {}
+    for entry in entries:
+        alike = first.setdefault((entry.loaded_files, entry.role), [])
+        same = next((one for one in alike if _scheduling(one) == _scheduling(entry)), None)
+        if same is None or entry.problem is not None:
+            alike.append(entry)
+            yield entry
+        else:
+            yield replace(entry, runs_as=same.id)
 
 
 def _external(name: str, program: ExternalRunner) -> ModelEntry:

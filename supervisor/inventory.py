@@ -226,6 +226,11 @@ class Inventory:
             raise UnknownModel(f"the model {model!r} is not in {self._where} any more")
         return entry
 
+    def runner_of(self, model: str) -> ModelId:
+        """Return the model whose runner serves the one of this id, gone or not."""
+        entry = self._catalogue.find(model)
+        return ModelId(model) if entry is None else entry.runner
+
     async def find(self, name: str, role: Role) -> ModelEntry:
         """Return the model of this name for this role. Raises UnknownModel, BadModel, WrongRole.
 

@@ -10,16 +10,22 @@ from supervisor.core.types import ModelId, Refusal
 
 
 class ChildLease:
-    """A grant to send one request to one child; implements ``supervisor.api.Lease``."""
+    """A grant to send one request for ``model`` to one child of ``runner``; implements ``supervisor.api.Lease``."""
 
     def __init__(
-        self, model: ModelId, generation: int, endpoint: Endpoint, amendments: Amendments | None = None
+        self,
+        model: ModelId,
+        runner: ModelId,
+        generation: int,
+        endpoint: Endpoint,
+        amendments: Amendments | None = None,
     ) -> None:
         self._model = model
         self._endpoint = endpoint
         self._amendments = amendments
         self._story: str | None = None
         self._to_tell: list[Callable[[str], None]] = []
+        self.runner = runner
         self.generation = generation
 
     @property
@@ -29,7 +35,7 @@ class ChildLease:
 
     @property
     def model(self) -> str:
-        """Return the public id of the model."""
+        """Return the public id of the model that was asked for."""
         return self._model
 
     @property
@@ -52,9 +58,10 @@ class ChildLease:
 
 
 class Waiter:
-    """A ticket's owner: settled by a lease or by a refusal, at once or later."""
+    """A ticket's owner, who asks for ``model``: settled by a lease or by a refusal, at once or later."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelId) -> None:
+        self.model = model
         self._waiting: asyncio.Future[None] | None = None
         self.lease: ChildLease | None = None
         self.refusal: Refusal | None = None

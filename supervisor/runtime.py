@@ -154,7 +154,7 @@ class Supervisor:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
         entry = await self._inventory.find(model, role)
         options = _possible(need.load, entry, self._options.n_ctx_per_slot)
-        lease = await self._writer.lease(entry.id, need.client, options, need.keep_alive_s)
+        lease = await self._writer.lease(entry, need.client, options, need.keep_alive_s)
         try:
             yield lease
         finally:
@@ -163,7 +163,7 @@ class Supervisor:
     async def unload(self, model: str) -> bool:
         """Let the model's runner finish what it serves, stop it, and return once its child is gone."""
         entry = await self._inventory.resolve(model)
-        runner = self._writer.pool.runner(entry.id)
+        runner = self._writer.pool.runner(entry.runner)
         if runner.state not in HAS_CHILD:
             return False
         self._stop(runner)
@@ -176,13 +176,13 @@ class Supervisor:
 
     def reset(self, model: str) -> bool:
         """Let a runner that failed or backs off be tried again at once; False where there was nothing to forgive."""
-        runner = self._writer.pool.runner(ModelId(model))
+        runner = self._writer.pool.runner(self._inventory.runner_of(model))
         self._writer.post(ResetRequested(runner.model, runner.generation))
         return self._writer.pool.runner(runner.model) != runner
 
     def progress(self, model: str) -> LoadProgress | None:
         """Return where the model's load stands, None where none is under way."""
-        return views.progress(self._writer.pool, ModelId(model), anyio.current_time())
+        return views.progress(self._writer.pool, self._inventory.runner_of(model), anyio.current_time())
 
     async def yield_memory(self, device: str, wanted_bytes: int, for_s: float) -> YieldResult:
         """Stop the cheapest runners until so much is free on a device, and place nothing there for so long.
@@ -240,7 +240,7 @@ class Supervisor:
 
         Raises UnknownModel where no runner of it has said anything.
         """
-        runner = self._writer.pool.runner((await self._inventory.resolve(model)).id)
+        runner = self._writer.pool.runner((await self._inventory.resolve(model)).runner)
         if (log := self._writer.children.log(runner.model, runner.generation)) is not None:
             async for line in log.lines(follow=follow):
                 yield line

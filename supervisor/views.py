@@ -132,7 +132,7 @@ def ledger_views(pool: Pool, machine: Machine | None, now: float) -> tuple[Devic
 
 def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> ModelView:
     """Return one model of the folder; its context is the plan's, else what every conversation was promised."""
-    plan = pool.runner(entry.id).plan
+    plan = pool.runner(entry.runner).plan
     return ModelView(
         id=entry.id,
         path=entry.path,
@@ -150,6 +150,7 @@ def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> Mod
         capabilities=entry.capabilities,
         preset=entry.preset,
         aliases=entry.aliases,
+        runner=entry.runner,
     )
 
 

@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from supervisor import views
 from supervisor.api import Endpoint, LoadOptions, ModelCounters
+from supervisor.catalogue import ModelEntry
 from supervisor.children import Children
 from supervisor.core import scheduler
 from supervisor.core.commands import (
@@ -94,13 +95,15 @@ class Writer:
             self._changed = self._changed or anyio.Event()
             await self._changed.wait()
 
-    async def lease(self, model: ModelId, client: str, options: LoadOptions, keep_alive_s: float | None) -> ChildLease:
+    async def lease(
+        self, entry: ModelEntry, client: str, options: LoadOptions, keep_alive_s: float | None
+    ) -> ChildLease:
         """Wait for a lease and return it; ``give_back`` has to follow, exactly once. Raises an AcquireError."""
         ticket = TicketId(self._next_ticket)
         self._next_ticket += 1
-        waiter = self._waiters[ticket] = Waiter()
+        waiter = self._waiters[ticket] = Waiter(entry.id)
         try:
-            self.post(RequestArrived(ticket, model, client, options, keep_alive_s))
+            self.post(RequestArrived(ticket, entry.runner, client, options, keep_alive_s))
             await waiter.wait_settled()
         except BaseException:
             if waiter.lease is not None:  # granted in the moment in which nobody waits any longer
@@ -117,7 +120,7 @@ class Writer:
 
     def give_back(self, lease: ChildLease, client: str) -> None:
         """Take a lease back from the client that held it."""
-        model, generation = ModelId(lease.model), lease.generation
+        model, generation = lease.runner, lease.generation
         holders = self._leases.get((model, generation), set())
         holders.discard(lease)
         if not holders:
@@ -180,9 +183,11 @@ class Writer:
         match command:
             case Grant(ticket, model, generation, url):
                 endpoint = Endpoint(url, self.children.api_key(model, generation))
-                lease = ChildLease(model, generation, endpoint, self._inventory.amendments(model))
+                waiter = self._waiters[ticket]
+                amendments = self._inventory.amendments(waiter.model)
+                lease = ChildLease(waiter.model, model, generation, endpoint, amendments)
                 self._leases.setdefault((model, generation), set()).add(lease)
-                self._waiters[ticket].settle(lease)
+                waiter.settle(lease)
             case Reject(ticket, _, refusal):
                 self._waiters[ticket].settle(refusal)
             case LoseLeases(model, generation, story):

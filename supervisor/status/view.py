@@ -45,7 +45,7 @@ def is_ready(snapshot: Snapshot) -> bool:
 def model_state(model: ModelView, snapshot: Snapshot) -> str:
     """Return the state of the runner that serves this model, ``unloaded``, or ``unusable``."""
     for runner in snapshot.runners:
-        if runner.model == model.id:
+        if runner.model == (model.runner or model.id):
             return runner.state
     return UNLOADED if model.problem is None else UNUSABLE
 

@@ -103,8 +103,8 @@ def test_all_that_the_operator_or_a_modelfile_says_of_a_launch_is_loaded_anew_af
     assert granted(bench.finish_load(A)) == [ticket]
 
 
-def test_two_names_are_two_models() -> None:
-    """Ollama gives two names of one file one runner. Here each has settings, a role and a Modelfile of its own."""
+def test_two_models_are_two_runners_whatever_their_names() -> None:
+    """Which names stand for the same files, and so share a runner, is not the core's to know: they come as one."""
     bench = Bench(ANY)
     bench.load_idle(ModelId("one:latest"))
     bench.arrive(ModelId("one:3b"))

@@ -65,6 +65,32 @@ def test_a_model_is_pulled_asked_copied_and_deleted_through_the_service(
     assert list((tmp_path / "store" / "blobs").iterdir()) == []
 
 
+def test_names_of_one_model_share_its_runner(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
+    """A tag and a copy take no memory of their own, whatever each tells its model; other settings do."""
+    store = tmp_path / "store"
+    layers = [("model", chat_model.read_bytes())]
+    for name, more in (("one", []), ("two", [("params", b'{"num_predict": 3}')]), ("three", [])):
+        put_model(store, f"{HOST}/library/tiny/{name}", [*layers, *more])
+    settings = tmp_path / "models.toml"
+    settings.write_text('[models."tiny:three"]\nkeep_alive = "1h"\n')
+    service = serve(PLANNER_MODELS_FILE=str(settings))
+    lengths = {}
+    for name in ("tiny:one", "tiny:two", "tiny:three"):
+        answer = service.chat(name)
+        assert answer.headers["X-Loadmaster-Model"] == name
+        lengths[name] = json.loads(answer.read())["usage"]["completion_tokens"]
+    assert lengths["tiny:two"] == 3 < lengths["tiny:one"]
+    assert sorted(one["model"] for one in service.get("/status")["runners"]) == ["tiny:one", "tiny:three"]
+    states = {one["id"]: one["state"] for one in service.get("/v1/models")["data"]}
+    assert {states[f"tiny:{name}"] for name in ("one", "two", "three")} == {"ready"}
+    assert service.request("DELETE", "/api/delete", {"model": "tiny:two"}).status == 200
+    assert service.get("/v1/models/tiny:one")["state"] == "ready"
+    assert service.request("POST", "/api/copy", {"source": "tiny:one", "destination": "tiny:four"}).status == 200
+    assert service.chat("tiny:four").status == 200
+    assert service.request("POST", "/manage/unload", {"model": "tiny:four"}).status == 200
+    assert service.get("/v1/models/tiny:one")["state"] == "unloaded"
+
+
 def test_a_model_is_made_of_one_of_the_folder_with_its_eyes(serve: Serve, chat_model: Path, tmp_path: Path) -> None:
     """The folder stays as it was, and the new model needs it no more."""
     folder = tmp_path / "models"

@@ -81,7 +81,7 @@ class Library:
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
-        """Answer ``DELETE /api/delete``. The model's runner, if any, is stopped once its files are gone."""
+        """Answer ``DELETE /api/delete``. The model's runner, if any, is stopped, unless other names for it are left."""
         fields = await read_fields(request, "DeleteRequest")
         name = _name(fields)
         try:
@@ -92,7 +92,9 @@ class Library:
             await self._kept().delete(name)
         except NotInStore as error:
             raise OllamaError(HTTPStatus.NOT_FOUND, f"model '{name}' not found{await self._why(name)}") from error
-        await self._runtime.unload(model)
+        runners = {one.id: one.runner for one in self._runtime.snapshot().models}
+        if list(runners.values()).count(runners.get(model, model)) <= 1:
+            await self._runtime.unload(model)
         await self._runtime.rescan()
         return web.Response()
 
