@@ -10,44 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Final
 
 from planner import budget
 from planner.context import CONTEXT_ALIGNMENT
-from planner.overrides import UNPIPELINED, Override
+from planner.overrides import UNPIPELINED
 from planner.search import knobs
 from planner.search.best import Best
 from planner.search.candidates import Candidate
+from planner.search.filling import Filled, bytes_of, fillings
 from planner.search.learned import Mode
-from planner.search.problems import Question
 from planner.types.plan import PlacementKind
 from planner.types.request import PlanRequest
 
 MAX_ACCOUNTINGS: Final = 8  # of one question; three are usual: buffers hardly depend on where a layer is divided
 
-_MATRICES: Final = ("down", "gate_up", "gate", "up")  # the order in which they go on; the last device to add up is near
-_MATRIX: Final = re.compile(r"\.ffn_(up|down|gate|gate_up)_(?:ch|)exps")
 _CHOSEN: Final = re.compile(r"^blk\\\.(\d+)\\\.ffn_\(([a-z_|]+)\)")
-
-
-class Sent(NamedTuple):
-    """Expert matrices of one layer that lie on the device after its own."""
-
-    slot: int
-    matrices: tuple[str, ...]
-    device: str
-
-    @property
-    def override(self) -> Override:
-        """Return the flag's value that sends them there."""
-        return rf"blk\.{self.slot}\.ffn_({'|'.join(self.matrices)})_(ch|)exps", self.device
-
-
-class Filled(NamedTuple):
-    """How many slots each device has, and what goes on at the boundaries."""
-
-    counts: tuple[int, ...]
-    sent: tuple[Sent, ...]
 
 
 def is_whole(found: Candidate) -> bool:
@@ -134,31 +112,8 @@ class Overflow:
         return low
 
     def _filled(self, request: PlanRequest) -> Filled | None:
-        """Return the devices filled in order by what they are expected to take; None where the last lacks room."""
-        question = self.best.question(request)
-        n_slots, devices = question.n_slots, question.devices
-        counts, sent, start, arrived = [0] * len(devices), list[Sent](), 0, 0
-        for index, device in enumerate(devices):
-            sizes, rooms = question.sizes(device), question.bin(Mode.UNPIPELINED, index).rooms
-            first = 2 * (start == 0)  # rooms are by whether it is the first device, and has the output
-            if arrived + sum(sizes[start:]) <= rooms[first + 1]:
-                counts[index] = n_slots - start
-                return Filled(tuple(counts), tuple(sent))
-            if index == len(devices) - 1:
-                break
-            end, room = start, rooms[first] - arrived
-            while end < n_slots - 1 and sizes[end] <= room:
-                room -= sizes[end]
-                end += 1
-            matrices = _fewest(question, index, end, sizes[end] - room) if end < n_slots - 1 else ()
-            if arrived and end == start and not matrices:  # what has come here would belong to a device without layers
-                break
-            counts[index] = end - start + bool(matrices)
-            start, arrived = end + bool(matrices), 0
-            if matrices:
-                sent.append(Sent(end, matrices, devices[index + 1].name))
-                arrived = _bytes_of(question, index + 1, end, matrices)
-        return None
+        """Return the first filling that is expected to fit; None where none is."""
+        return next(fillings(self.best.question(request)), None)
 
     def _accounted(self, request: PlanRequest, filled: Filled) -> Candidate:
         """Return this placement, accounted for, having learned from it."""
@@ -172,7 +127,7 @@ class Overflow:
             device = best.devices[index]
             own = sum(question.sizes(device)[start:end])
             for slot, matrices, target in filled.sent:
-                moved = _bytes_of(question, index, slot, matrices)
+                moved = bytes_of(question, index, slot, matrices)
                 own += (target == device.name) * moved - (start <= slot < end) * moved
             part = question.part(Mode.UNPIPELINED, index, first=start == 0, output=end == question.n_slots)
             beyond = taken[device.name] - own - budget.overhead_bytes(device)
@@ -191,28 +146,3 @@ def _segments(counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         if count:
             yield index, start, start + count
         start += count
-
-
-def _fewest(question: Question, index: int, slot: int, missing: float) -> tuple[str, ...]:
-    """Return the matrices of a slot that have to go on for its rest to fit.
-
-    None where all of them are not enough, or where the next device has no room for them.
-    """
-    chosen: tuple[str, ...] = ()
-    for name in _MATRICES:
-        if size := _bytes_of(question, index, slot, (name,)):
-            chosen, missing = (*chosen, name), missing - size
-        if missing <= 0:
-            break
-    room = question.bin(Mode.UNPIPELINED, index + 1).rooms[0]
-    return chosen if missing <= 0 and _bytes_of(question, index + 1, slot, chosen) <= room else ()
-
-
-def _bytes_of(question: Question, index: int, slot: int, matrices: Sequence[str]) -> int:
-    """Return what these expert matrices of a slot take on that device, biases and scales included."""
-    sizes = question.spill_sizes(question.devices[index])
-    return sum(
-        size
-        for part, size in zip(question.parts, sizes, strict=True)
-        if part.slot == slot and (found := _MATRIX.search(part.tensor.name)) and found[1] in matrices
-    )

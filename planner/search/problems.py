@@ -52,7 +52,7 @@ class Question:
     @property
     def parts(self) -> tuple[SpillPart, ...]:
         """Return the tensors that may be left to the host while their layers are on devices, in layer order."""
-        return _parts(self.model) if not self.params.overrides else ()
+        return spill_parts(self.model) if not self.params.overrides else ()
 
     def spill_sizes(self, device: Device) -> tuple[int, ...]:
         """Return the bytes of each such tensor on this device."""
@@ -125,7 +125,8 @@ def spill_pattern(model: ModelFacts) -> str:
 
 
 @lru_cache(maxsize=32)
-def _parts(model: ModelFacts) -> tuple[SpillPart, ...]:
+def spill_parts(model: ModelFacts) -> tuple[SpillPart, ...]:
+    """Return the tensors of that pattern, in layer order."""
     found = re.compile(spill_pattern(model)).search
     return tuple(
         SpillPart(slot, tensor, tensor_read(model, tensor))
@@ -141,7 +142,7 @@ def _allocation(tensor: Tensor, rule: BufferType) -> int:
 
 @lru_cache(maxsize=64)
 def _part_sizes(model: ModelFacts, rule: BufferType) -> tuple[int, ...]:
-    return tuple(_allocation(part.tensor, rule) for part in _parts(model))
+    return tuple(_allocation(part.tensor, rule) for part in spill_parts(model))
 
 
 def _is_overridden(name: str, patterns: Sequence[re.Pattern[str]]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_exhaust import DIVIDED, REQUEST, Cards, Layers, cards, kind_of, models
 
@@ -100,6 +100,10 @@ def test_other_names_change_names_only(
 
 
 @settings(max_examples=EXAMPLES)
+@example(
+    layers=Layers((("q4_0", "q4_0", "f16"), ("q4_0", "f32", "q4_0")), "f16", 8),
+    where=Cards((1.0, 0.5, 1.0), 0.5, (None, None, 800 * 10**9)),
+)
 @given(layers=models(most=6), where=cards(most=3))
 def test_equal_cards_are_interchangeable(
     layers: Layers, where: Cards, tmp_path_factory: pytest.TempPathFactory
