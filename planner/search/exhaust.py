@@ -42,7 +42,7 @@ def improved(best: Best, request: PlanRequest, limit_s: float, found: Found | No
         if faster is not None or here:
             found = faster or found
             break
-    return found and _on_fewest(best, request, found, limit_s)
+    return found and _earliest(best, request, _on_fewest(best, request, found, limit_s))
 
 
 def _on_fewest(best: Best, request: PlanRequest, found: Found, limit_s: float) -> Found:
@@ -55,6 +55,34 @@ def _on_fewest(best: Best, request: PlanRequest, found: Found, limit_s: float) -
             if fewer is None:
                 return found
             found = fewer
+    return found
+
+
+def _earliest(best: Best, request: PlanRequest, found: Found) -> Found:
+    """Return the split over the same devices that is as fast and keeps most to llama-server's order of them.
+
+    Another order, taken for a split that did not fit then, may be left without being any faster.
+    """
+    known, segments = best.devices, found.choice.split.segments
+    used = [known[segment.bin] for segment in segments]
+    own = sorted(used, key=best.finder.devices.index)
+    if used == own or found.choice.mode is not Mode.WITH_HOST:
+        return found
+    best.devices = tuple(own)
+    for way in (way for tier in best.tiers(best.question(request), request) for way in tier):
+        if not way.has(found.choice.mode, found.choice.split):
+            continue
+        solver = Solver(replace(way.problem, ordered=False, limit_s=found.choice.split.seconds))
+        everyone = (1 << len(own)) - 1
+        if everyone in solver.seconds:
+            split = solver.split(everyone)
+            first = [own[segment.bin] for segment in split.segments]
+            best.devices = (*first, *(device for device in known if device not in first))
+            renamed = tuple(segment._replace(bin=index) for index, segment in enumerate(split.segments))
+            earlier = best.accounted(request, way.mode, replace(split, segments=renamed))
+            if earlier.candidate.fits:
+                return earlier
+    best.devices = known
     return found
 
 

@@ -104,6 +104,10 @@ def test_other_names_change_names_only(
     layers=Layers((("q4_0", "q4_0", "f16"), ("q4_0", "f32", "q4_0")), "f16", 8),
     where=Cards((1.0, 0.5, 1.0), 0.5, (None, None, 800 * 10**9)),
 )
+@example(
+    layers=Layers((("q8_0", "f32", "f32"), ("q8_0", "f32", "f32")), "q8_0", 0),
+    where=Cards((0.5, 0.3125, 0.5), 0.5703125, (200 * 10**9, None, None)),
+)
 @given(layers=models(most=6), where=cards(most=3))
 def test_equal_cards_are_interchangeable(
     layers: Layers, where: Cards, tmp_path_factory: pytest.TempPathFactory
