@@ -2,28 +2,36 @@
 
     python bench/swap.py [--rounds N]
 
-In each round: through ``planner serve``, where nothing is loaded; by hand, with the flags that the service chose, asked
-as soon as llama-server says that it listens; and through llama-server's own router mode with the same flags. Printed is
-how much later than by hand the first token comes, as the median over the rounds. Ends with 1 where a bound is broken.
+In each round, in an order that changes from round to round: through ``planner serve``, where nothing is loaded; by hand,
+with the flags that the service chose, asked as soon as llama-server says that it listens; and through llama-server's own
+router mode with the same flags. The ways are compared within each round: printed are the median of the differences and
+their quartiles. Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from measuring import LLAMA_SERVER, Way, get, llama_server, median, post, service, stream, verdict, write_small_model
 
 MODEL: Final = "tiny-chat"
+OURS: Final = "planner serve"
+BY_HAND: Final = "by hand"
+ROUTER: Final = "router mode"
 MAX_LATER_MS: Final = 40.0
 POLL_S: Final = 0.01
+REST_S: Final = 0.5  # before each way, so that none is measured while another one still tidies up
+ROUNDS: Final = 36  # each of the six orders as often
 
 
 def first_token_s(way: Way) -> float:
@@ -34,9 +42,8 @@ def first_token_s(way: Way) -> float:
 def by_hand(argv: Sequence[str]) -> float:
     """Return the seconds from starting llama-server to its first token."""
     began = time.perf_counter()
-    with llama_server("by hand", argv) as way:
-        first_token_s(way)
-        return time.perf_counter() - began
+    with llama_server(BY_HAND, argv) as way:
+        return time.perf_counter() - began + first_token_s(way)
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
@@ -51,6 +58,31 @@ def unload(router: Way) -> None:
     wait_until(lambda: get(router.url, "/models")["data"][0]["status"]["value"] == "unloaded")
 
 
+def through_router(router: Way) -> float:
+    """Return the seconds from a request to its first token, and have the model unloaded again."""
+    took = first_token_s(router)
+    unload(router)
+    return took
+
+
+def through_service(way: Way) -> float:
+    """Return the seconds from a request to its first token; the model is unloaded again by its keep-alive."""
+    took = first_token_s(way)
+    wait_until(lambda: all(one["pid"] is None for one in get(way.url, "/status")["runners"]))
+    return took
+
+
+def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Return what each way took in each round, after one round that does not count."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    orders = itertools.cycle(itertools.permutations(ways))
+    for order in [next(orders) for _ in range(rounds + 1)]:
+        for name in order:
+            time.sleep(REST_S)
+            took[name].append(ways[name]())
+    return {name: seconds[1:] for name, seconds in took.items()}
+
+
 def measure(folder: Path, rounds: int) -> bool:
     """Take every way in turn and report."""
     models = folder / "models"
@@ -63,32 +95,41 @@ def measure(folder: Path, rounds: int) -> bool:
         argv = runner["plan"]["launch"]["argv"]
         os.environ.update(runner["plan"]["launch"]["env"])
         flags = argv[argv.index("--fit") :]
-        with llama_server("router mode", [argv[0], "--models-dir", str(models), *flags]) as router:
-            seconds: dict[str, list[float]] = {"planner serve": [], "by hand": [], "router mode": []}
-            for round_ in range(rounds + 1):
-                wait_until(lambda: all(one["pid"] is None for one in get(through.url, "/status")["runners"]))
-                took = (first_token_s(through), by_hand(argv), first_token_s(router))
-                unload(router)
-                for (_, kept), one in zip(seconds.items(), took, strict=True):
-                    kept.extend([one] if round_ else [])
-    for name, kept in seconds.items():
-        print(f"  {name:<14} {median(kept) * 1e3:7.1f} ms from the request to the first token")
-    later, router_later = (
-        median([(a - b) * 1e3 for a, b in zip(seconds[name], seconds["by hand"], strict=True)])
-        for name in ("planner serve", "router mode")
-    )
+        with llama_server(ROUTER, [argv[0], "--models-dir", str(models), *flags]) as router:
+            ways = {
+                OURS: lambda: through_service(through),
+                BY_HAND: lambda: by_hand(argv),
+                ROUTER: lambda: through_router(router),
+            }
+            took = take_turns(ways, rounds)
+    return report(took)
+
+
+def report(took: Mapping[str, Sequence[float]]) -> bool:
+    """Print what each way took and how they compare within the rounds; return whether the bounds hold."""
+    for name, seconds in took.items():
+        print(f"  {name:<14} {quartiles(seconds)} ms from the request to the first token")
+    later = {other: [a - b for a, b in zip(took[OURS], took[other], strict=True)] for other in (BY_HAND, ROUTER)}
+    for other, differences in later.items():
+        print(f"  {OURS:<14} {quartiles(differences)} ms later than {other}, within each round")
     return all(
         [
-            verdict("later first token than by hand", later, MAX_LATER_MS, " ms"),
-            verdict("later first token than by hand; router mode's", later, router_later, " ms"),
+            verdict("later first token than by hand", median(later[BY_HAND]) * 1e3, MAX_LATER_MS, " ms"),
+            verdict("later first token than through router mode", median(later[ROUTER]) * 1e3, 0.0, " ms"),
         ]
     )
+
+
+def quartiles(seconds: Sequence[float]) -> str:
+    """Return the median and, in brackets, the quartiles of these times, in milliseconds."""
+    low, middle, high = (one * 1e3 for one in statistics.quantiles(seconds, n=4))
+    return f"{middle:7.1f} [{low:5.1f} .. {high:5.1f}]"
 
 
 def main() -> int:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         return 0 if measure(Path(folder), parser.parse_args().rounds) else 1
 
