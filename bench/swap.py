@@ -2,10 +2,10 @@
 
     python bench/swap.py [--rounds N]
 
-In each round, in an order that changes from round to round: through ``planner serve``, where nothing is loaded; by hand,
-with the flags that the service chose, asked as soon as llama-server says that it listens; and through llama-server's own
-router mode with the same flags. The ways are compared within each round: printed are the median of the differences and
-their quartiles. Ends with 1 where a bound is broken.
+In each round, in an order that changes: through ``planner serve``, where nothing is loaded; by hand, with the flags
+that the service chose, asked as soon as llama-server says that it listens; and through llama-server's own router mode
+with the same flags. The ways are compared within each round: printed are the median of the differences and their
+quartiles. Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations

@@ -6,16 +6,19 @@ What a child does becomes an event. Its last word is always ``ProcessExited``, s
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import anyio
 import structlog
-from anyio.abc import TaskGroup
+from anyio import TASK_STATUS_IGNORED
+from anyio.abc import TaskGroup, TaskStatus
 
 from supervisor import strays
 from supervisor.core.commands import Spawn
@@ -31,19 +34,25 @@ from supervisor.core.events import (
 )
 from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
-from supervisor.core.types import ModelId
+from supervisor.core.types import ModelId, Program
 from supervisor.hanging import HangWatch, Patience, is_stopped
 from supervisor.health import wait_healthy, wait_serving
 from supervisor.logs import ChildLog
-from supervisor.process import READ_BYTES, Child, scrubbed
+from supervisor.process import READ_BYTES, Child, find_setpriv, scrubbed, started, tied
+from supervisor.spare import Spare
 from supervisor.weights_read import WeightsRead
 
 LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
 # A child that serves says two hundred lines for each request: they are taken together. Shorter than LAST_WORDS_S.
 LISTEN_EVERY_S: Final = 0.05
+# One that loads writes each line in three pieces; to be woken for each would take the processor from it, and so delay
+# the line that counts, that it listens, by more than this.
+LISTEN_LOADING_S: Final = 0.001
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
-# Between the signals to a child that does not serve yet: one may have been lost on it, and no client waits for more.
+# Between the signals to a child whose loop does not answer: one may have been lost on it.
 UNREADY_GRACE_S: Final = 0.5
+# For what a shell waits that is to become a child: longer than a plan takes, and than an idle runner to make room.
+SPARE_FOR_S: Final = 5.0
 # A loading child that somebody stopped: longer than it takes to look at it, far shorter than LOAD_TIMEOUT.
 STOPPED_S: Final = 20.0
 KEY_BYTES: Final = 32
@@ -63,7 +72,10 @@ def prepare(state_dir: Path) -> None:
 
 @dataclass(slots=True)
 class _Running:
-    """A live child, what a client has to show it, and what it said. ``serves`` once it has said that it does."""
+    """A live child, what a client has to show it, and what it said. ``url`` once it has said that it listens.
+
+    ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost.
+    """
 
     child: Child
     argv: Sequence[str]
@@ -72,7 +84,8 @@ class _Running:
     pinned: tuple[PinnedDevice, ...] = ()
     is_program: bool = False
     used: list[UsingDevice] = field(default_factory=list)
-    serves: bool = False
+    url: str | None = None
+    obeys: bool = False
     until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
 
 
@@ -99,9 +112,24 @@ class Children:
         self._records = state_dir / RECORDS
         self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
+        self._spares: list[Spare] = []
         self._stop_grace_s = stop_grace_s
         self._patience = patience
         self._running: dict[tuple[ModelId, int], _Running] = {}
+
+    async def expect_spawn(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Have a shell wait, for a while, that becomes the next child; for when that is being planned."""
+        setpriv = find_setpriv()
+        if self._spares or setpriv is None:
+            return
+        with suppress(OSError), Spare(setpriv, self._environ) as spare:
+            self._spares.append(spare)
+            task_status.started()
+            try:
+                await anyio.sleep(SPARE_FOR_S)
+            finally:
+                if spare in self._spares:
+                    self._spares.remove(spare)
 
     def api_key(self, model: ModelId, generation: int) -> str:
         """Return what a client has to show to this child."""
@@ -120,14 +148,10 @@ class Children:
         _log.info("plan.final", **about, plan=command.plan.document)
         program = command.plan.program
         try:
-            child = Child(argv, env, None if program is None else program.folder)
+            child = self._start(argv, env, program)
         except OSError as error:
             self._post(SpawnFailed(command.model, command.generation, f"cannot start {argv[0]}: {error.strerror}"))
             return
-        try:
-            strays.record(self._records, child.pid, command.model)
-        except OSError as error:  # a full disk is no reason to serve nobody
-            _log.warning("stray.not_recorded", **about, pid=child.pid, reason=str(error))
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
         self._running[command.model, command.generation] = running = _Running(
             child, argv, api_key, log, command.plan.pinned, program is not None
@@ -138,15 +162,22 @@ class Children:
         self._post(ProcessSpawned(command.model, command.generation, child.pid))
 
     def _line(self, command: Spawn, api_key: str) -> tuple[list[str], dict[str, str], str | None]:
-        """Return the command line, its environment and, for a program that is not ours, where it will answer."""
+        """Return the command line, what joins its environment and, for a program not ours, where it will answer."""
         launch, program = command.plan.launch, command.plan.program
-        env = {**self._environ, **launch.env}
+        env = dict(launch.env)
         if program is not None:
             port = str(free_port())
             return [word.replace(PORT, port) for word in launch.argv], env, program.url.replace(PORT, port)
         env |= {"LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
         # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
         return [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model], env, None
+
+    def _start(self, argv: list[str], env: Mapping[str, str], program: Program | None) -> Child:
+        """Start this, as a shell that waits for it where there is one. Raises OSError."""
+        if program is None and self._spares and (process := self._spares.pop().become(argv, env)) is not None:
+            return Child(process)
+        folder = None if program is None else program.folder
+        return Child(started(tied(argv, find_setpriv(), os.getpid()), {**self._environ, **env}, folder))
 
     async def stop(self, model: ModelId, generation: int, at_once: bool = False) -> None:  # noqa: FBT001, FBT002  a task
         """End this child, by force in the end or ``at_once``; its exit is told as any other."""
@@ -155,8 +186,12 @@ class Children:
             return
         if at_once:
             running.child.kill()
-        else:
-            await running.child.stop(self._stop_grace_s if running.serves else UNREADY_GRACE_S)
+            return
+        if running.url is not None and not running.obeys:
+            with anyio.move_on_after(UNREADY_GRACE_S):
+                await wait_serving(running.url, running.api_key)
+                running.obeys = True
+        await running.child.stop(self._stop_grace_s if running.obeys else UNREADY_GRACE_S)
 
     async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
         """Listen until the child has ended, then reap it and tell. Cancelled, it kills the child."""
@@ -164,6 +199,7 @@ class Children:
         structlog.contextvars.clear_contextvars()  # the child outlives the request that caused it
         reaped = False
         try:
+            self._record(model, child.pid)
             async with anyio.create_task_group() as tasks:
                 silent = anyio.Event()
                 tasks.start_soon(self._listen, model, generation, running, tasks, silent)
@@ -186,6 +222,12 @@ class Children:
         last_error = log.last_error or "".join(said) or None
         self._post(ProcessExited(model, generation, exit_, last_error, log.tail, log.shortage))
 
+    def _record(self, model: ModelId, pid: int) -> None:
+        try:
+            strays.record(self._records, pid, model)
+        except OSError as error:  # a full disk is no reason to serve nobody
+            _log.warning("stray.not_recorded", model=model, pid=pid, reason=str(error))
+
     async def _listen(
         self, model: ModelId, generation: int, running: _Running, tasks: TaskGroup, silent: anyio.Event
     ) -> None:
@@ -197,16 +239,18 @@ class Children:
                 if (wrong := _wrong_devices(running, fact)) is not None:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, Listening):
-                    tasks.start_soon(self._serve, model, generation, running, fact.url)
-            if running.serves and len(data) < READ_BYTES:
-                await running.child.wait_exited(LISTEN_EVERY_S)
+                    running.url = fact.url
+                    self._post(BecameReady(model, generation, fact.url, running.log.measured_bytes))
+                    tasks.start_soon(self._watch, model, generation, running, fact.url)
+            if len(data) < READ_BYTES:
+                await running.child.wait_exited(LISTEN_EVERY_S if running.url is not None else LISTEN_LOADING_S)
         silent.set()
 
     async def _follow_load(self, model: ModelId, generation: int, running: _Running) -> None:
         """Tell of every sign of progress until the child serves: it said something, or read on."""
         weights = WeightsRead(running.child.pid, running.argv)
         seen, stopped_since = None, math.inf
-        while not running.serves:
+        while running.url is None:
             await anyio.sleep(PROGRESS_EVERY_S)
             stopped_since = min(stopped_since, anyio.current_time()) if is_stopped(running.child.pid) else math.inf
             if anyio.current_time() - stopped_since > STOPPED_S:
@@ -216,11 +260,8 @@ class Children:
             if seen != (seen := (running.log.n_lines, fraction)):
                 self._post(LoadProgressed(model, generation, fraction))
 
-    async def _serve(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
-        """Tell that the child is ready once it serves, and when it does not any more."""
-        await wait_serving(url, running.api_key)
-        running.serves = True
-        self._post(BecameReady(model, generation, url, running.log.measured_bytes))
+    async def _watch(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
+        """Tell when the child does not answer any more."""
         watch = HangWatch(
             url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation), self._patience
         )
@@ -230,7 +271,7 @@ class Children:
         """Tell that a program that is not ours is ready, once its health says so; its end ends the asking."""
         with running.until_gone:
             await wait_healthy(url, health)
-            running.serves = True
+            running.url, running.obeys = url, True
             self._post(BecameReady(command.model, command.generation, url))
 
 

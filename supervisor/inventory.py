@@ -40,6 +40,8 @@ from supervisor.store.folder import StoreFolder
 # For what is missing, and for files that came, went or grew: a look at the names and times of a hundred costs 1 ms. It
 # works on network file systems too, where no kernel tells of changes.
 LOOK_AGAIN_S: Final = 2.0
+# Somebody waits for a runner that has just become ready, and a look at the machine takes a core for two milliseconds.
+REST_S: Final = 0.5
 SHOWN_FOR_S: Final = 30.0  # a figure that is shown again and again, to Prometheus say, is not older than this by much
 RESCAN_EVERY_S: Final = 30.0  # for what changed without a trace in those times, such as a blob that was removed
 RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, must not keep the disk busy
@@ -129,6 +131,11 @@ class Inventory:
             _log.warning("machine.not_read", reason=str(error))
         else:
             _log.debug("machine.read")
+
+    async def refresh_at_rest(self, gone: Mapping[str, int]) -> None:
+        """Read the machine again, a little later: not while those are served who waited for this."""
+        await anyio.sleep(REST_S)
+        await self.refresh(self.held_now(), gone)
 
     def was_shown(self) -> None:
         """Note that somebody looks at the machine, for whom ``follow_what_is_shown`` may read it again."""
@@ -260,8 +267,8 @@ class Inventory:
             raise BadModel(f"{entry.id}: {reason}")
         return answer
 
-    async def plan(self, command: PlanModel) -> Planned:
-        """Return the plan that was asked for, or why there is none."""
+    async def plan(self, command: PlanModel, *, meanwhile: Callable[[], None] = lambda: None) -> Planned:
+        """Return the plan that was asked for, or why there is none; ``meanwhile`` is called while it is being made."""
         entry = self._catalogue.find(command.model)
         if entry is None:
             problem = PlanProblem(f"it is no longer in {self._where}")
@@ -286,7 +293,7 @@ class Inventory:
             learned=self._learned.by_device(self.machine),
         )
         try:
-            answer = await self._planning.ask(question)
+            answer = await self._planning.ask(question, meanwhile=meanwhile)
         except PlanningFailed as error:
             answer = Failed(str(error))
         match answer:

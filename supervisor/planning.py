@@ -7,7 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Self
@@ -45,12 +45,12 @@ class PlanningProcess:
     async def __aexit__(self, *_exception: object) -> None:
         await self._end()
 
-    async def ask(self, question: Question) -> Answer:
-        """Return the worker's answer. Raises PlanningFailed."""
+    async def ask(self, question: Question, *, meanwhile: Callable[[], None] = lambda: None) -> Answer:
+        """Return the worker's answer; ``meanwhile`` is called once it has the question. Raises PlanningFailed."""
         async with self._turn:
             try:
                 with anyio.fail_after(self._answer_within_s):
-                    return await self._exchange(question)
+                    return await self._exchange(question, meanwhile)
             except BaseException as error:
                 # Cancellation included: what it still says would be taken for the answer to the next question.
                 exit_ = await self._end()
@@ -62,11 +62,12 @@ class PlanningProcess:
                     raise PlanningFailed(f"the planning process ended ({exit_}) and was replaced: try again") from error
                 raise
 
-    async def _exchange(self, question: Question) -> Answer:
+    async def _exchange(self, question: Question, meanwhile: Callable[[], None]) -> Answer:
         if self._process is None:
             self._process = await self._start()
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
         await self._process.stdin.send(pack(question))
+        meanwhile()
         size = int.from_bytes(await self._receive(LENGTH_BYTES), "little")
         answer: Any = pickle.loads(await self._receive(size))  # noqa: S301 - from the process that we started
         return answer  # type: ignore[no-any-return]

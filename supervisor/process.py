@@ -23,7 +23,9 @@ import anyio
 READ_BYTES: Final = 65536  # a full pipe
 SHIM: Final = Path(__file__).with_name("exec_child.py")
 SHELL: Final = "/bin/sh"
-# What the shim does after it has tied the death, for a shell that starts in a millisecond.
+# What the shim does after it has tied the death, for a shell that starts in a millisecond. Where it is to wait, it is
+# told its arguments first; a shell's PPID is that of its start, so what is checked stays the same.
+BE_TOLD: Final = ". /dev/stdin"
 CHECK_AND_BECOME: Final = """
 fail() { echo "cannot start $1: $2" >&2; exit 127; }
 [ "$PPID" = "$0" ] || fail "$1" "the service is gone"
@@ -72,23 +74,39 @@ def tied(argv: Sequence[str], setpriv: str | None, parent: int) -> list[str]:
     return [setpriv, "--pdeathsig", "KILL", SHELL, "-c", CHECK_AND_BECOME, str(parent), *argv]
 
 
-class Child:
-    """A running process and the read end of its stdout and stderr together.
+def waiting(setpriv: str, parent: int) -> list[str]:
+    """Return the command of a shell whose death is tied as by ``tied``, and which is told on its stdin what to become.
 
-    Construction starts it and raises OSError where that is impossible. Whoever constructs it calls ``reap`` and
+    It is told a shell's words: what is exported and set there stands when it goes on.
+    """
+    return [setpriv, "--pdeathsig", "KILL", SHELL, "-c", BE_TOLD + CHECK_AND_BECOME, str(parent)]
+
+
+def started(
+    command: Sequence[str], env: Mapping[str, str], folder: str | None = None, *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start this in a session of its own, its stdout and stderr in one pipe. Raises OSError."""
+    return subprocess.Popen(  # noqa: S603 - the command line is a plan's
+        command,
+        bufsize=0,
+        env=dict(env),
+        cwd=folder,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+class Child:
+    """A running process that ``started`` has started, and the read end of its stdout and stderr together.
+
+    Construction raises OSError where it cannot be watched; then it was ended. Whoever constructs it calls ``reap`` and
     ``close`` in the end.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], folder: str | None = None) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 - the argv is a plan's
-            tied(argv, find_setpriv(), os.getpid()),
-            env=dict(env),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
         assert self._process.stdout is not None  # noqa: S101 - PIPE was asked for
         self._output = self._process.stdout
         os.set_blocking(self._output.fileno(), False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import assert_never
@@ -161,9 +162,9 @@ class Writer:
         assert self._tasks is not None  # noqa: S101 - nobody asks for anything before ``run`` has started
         match command:
             case PlanModel():
-                self._tasks.start_soon(self._plan, command)
-            case ReadMachine(_, held, gone):
-                self._tasks.start_soon(self._inventory.refresh, held, gone)
+                self._tasks.start_soon(self._plan, command, self._tasks)
+            case ReadMachine(_, gone):
+                self._tasks.start_soon(self._inventory.refresh_at_rest, gone)
             case Spawn():
                 self.children.spawn(command, self._tasks)
             case Learn(model, device, size_bytes):
@@ -194,8 +195,9 @@ class Writer:
                 for lease in self._leases.pop((model, generation), set()):
                     lease.lose(story)
 
-    async def _plan(self, command: PlanModel) -> None:
-        self.post(await self._inventory.plan(command))
+    async def _plan(self, command: PlanModel, tasks: TaskGroup) -> None:
+        meanwhile = partial(tasks.start_soon, self.children.expect_spawn)
+        self.post(await self._inventory.plan(command, meanwhile=meanwhile))
 
     async def _keep_time(self) -> None:
         while True:

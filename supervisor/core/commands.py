@@ -99,13 +99,9 @@ class ReportFailure:
 
 @dataclass(frozen=True, slots=True)
 class ReadMachine:
-    """Read the machine again: a child of this model has taken its memory or given it back. See ``PlanModel``.
-
-    ``held`` is what our runners hold on each device.
-    """
+    """Read the machine again: a child of this model has taken its memory or given it back. See ``PlanModel``."""
 
     model: ModelId
-    held: Mapping[str, int]
     gone: Mapping[str, int]
 
 

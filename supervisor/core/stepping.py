@@ -31,7 +31,7 @@ def step_runner(pool: Pool, event: RunnerEvent, now: float) -> Outcome:
         pool = _owe(pool, after.model)
     if is_gone or is_ready:
         gone = ledger.gone_bytes(pool, now) if is_gone else {}
-        commands += (ReadMachine(after.model, ledger.held_bytes(pool), gone),)
+        commands += (ReadMachine(after.model, gone),)
     load_failed = before.state in IS_LOADING and after.state not in {*IS_LOADING, RunnerState.READY}
     given_up = after.state is RunnerState.FAILED and before.state is not RunnerState.FAILED
     if given_up or (load_failed and not after.wanted_back):

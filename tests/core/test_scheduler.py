@@ -271,7 +271,7 @@ def test_the_machine_is_read_again_when_memory_was_taken_or_given_back() -> None
     """Not where a plan is asked for in the same moment, which reads it anyway."""
     bench = Bench(ALONE)
     bench.bring_up(A, make_plan())
-    assert bench.one(ReadMachine) == ReadMachine(A, {"CUDA0": 10, "Host": 0}, {})
+    assert bench.one(ReadMachine) == ReadMachine(A, {})
     bench.finish(A)
     bench.arrive(B)
     bench.answer(MakeRoom(frozenset({A})))

@@ -16,7 +16,7 @@ import anyio
 import pytest
 
 from supervisor import strays
-from supervisor.process import Child, describe_exit, find_setpriv, scrubbed, tied
+from supervisor.process import Child, describe_exit, find_setpriv, scrubbed, started, tied
 
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
 
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.anyio
 
 
 @contextmanager
-def started(program: str) -> Iterator[Child]:
-    child = Child([sys.executable, "-c", program], scrubbed(os.environ))
+def running(program: str) -> Iterator[Child]:
+    child = Child(started(tied([sys.executable, "-c", program], find_setpriv(), os.getpid()), scrubbed(os.environ)))
     try:
         yield child
     finally:
@@ -54,7 +54,7 @@ async def stopped(child: Child, grace_s: float) -> str:
 
 
 async def test_what_a_child_writes_is_read_to_the_end() -> None:
-    with started("import sys; print('out'); sys.stdout.flush(); print('err', file=sys.stderr)") as child:
+    with running("import sys; print('out'); sys.stdout.flush(); print('err', file=sys.stderr)") as child:
         assert await ended(child) == "exit status 0"
         data = b""
         while more := await child.read():
@@ -73,20 +73,20 @@ async def first_line(child: Child) -> bytes:
 
 
 async def test_a_child_that_obeys_ends_with_the_first_term() -> None:
-    with started(CLEAN) as child:
+    with running(CLEAN) as child:
         assert await first_line(child) == b"up\n"
         assert await stopped(child, grace_s=30.0) == "exit status 3"
 
 
 async def test_a_child_that_ignores_term_is_killed() -> None:
-    with started(DEAF) as child:
+    with running(DEAF) as child:
         assert await first_line(child) == b"deaf\n"
         assert await stopped(child, grace_s=0.05) == "killed by SIGKILL"
 
 
 async def test_nothing_of_a_child_s_group_is_left_when_it_is_reaped() -> None:
     """A grandchild that held the pipe would keep us reading for ever."""
-    with started(PARENT) as child:
+    with running(PARENT) as child:
         grandchild = os.pidfd_open(int(await first_line(child)))
         assert await ended(child) == "exit status 0"
         assert await child.read() == b""
@@ -129,8 +129,9 @@ def test_arguments_and_environment_arrive_as_they_are(setpriv: str | None) -> No
 
 def test_a_child_dies_with_its_parent_however_that_dies() -> None:
     program = (
-        "import os, sys, time; from supervisor.process import Child; "
-        f"print(Child([sys.executable, '-c', {DEAF!r}], {{}}).pid, flush=True); time.sleep(60)"
+        "import os, sys, time; from supervisor.process import find_setpriv, started, tied; "
+        f"command = tied([sys.executable, '-c', {DEAF!r}], find_setpriv(), os.getpid()); "
+        "print(started(command, {}).pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -1,0 +1,150 @@
+"""Children as events: told to end once they can hear it, and started by the shell that waits for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import psutil
+import pytest
+from anyio.abc import TaskGroup
+
+from planner.types import LaunchSpec
+from supervisor.children import Children, prepare
+from supervisor.core.commands import Spawn
+from supervisor.core.events import BecameReady, Event, ProcessExited, ProcessSpawned
+from supervisor.core.types import LoadPlan, ModelId, RunnerId
+from supervisor.hanging import PATIENCE
+from supervisor.process import find_setpriv
+
+pytestmark = pytest.mark.anyio
+
+E = TypeVar("E", bound=Event)
+A = ModelId("a")
+WITHIN_S = 30.0
+LONG_S = 600.0  # a grace that no test waits for
+
+# Says that it listens, and loses every signal to end it until its loop answers, as llama-server does.
+LATE = """
+import http.server, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        {answer}
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print(f"llama_server: listening on http://127.0.0.1:{{server.server_port}}", flush=True)
+server.serve_forever()
+"""
+
+
+class Events:
+    """What was posted, and a way to wait for it."""
+
+    def __init__(self) -> None:
+        self._posted: list[Event] = []
+        self._more = anyio.Event()
+
+    def post(self, event: Event) -> None:
+        self._posted.append(event)
+        self._more.set()
+
+    async def first(self, kind: type[E]) -> E:
+        """Return the first event of this kind, once it has come."""
+        with anyio.fail_after(WITHIN_S):
+            while True:
+                if found := [event for event in self._posted if isinstance(event, kind)]:
+                    return found[0]
+                self._more = anyio.Event()
+                await self._more.wait()
+
+
+@asynccontextmanager
+async def watched(state: Path) -> AsyncIterator[tuple[Children, Events, TaskGroup]]:
+    """Yield who starts children, what these do, and the tasks that look after them; what is left is killed."""
+    events = Events()
+    prepare(state)
+    children = Children(
+        events.post,
+        lambda _model, _generation: False,
+        state_dir=state,
+        environ=os.environ,
+        stop_grace_s=LONG_S,
+        patience=PATIENCE,
+    )
+    async with anyio.create_task_group() as tasks:
+        yield children, events, tasks
+        tasks.cancel_scope.cancel()
+
+
+def running(program: str) -> Spawn:
+    """Return the command that runs a Python program as the child of A."""
+    return Spawn(RunnerId("r1"), A, 1, LoadPlan(LaunchSpec((sys.executable, "-c", program)), uses=()))
+
+
+def own_children() -> set[int]:
+    return {one.pid for one in psutil.Process().children()}
+
+
+async def test_a_child_is_told_to_end_once_its_loop_answers(tmp_path: Path) -> None:
+    """It is ready as soon as it listens; a signal that came before its loop has begun would be lost."""
+    async with watched(tmp_path) as (children, events, tasks):
+        children.spawn(running(LATE.format(answer="")), tasks)
+        await events.first(BecameReady)
+        with anyio.fail_after(WITHIN_S):
+            await children.stop(A, 1)
+        assert (await events.first(ProcessExited)).exit == "exit status 3"
+
+
+async def test_a_child_whose_loop_never_answers_is_ended_by_force(tmp_path: Path) -> None:
+    """Soon: nobody waits through the grace of one that obeys."""
+    async with watched(tmp_path) as (children, events, tasks):
+        children.spawn(running(LATE.format(answer="import threading; threading.Event().wait()")), tasks)
+        await events.first(BecameReady)
+        with anyio.fail_after(WITHIN_S):
+            await children.stop(A, 1)
+        assert (await events.first(ProcessExited)).exit == "killed by SIGKILL"
+
+
+@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
+async def test_a_child_that_was_expected_is_the_shell_that_waited_for_it(tmp_path: Path) -> None:
+    async with watched(tmp_path) as (children, events, tasks):
+        await tasks.start(children.expect_spawn)
+        waiting = own_children()
+        children.spawn(running("print('here')"), tasks)
+        assert (await events.first(ProcessSpawned)).pid in waiting
+        exited = await events.first(ProcessExited)
+    assert (exited.exit, exited.log_tail) == ("exit status 0", ("here",))
+
+
+@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
+async def test_a_shell_that_somebody_ended_is_done_without(tmp_path: Path) -> None:
+    async with watched(tmp_path) as (children, events, tasks):
+        before = own_children()
+        await tasks.start(children.expect_spawn)
+        (shell,) = own_children() - before
+        pidfd = os.pidfd_open(shell)
+        os.kill(shell, signal.SIGKILL)
+        await anyio.wait_readable(pidfd)
+        os.close(pidfd)
+        children.spawn(running("print('here')"), tasks)
+        assert (await events.first(ProcessSpawned)).pid != shell
+        assert (await events.first(ProcessExited)).exit == "exit status 0"
+
+
+@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
+async def test_a_shell_that_nobody_needed_goes_with_whoever_started_it(tmp_path: Path) -> None:
+    before = own_children()
+    async with watched(tmp_path) as (children, _, tasks):
+        await tasks.start(children.expect_spawn)
+        assert own_children() - before
+    assert own_children() == before
