@@ -267,7 +267,7 @@ class Inventory:
             raise BadModel(f"{entry.id}: {reason}")
         return answer
 
-    async def plan(self, command: PlanModel, *, meanwhile: Callable[[], None] = lambda: None) -> Planned:
+    async def plan(self, command: PlanModel, *, meanwhile: Callable[[], object] = lambda: None) -> Planned:
         """Return the plan that was asked for, or why there is none; ``meanwhile`` is called while it is being made."""
         entry = self._catalogue.find(command.model)
         if entry is None:

@@ -45,7 +45,7 @@ class PlanningProcess:
     async def __aexit__(self, *_exception: object) -> None:
         await self._end()
 
-    async def ask(self, question: Question, *, meanwhile: Callable[[], None] = lambda: None) -> Answer:
+    async def ask(self, question: Question, *, meanwhile: Callable[[], object] = lambda: None) -> Answer:
         """Return the worker's answer; ``meanwhile`` is called once it has the question. Raises PlanningFailed."""
         async with self._turn:
             try:
@@ -62,7 +62,7 @@ class PlanningProcess:
                     raise PlanningFailed(f"the planning process ended ({exit_}) and was replaced: try again") from error
                 raise
 
-    async def _exchange(self, question: Question, meanwhile: Callable[[], None]) -> Answer:
+    async def _exchange(self, question: Question, meanwhile: Callable[[], object]) -> Answer:
         if self._process is None:
             self._process = await self._start()
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
