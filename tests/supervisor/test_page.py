@@ -60,8 +60,9 @@ async def test_it_shows_devices_models_and_runners_as_they_come(
 
 
 async def test_what_did_not_change_is_not_drawn_again(page: Page, serve: Serve, chat_model: Path) -> None:
-    service = serve()
+    service = serve(PLANNER_DEBUG="1")
     service.chat("tiny-chat").read()
+    service.read_log("machine.read")  # a little after the load, and what is free is another figure then
     await page.open(f"http://127.0.0.1:{service.port}/")
     marked = "document.querySelectorAll('#devices > *, #runners > *, #models > *, #model-rows > *')"
     count = await page.value(f"{marked}.forEach((one) => {{ one.marked = true; }}), {marked}.length")
