@@ -17,7 +17,7 @@ import anyio
 import pytest
 import structlog
 from event_log import WITHIN_S, EventLog
-from running_service import Serve, Service, run
+from running_service import Serve, Service, environment, serving
 from supervising import Supervising
 from terminal import Terminal
 
@@ -97,15 +97,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
 
 @pytest.fixture
 def environ(free_environment: dict[str, str], model_folder: Path, tmp_path: Path) -> dict[str, str]:
-    return {
-        **free_environment,
-        "PLANNER_MODELS": str(model_folder),
-        "PLANNER_STORE": str(tmp_path / "store"),
-        "PLANNER_STATE_DIR": str(tmp_path / "state"),
-        "PLANNER_HOST": "127.0.0.1:0",
-        "PLANNER_CONTEXT_LENGTH": "4096",
-        "PLANNER_LOG_FORMAT": "json",
-    }
+    return environment(free_environment, model_folder, tmp_path)
 
 
 @pytest.fixture
@@ -114,12 +106,7 @@ def serve(environ: dict[str, str], llama_tools: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start(**settings: str) -> Service:
-            process = stack.enter_context(run({**environ, **settings}))
-            stack.callback(process.kill)
-            service = Service(process, 0, [], stack)
-            service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
-            service.read_log("serve.ready")
-            return service
+            return stack.enter_context(serving({**environ, **settings}))
 
         yield start
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 WITHIN_S = 60.0
+NOT_INHERITED = ("LLAMA_ARG_", "PLANNER_", "OLLAMA_")
 
 
 @dataclass
@@ -61,3 +64,40 @@ Serve = Callable[..., Service]
 def run(environ: dict[str, str]) -> subprocess.Popen[str]:
     """Start it, its log in a pipe."""
     return subprocess.Popen([sys.executable, "-m", "planner", "serve"], stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def environment(inherited: Mapping[str, str], models: Path, scratch: Path) -> dict[str, str]:
+    """Return the environment of a service over this folder of models, all of whose own files lie in ``scratch``."""
+    return {
+        **{name: value for name, value in inherited.items() if not name.startswith(NOT_INHERITED)},
+        "XDG_CONFIG_HOME": str(scratch / "no-config"),
+        "PLANNER_MODELS": str(models),
+        "PLANNER_STORE": str(scratch / "store"),
+        "PLANNER_STATE_DIR": str(scratch / "state"),
+        "PLANNER_HOST": "127.0.0.1:0",
+        "PLANNER_CONTEXT_LENGTH": "4096",
+        "PLANNER_LOG_FORMAT": "json",
+    }
+
+
+@contextmanager
+def serving(environ: dict[str, str]) -> Iterator[Service]:
+    """Run a service that is ready. It is killed in the end."""
+    with ExitStack() as stack:
+        process = stack.enter_context(run(environ))
+        stack.callback(process.kill)
+        service = Service(process, 0, [], stack)
+        service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
+        service.read_log("serve.ready")
+        yield service
+
+
+@contextmanager
+def shared(environ: dict[str, str]) -> Iterator[Service]:
+    """Run a service that many tests ask and whose log none reads. It is told to stop in the end."""
+    with serving(environ) as service:
+        assert service.process.stderr is not None
+        Thread(target=service.process.stderr.read, daemon=True).start()  # a full pipe would stop the service
+        yield service
+        service.process.terminate()
+        service.process.wait(WITHIN_S)

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
-from running_service import Serve, Service
+from running_service import Serve, Service, environment, shared
 from terminal import Terminal, read_until
 
 from planner.errors import InvalidRequest
@@ -27,6 +27,19 @@ from supervisor.client.transfer import Transfer
 
 Planner = Callable[..., "subprocess.CompletedProcess[str]"]
 WITHIN_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def unimpressed(
+    llama_tools: Path,
+    model_folder: Path,
+    chat_model: Path,
+    embedding_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Service]:
+    """Return one service for everything that is asked wrongly, none of which changes anything."""
+    with shared(environment(os.environ, model_folder, tmp_path_factory.mktemp("unimpressed"))) as service:
+        yield service
 
 
 @pytest.fixture
@@ -97,15 +110,9 @@ def test_what_is_loaded_is_listed_unloaded_and_loaded_again(
     ],
 )
 def test_what_is_typed_wrong_is_told_in_one_line(
-    serve: Serve,
-    planner: Planner,
-    chat_model: Path,
-    embedding_model: Path,
-    words: tuple[str, ...],
-    status: int,
-    says: str,
+    unimpressed: Service, planner: Planner, words: tuple[str, ...], status: int, says: str
 ) -> None:
-    done = planner(serve(), *words)
+    done = planner(unimpressed, *words)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("planner: error: ")
     assert says in done.stderr
@@ -144,13 +151,13 @@ def test_a_model_is_made_of_a_modelfile_and_the_files_beside_it(
     ],
 )
 def test_a_modelfile_that_cannot_be_made_is_told_in_one_line(
-    serve: Serve, planner: Planner, model_folder: Path, tmp_path: Path, text: str | None, says: str
+    unimpressed: Service, planner: Planner, tmp_path: Path, text: str | None, says: str
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "words.gguf").write_text("words")
     if text is not None:
         (tmp_path / "Modelfile").write_text(text)
-    done = planner(serve(), "create", "new", "-f", str(tmp_path / "Modelfile"))
+    done = planner(unimpressed, "create", "new", "-f", str(tmp_path / "Modelfile"))
     assert done.returncode in {1, 2}
     assert says in done.stderr
     assert done.stderr.count("\n") == 1

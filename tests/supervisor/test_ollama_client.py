@@ -10,10 +10,8 @@ import signal
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import companion_models
@@ -21,7 +19,7 @@ import ollama
 import pytest
 import tiny_encoders
 import tiny_models
-from running_service import Service, run
+from running_service import Service, environment, shared
 
 pytestmark = [pytest.mark.llama, pytest.mark.anyio]
 
@@ -57,24 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(folder: Path, llama_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Return one service for all tests of this module."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PLANNER_", "OLLAMA_"))}
-    settings = {
-        "PLANNER_MODELS": str(folder),
-        "PLANNER_STORE": str(tmp_path_factory.mktemp("ollama-store")),
-        "PLANNER_STATE_DIR": str(tmp_path_factory.mktemp("ollama-state")),
-        "PLANNER_HOST": "127.0.0.1:0",
-        "PLANNER_CONTEXT_LENGTH": str(N_CTX),
-        "PLANNER_LOG_FORMAT": "json",
-    }
-    with ExitStack() as stack:
-        process = stack.enter_context(run({**inherited, **settings}))
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
-        service = Service(process, 0, [], stack)
-        service.port = int(service.read_log("serve.listening")["url"].rpartition(":")[2])
-        service.read_log("serve.ready")
-        assert process.stderr is not None
-        Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the service
+    environ = environment(os.environ, folder, tmp_path_factory.mktemp("ollama"))
+    with shared({**environ, "PLANNER_CONTEXT_LENGTH": str(N_CTX)}) as service:
         yield service
 
 
