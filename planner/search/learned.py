@@ -50,6 +50,10 @@ class Learned:
         points.pop(n_ctx, None)  # the latest goes last
         points[n_ctx] = size_bytes
 
+    def only(self, mode: Mode) -> Learned:
+        """Return what was seen in that mode."""
+        return Learned({part: dict(points) for part, points in self._seen.items() if part.mode is mode})
+
     def expected(self, part: Part, n_ctx: int, n_ubatch: int) -> float:
         """Return what this part takes, as far as that can be told: 0 at first, so that nothing is ruled out by a guess.
 

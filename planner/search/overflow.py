@@ -8,7 +8,7 @@ confirmed by accounting, as everywhere.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,7 +23,9 @@ from planner.search.learned import Mode
 from planner.types.plan import PlacementKind
 from planner.types.request import PlanRequest
 
-MAX_ACCOUNTINGS: Final = 8  # of one question; three are usual: buffers hardly depend on where a layer is divided
+MAX_ACCOUNTINGS: Final = (
+    8  # of one question by what is known; three are usual: buffers hardly depend on where a layer is divided
+)
 
 _CHOSEN: Final = re.compile(r"^blk\\\.(\d+)\\\.ffn_\(([a-z_|]+)\)")
 
@@ -60,13 +62,24 @@ class Overflow:
         """Return what was ``found``, or a placement with everything on devices where that has not."""
         if (found is not None and is_whole(found)) or not self._applies(request):
             return found
+        if fitting := self._fitting(request):
+            return fitting
+        self._forget_others()
+        return self._fitting(request) or found
+
+    def _forget_others(self) -> None:
+        """Go on by what devices took without pipelining alone: otherwise they mostly take more, and that rules out."""
+        self.best.learned = self.best.learned.only(Mode.UNPIPELINED)
+
+    def _fitting(self, request: PlanRequest) -> Candidate | None:
+        """Return the first placement that really fits of those that are expected to."""
         tried = set[Filled]()
-        while len(tried) < MAX_ACCOUNTINGS and (filled := self._filled(request)) and filled not in tried:
+        while len(tried) < MAX_ACCOUNTINGS and (filled := self._filled(request, tried)):
             tried.add(filled)
             attempt = self._accounted(request, filled)
             if attempt.fits:
                 return attempt
-        return found
+        return None
 
     def longest(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
         """Return what was ``found``, or a placement with everything on devices and a longer context.
@@ -76,6 +89,12 @@ class Overflow:
         """
         if not self._applies(knobs.with_context(settled, floor)):
             return found
+        found = self._longer(settled, floor, trained, found)
+        self._forget_others()
+        return self._longer(settled, floor, trained, found)
+
+    def _longer(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
+        """Return what was ``found``, or what really fits of what is expected to with a longer context."""
         if found is not None and is_whole(found):
             floor = found.params.n_ctx_seq + 1
         low, high = -(-floor // CONTEXT_ALIGNMENT), -(-trained // CONTEXT_ALIGNMENT) + 1
@@ -111,9 +130,9 @@ class Overflow:
                 low = middle
         return low
 
-    def _filled(self, request: PlanRequest) -> Filled | None:
-        """Return the first filling that is expected to fit; None where none is."""
-        return next(fillings(self.best.question(request)), None)
+    def _filled(self, request: PlanRequest, tried: Container[Filled] = ()) -> Filled | None:
+        """Return the first filling that is expected to fit and was not tried; None where none is."""
+        return next((each for each in fillings(self.best.question(request)) if each not in tried), None)
 
     def _accounted(self, request: PlanRequest, filled: Filled) -> Candidate:
         """Return this placement, accounted for, having learned from it."""
