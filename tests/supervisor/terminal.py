@@ -11,11 +11,11 @@ Terminal = Callable[..., "tuple[subprocess.Popen[bytes], int]"]
 
 
 def read_until(terminal: int, words: str) -> str:
-    """Read what the terminal shows until these words are there."""
-    seen = ""
-    while words not in seen:
-        seen += os.read(terminal, 4096).decode()
-    return seen
+    """Read what the terminal shows until these words are there, and nothing beyond them: that is the next reader's."""
+    seen = b""
+    while not seen.endswith(words.encode()):
+        seen += os.read(terminal, 1)
+    return seen.decode()
 
 
 def read_to_end(terminal: int) -> str:
