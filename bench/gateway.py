@@ -1,13 +1,15 @@
 """What the way through ``planner serve`` costs, beside llama-server asked directly and beside its own router mode.
 
-    python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N]
+    python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N] [--client bare|openai]
 
 One model, as many streams as slots, and one thread that computes; with ``--threads 0`` as many as llama-server takes by
-itself, where every proxy has to fight for its time. In each pair every way is taken in turn: straight to the
-llama-server that the service started, through the service, through a bare relay (the least that a proxy made with
-aiohttp does) to the same llama-server, and through llama-server's router mode, which starts a llama-server of its own
-with the same flags. Compared are medians over the pairs: tokens per second with all streams, seconds to the first token
-of a single stream and of all at once, processor seconds of the proxy itself. Ends with 1 where a bound is broken.
+itself, where every proxy has to fight for its time. The client does as little as one can, on a connection of its own
+for each request, or is the openai package, which keeps its connections where it may. In each pair every way is taken in
+turn: straight to the llama-server that the service started, through the service, through a bare relay (the least that a
+proxy made with aiohttp does) to the same llama-server, and through llama-server's router mode, which starts a
+llama-server of its own with the same flags. Compared are medians over the pairs: tokens per second with all streams,
+seconds to the first token of a single stream and of all at once, processor seconds of the proxy itself. Ends with 1
+where a bound is broken.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import aiohttp
+import openai
 import psutil
 from aiohttp import web
 from measuring import (
     PATH,
+    Stream,
     Way,
     drain,
     get,
@@ -46,6 +51,8 @@ MODEL: Final = "tiny-endless"
 N_CTX: Final = 1024
 FIRST_TOKENS: Final = 5  # single streams in each pair, for the time to the first token
 IDLE_S: Final = 10.0
+BARE: Final = "bare"
+RELAY_KEY: Final = "RELAY_KEY"  # no argument: a key may begin with a dash
 
 MIN_RATE: Final = 0.97
 MAX_FIRST_TOKEN_MS: Final = 4.0
@@ -89,25 +96,75 @@ class Sums:
     cpu_s: list[float] = field(default_factory=list)
 
 
-async def take(way: Way, sums: Sums, streams: int, tokens: int) -> None:
+Ask = Callable[[Way, int], Awaitable[Stream]]
+
+
+async def ask_bare(way: Way, n_tokens: int) -> Stream:
+    """Ask for so many tokens on a connection of its own."""
+    return await stream(way, MODEL, n_tokens)
+
+
+class Package:
+    """The openai package's clients, one for each way. Use within ``async with``, which closes them."""
+
+    def __init__(self, ways: Sequence[Way]) -> None:
+        self._clients = {way.name: openai.AsyncOpenAI(base_url=f"{way.url}/v1", api_key=way.key or "-") for way in ways}
+        self._closing = AsyncExitStack()
+
+    async def __aenter__(self) -> Ask:
+        for client in self._clients.values():
+            await self._closing.enter_async_context(client)
+        return self._ask
+
+    async def __aexit__(self, *_exception: object) -> None:
+        await self._closing.aclose()
+
+    async def _ask(self, way: Way, n_tokens: int) -> Stream:
+        """Ask for so many tokens. Ends the program where fewer come."""
+        began, first_token_s, n_came = time.perf_counter(), 0.0, 0
+        answer = await self._clients[way.name].chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "hi"}],
+            max_tokens=n_tokens,
+            stream=True,
+            extra_body={"cache_prompt": False},
+        )
+        async for chunk in answer:
+            if chunk.choices and chunk.choices[0].delta.content:
+                n_came += 1
+                first_token_s = first_token_s or time.perf_counter() - began
+        if n_came < n_tokens:
+            raise SystemExit(f"{way.name} sent {n_came} tokens of {n_tokens}")
+        return Stream(first_token_s, n_came)
+
+
+async def take(ask: Ask, way: Way, sums: Sums, streams: int, tokens: int) -> None:
     """Take one way: all streams at once, then single ones."""
     cpu_s, began = way.cpu_s(), time.perf_counter()
-    answers = await asyncio.gather(*(stream(way, MODEL, tokens) for _ in range(streams)))
+    answers = await asyncio.gather(*(ask(way, tokens) for _ in range(streams)))
     sums.rates.append(sum(one.n_tokens for one in answers) / (time.perf_counter() - began))
     sums.cpu_s.append(way.cpu_s() - cpu_s)
     sums.busy_first_token_s.append(median([one.first_token_s for one in answers]))
-    sums.first_token_s.append(median([(await stream(way, MODEL, 1)).first_token_s for _ in range(FIRST_TOKENS)]))
+    sums.first_token_s.append(median([(await ask(way, 1)).first_token_s for _ in range(FIRST_TOKENS)]))
 
 
-def compare(ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
+async def compare(ask: Ask, ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
     """Take every way in turn, each pair beginning with another one; the first round is not counted."""
     for round_ in range(pairs + 1):
         if round_ <= 1:
             sums = {way.name: Sums() for way in ways}
         for index in range(len(ways)):
             way = ways[(round_ + index) % len(ways)]
-            asyncio.run(take(way, sums[way.name], streams, tokens))
+            await take(ask, way, sums[way.name], streams, tokens)
     return sums
+
+
+async def measured(client: str, ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
+    """Take every way by this client."""
+    if client == BARE:
+        return await compare(ask_bare, ways, pairs, streams, tokens)
+    async with Package(ways) as ask:
+        return await compare(ask, ways, pairs, streams, tokens)
 
 
 def later_ms(ours: Sequence[float], direct: Sequence[float]) -> float:
@@ -138,12 +195,12 @@ def report(sums: dict[str, Sums], through: Way) -> bool:
     busy_later, router_busy_later = (
         later_ms(one.busy_first_token_s, direct.busy_first_token_s) for one in (ours, router)
     )
-    print(f"  router mode's first token comes {router_later:.3f} ms later than direct")
     cpu = median([mine / theirs for mine, theirs in zip(ours.cpu_s, bare.cpu_s, strict=True)])
     held = [
         verdict("tokens per second, of direct", rate, MIN_RATE, at_least=True),
         verdict("tokens per second, of direct; router mode's", rate, router_rate, at_least=True),
         verdict("later first token than direct", later, MAX_FIRST_TOKEN_MS, " ms"),
+        verdict("later first token than direct; router mode's", later, router_later, " ms"),
         verdict("the same with all streams at once", busy_later, MAX_FIRST_TOKEN_MS, " ms"),
         verdict("the same with all streams at once; router mode's", busy_later, router_busy_later, " ms"),
         verdict("processor seconds, of the bare relay", cpu, MAX_CPU),
@@ -161,8 +218,9 @@ def key_of(pid: int) -> str:
     return psutil.Process(pid).environ()["LLAMA_API_KEY"]
 
 
-def measure(folder: Path, pairs: int, streams: int, tokens: int, threads: int) -> bool:
+def measure(folder: Path, args: argparse.Namespace) -> bool:
     """Start everything, compare, report."""
+    pairs, streams, tokens, threads = args.pairs, args.streams, args.tokens, args.threads
     models = folder / "models"
     models.mkdir()
     write_model(models / f"{MODEL}.gguf")
@@ -177,13 +235,17 @@ def measure(folder: Path, pairs: int, streams: int, tokens: int, threads: int) -
         direct = Way("direct", runner["url"], key_of(runner["pid"]), psutil.Process(runner["pid"]))
         flags = runner["plan"]["launch"]["argv"]
         router_line = [flags[0], "--models-dir", str(models), *flags[flags.index("--fit") :]]
-        command = [sys.executable, __file__, "--relay", direct.url, direct.key]
-        with running(command, dict(os.environ)) as bare, llama_server("router mode", router_line) as router:
+        command = [sys.executable, __file__, "--relay", direct.url]
+        with (
+            running(command, {**os.environ, RELAY_KEY: direct.key}) as bare,
+            llama_server("router mode", router_line) as router,
+        ):
             relayed = (bare.stdout or sys.stdin).readline().strip()
             drain(bare)
             ways = [direct, through, Way("bare relay", relayed, "", psutil.Process(bare.pid)), router]
-            print(f"{streams} streams of {tokens} tokens, {threads or 'all'} threads, {pairs} pairs")
-            return report(compare(ways, pairs, streams, tokens), through)
+            conditions = f"threads: {threads or 'all'}, client: {args.client}, {pairs} pairs"
+            print(f"{streams} streams of {tokens} tokens, {conditions}")
+            return report(asyncio.run(measured(args.client, ways, pairs, streams, tokens)), through)
 
 
 def main() -> int:
@@ -193,12 +255,13 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--relay", nargs=2, metavar=("URL", "KEY"), help=argparse.SUPPRESS)
+    parser.add_argument("--client", choices=(BARE, "openai"), default=BARE)
+    parser.add_argument("--relay", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.relay:
-        asyncio.run(relay(*args.relay))
+        asyncio.run(relay(args.relay, os.environ[RELAY_KEY]))
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if measure(Path(folder), args.pairs, args.streams, args.tokens, args.threads) else 1
+        return 0 if measure(Path(folder), args) else 1
 
 
 if __name__ == "__main__":
