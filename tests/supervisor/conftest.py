@@ -24,7 +24,7 @@ from terminal import Terminal
 from supervisor import children
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
-from supervisor.hanging import Patience
+from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
@@ -66,7 +66,9 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
     """Return a function that runs a supervisor over a models folder; its invariants hold when it ends."""
 
     @asynccontextmanager
-    async def run(folder: Path, environ: dict[str, str] | None = None, **limits: Any) -> AsyncIterator[Supervisor]:
+    async def run(
+        folder: Path, environ: dict[str, str] | None = None, *, patience: Patience = PATIENCE, **limits: Any
+    ) -> AsyncIterator[Supervisor]:
         environ = {**free_environment, "PLANNER_CONTEXT_LENGTH": "512", **(environ or {})}
         options = RuntimeOptions(
             version="test",
@@ -75,7 +77,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
             stop_grace_s=5.0,
             n_ctx_per_slot=512,
             environ=environ,
-            patience=Patience(ask_every_s=0.05, answer_within_s=0.2),
+            patience=patience,
         )
         children.prepare(options.state_dir)
         async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:

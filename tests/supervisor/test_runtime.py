@@ -35,6 +35,7 @@ from supervisor.api import (
     UnknownModel,
     WrongRole,
 )
+from supervisor.hanging import Patience
 from supervisor.runtime import Supervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
@@ -228,7 +229,8 @@ async def test_a_model_that_crashed_in_use_comes_back_by_itself(
 async def test_a_runner_that_stops_answering_is_ended_its_clients_told_and_another_serves(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:
-    async with supervising(models(chat_model)) as supervisor:
+    patience = Patience(ask_every_s=0.05, answer_within_s=1.0)
+    async with supervising(models(chat_model), patience=patience) as supervisor:
         with anyio.fail_after(30):
             async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
                 pid = only_runner(supervisor).pid
