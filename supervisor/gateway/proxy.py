@@ -98,6 +98,8 @@ class RunnerLine:
         headers[hdrs.AUTHORIZATION] = f"Bearer {endpoint.api_key}"
         try:
             self._upstream = answer = await send(endpoint.base_url, path, headers, body)
+            if self._story.done():  # heard of before there was a connection to be closed
+                self._close_soon()
             await answer.wait_head()
         except OSError as error:
             raise await self._lost(error) from error
@@ -128,6 +130,9 @@ class RunnerLine:
     def _hear(self, story: str) -> None:
         """Give the last bytes their time, then cut the wait for more short."""
         self._story.set_result(story)
+        self._close_soon()
+
+    def _close_soon(self) -> None:
         asyncio.get_running_loop().call_later(LAST_BYTES_S, self.close)
 
     async def _lost(self, error: OSError) -> RunnerLost:

@@ -177,3 +177,29 @@ def _answer_second(listener: socket.socket) -> None:
         while b"\r\n\r\n" not in received:
             received += connection.recv(MIB)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+
+async def test_a_loss_heard_of_while_connecting_ends_the_wait(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
+) -> None:
+    """The connection comes about later than its runner's end is told, and whoever holds the socket says nothing."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        with socket.create_connection(listener.getsockname()):
+            runtime.endpoints["mock"] = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", "runner-key")
+            runtime.loss.set_result("it was swept away")
+            url = await serve()
+            asked = asyncio.ensure_future(http.post(f"{url}/v1/completions", json={"model": "mock"}))
+            await runtime.waiting.wait()
+            held = await asyncio.to_thread(_accept_two, listener)
+            async with await asked as response:
+                assert response.status == 502
+                assert "it was swept away" in (await response.json())["error"]["message"]
+            for one in held:
+                one.close()
+
+
+def _accept_two(listener: socket.socket) -> list[socket.socket]:
+    """Accept what filled the backlog, then what was turned away: the kernel tries again after a second."""
+    return [listener.accept()[0] for _ in range(2)]
