@@ -20,12 +20,16 @@ LAST_WORDS_S: Final = 1.0
 
 
 class LogWriter:
-    """The write side of a text file. ``tell_dropped`` logs how many lines were lost; it may write here."""
+    """The write side of a text file. ``tell_dropped`` logs how many lines were lost; it may write here.
+
+    Threads that write in the same instant may each leave one line more than ``max_waiting``.
+    """
 
     def __init__(self, descriptor: int, tell_dropped: Callable[[int], None], *, max_waiting: int = MAX_WAITING) -> None:
         self._descriptor = descriptor
         self._tell_dropped = tell_dropped
-        self._waiting: queue.Queue[bytes | None] = queue.Queue(max_waiting)
+        self._max_waiting = max_waiting
+        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._dropped = 0
         self._counting = threading.Lock()
         self._thread = threading.Thread(target=self._write_on, name="log", daemon=True)
@@ -34,9 +38,9 @@ class LogWriter:
 
     def write(self, text: str) -> int:
         """Take this text to be written, or drop it; return its length at once."""
-        try:
-            self._waiting.put_nowait(text.encode("utf-8", "backslashreplace"))
-        except queue.Full:
+        if self._waiting.qsize() < self._max_waiting:
+            self._waiting.put(text.encode("utf-8", "backslashreplace"))
+        else:
             with self._counting:
                 self._dropped += 1
         return len(text)
@@ -46,10 +50,7 @@ class LogWriter:
 
     def close(self) -> None:
         """Give what waits a moment to be written."""
-        try:
-            self._waiting.put(None, timeout=LAST_WORDS_S)
-        except queue.Full:
-            return
+        self._waiting.put(None)
         self._thread.join(LAST_WORDS_S)
 
     def _write_on(self) -> None:
