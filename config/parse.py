@@ -26,9 +26,12 @@ _SIZE_UNITS: Final = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * G
 # Twenty digits hold any size there is and keep the arithmetic finite; likewise below.
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 
-# Go's time.ParseDuration, which Ollama's settings follow.
-_DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_DURATION_PART: Final = re.compile(r"(\d{1,12}\.?\d{0,12}|\.\d{1,12})(ns|us|µs|ms|s|m|h)")
+# Go's time.ParseDuration, which Ollama's settings follow, and the days and weeks that people write all the same: Ollama
+# reads such a text as its default of minutes, without a word.
+_DURATION_UNITS: Final = {
+    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0,
+}  # fmt: skip
+_DURATION_PART: Final = re.compile(r"(\d{1,12}\.?\d{0,12}|\.\d{1,12})(ns|us|µs|ms|s|m|h|d|w)")
 _SECONDS: Final = re.compile(r"\d{1,12}(?:\.\d{1,12})?")
 
 # Go's strconv.ParseBool.
@@ -85,7 +88,7 @@ def format_size(size_bytes: int) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of ``5m``, ``1h2m3s``, ``1.5h``, ``300``; negative is for ever (inf). Raises ValueError."""
+    """Return the seconds of ``5m``, ``1h2m3s``, ``2d``, ``300``; negative is for ever (inf). Raises ValueError."""
     digits = text.removeprefix("-")
     if _SECONDS.fullmatch(digits):
         seconds = float(digits)
@@ -169,7 +172,7 @@ def duration(*, lowest_s: float = 0.0, forever: str | None = None, zero_is_forev
         return value
 
     least = f" of at least {format_duration(lowest_s)}" if lowest_s else ""
-    allowed = f"a duration{least} such as 5m, 1h2m3s or 300 (seconds)"
+    allowed = f"a duration{least} such as 5m, 1h2m3s, 2d or 300 (seconds)"
     if forever is not None:
         allowed += f", or -1 ({forever})"
     return Kind(allowed, parse, format_duration)

@@ -74,10 +74,23 @@ def test_all_bad_values_are_listed_each_with_name_what_was_given_and_what_is_all
     assert str(caught.value).splitlines()[0] == "PLANNER_NUM_PARALLEL: 'abc' is not a whole number from 1 to 256"
 
 
-def test_a_bad_value_of_ollamas_is_one_warning_and_the_default_is_taken() -> None:
-    loaded = load({"OLLAMA_NUM_PARALLEL": "-1"})
+@pytest.mark.parametrize("text", ["-1", "0x10", "0o10", "1_0", "1.0", "string"])
+def test_a_bad_value_of_ollamas_is_one_warning_and_the_default_is_taken(text: str) -> None:
+    loaded = load({"OLLAMA_NUM_PARALLEL": text})
     assert loaded.settings.num_parallel == 1
-    assert loaded.warnings == ("OLLAMA_NUM_PARALLEL: '-1' is not a whole number from 1 to 256; using 1",)
+    assert loaded.warnings == (f"OLLAMA_NUM_PARALLEL: {text!r} is not a whole number from 1 to 256; using 1",)
+
+
+@pytest.mark.parametrize("text,level", [("", 0), ("0", 0), ("false", 0), ("1", 1), ("true", 1), ("2", 2)])
+def test_how_much_is_logged_reads_as_it_does_for_ollama(text: str, level: int) -> None:
+    assert load({"OLLAMA_DEBUG": text}).settings.debug == level
+
+
+def test_origins_are_a_list_of_patterns() -> None:
+    origins = ("http://10.0.0.1:*", "https://*.example.org", "app://mine")
+    assert load({"OLLAMA_ORIGINS": " , ".join(origins)}).settings.origins == origins
+    with pytest.raises(ConfigError, match="PLANNER_ORIGINS"):
+        load({"PLANNER_ORIGINS": "example.org"})
 
 
 def test_an_unknown_name_of_ours_is_warned_about_with_the_nearest_one() -> None:
@@ -134,18 +147,27 @@ def test_listening_on_loopback_needs_neither(host: str) -> None:
         ("127.0.0.1", Address("127.0.0.1", 11434)),
         ("[::1]:8080", Address("::1", 8080)),
         ("::1", Address("::1", 11434)),
+        ("[::]", Address("::", 11434)),
         (":9000", Address("0.0.0.0", 9000)),  # noqa: S104 - only read
+        ("10.0.0.4:1234", Address("10.0.0.4", 1234)),
+        ("box.example.org:0", Address("box.example.org", 0)),
+        (' "10.0.0.4" ', Address("10.0.0.4", 11434)),
         ("http://localhost", Address("localhost", 80)),
+        ("http://[::1]:4321/", Address("::1", 4321)),
     ],
 )
 def test_an_address_reads_as_it_does_for_ollama(text: str, expected: object) -> None:
     assert load({"PLANNER_HOST": text, "PLANNER_ALLOW_REMOTE": "1"}).settings.host == expected
 
 
-@pytest.mark.parametrize("text", ["https://127.0.0.1", "127.0.0.1:99999", "a b", "127.0.0.1:x", "http://h/path"])
+@pytest.mark.parametrize(
+    "text", ["https://127.0.0.1", "127.0.0.1:99999", "127.0.0.1:-1", "a b", "127.0.0.1:x", "http://h/path"]
+)
 def test_an_address_that_cannot_be_listened_on_is_refused(text: str) -> None:
+    """One of Ollama's is not half believed: its host with another port could be open to more than was meant."""
     with pytest.raises(ConfigError, match="PLANNER_HOST"):
         load({"PLANNER_HOST": text, "PLANNER_ALLOW_REMOTE": "1"})
+    assert load({"OLLAMA_HOST": text}).settings.host == Address("127.0.0.1", 11434)
 
 
 @pytest.mark.parametrize(
@@ -157,21 +179,37 @@ def test_sizes_are_binary(text: str, expected: object) -> None:
 
 @pytest.mark.parametrize(
     "text,seconds",
-    [("5m", 300), ("1h2m3s", 3723), ("300", 300), ("1.5h", 5400), ("250ms", 0.25), ("0", 0), ("-1", math.inf)],
+    [
+        ("5m", 300),
+        ("5m0s", 300),
+        ("1h2m3s", 3723),
+        ("300", 300),
+        ("1.5h", 5400),
+        ("250ms", 0.25),
+        ("1d", 86_400),
+        ("1w2d", 9 * 86_400),
+        ("0", 0),
+        ("-0", 0),
+        ("-1", math.inf),
+        ("-1m", math.inf),
+    ],
 )
-def test_durations_read_as_go_writes_them(text: str, seconds: float) -> None:
+def test_durations_read_as_go_writes_them_and_in_days_and_weeks(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["1d", "", "5 m", "m", "--1", "1h-2m", "nan", "1e3", "9" * 400])
+@pytest.mark.parametrize("text", ["1y", "???", "", "5 m", "m", "--1", "1h-2m", "nan", "1e3", "9" * 400])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the text is the input; the caller words the message
         parse_duration(text)
 
 
-def test_zero_unloads_at_once_and_waits_for_ever_for_a_load() -> None:
-    settings = load({"OLLAMA_KEEP_ALIVE": "0", "OLLAMA_LOAD_TIMEOUT": "0"}).settings
-    assert settings.keep_alive == 0
+@pytest.mark.parametrize("text,keep_alive", [("0", 0), ("-0", 0), ("-1", math.inf), ("-1m", math.inf)])
+def test_zero_unloads_at_once_and_below_that_never_and_either_waits_for_ever_for_a_load(
+    text: str, keep_alive: float
+) -> None:
+    settings = load({"OLLAMA_KEEP_ALIVE": text, "OLLAMA_LOAD_TIMEOUT": text}).settings
+    assert settings.keep_alive == keep_alive
     assert settings.load_timeout == math.inf
 
 

@@ -22,6 +22,7 @@ from terminal import Terminal, read_until
 
 from planner.errors import InvalidRequest
 from supervisor.client.names import choose
+from supervisor.client.service import service as service_of
 from supervisor.client.tables import duration
 from supervisor.client.transfer import Transfer
 
@@ -181,6 +182,19 @@ def test_without_a_service_each_command_says_how_to_start_one(planner: Planner) 
         done = planner(None, *words)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert "planner serve" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "listens,url",
+    [
+        ("0.0.0.0", "http://127.0.0.1:11434"),  # noqa: S104 - not listened on
+        (":9000", "http://127.0.0.1:9000"),
+        ("[::]:9000", "http://[::1]:9000"),
+        ("192.168.1.4", "http://192.168.1.4:11434"),
+    ],
+)
+def test_who_listens_everywhere_is_reached_on_this_machine(listens: str, url: str) -> None:
+    assert service_of({"OLLAMA_HOST": listens}).url == url
 
 
 def test_who_wants_memory_for_another_program_is_told_what_is_missing_and_whose_end_brings_it(
