@@ -192,6 +192,8 @@ async def test_a_request_says_how_long_its_model_stays_and_how_much_it_holds(
         ({"X-Num-Ctx": "many"}, {}),
         ({}, {"keep_alive": "soon"}),
         ({}, {"keep_alive": True}),
+        ({}, {"keep_alive": math.nan}),
+        ({}, {"keep_alive": 10**400}),
         ({}, {"num_ctx": -1}),
         ({}, {"num_ctx": "4096 tokens"}),
         ({}, {"num_ctx": 1.5}),

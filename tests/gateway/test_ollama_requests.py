@@ -64,6 +64,8 @@ def test_a_keep_alive_is_seconds_or_a_go_duration_and_below_zero_for_ever(given_
         ("soon", 'time: invalid duration "soon"'),
         ("", 'time: invalid duration ""'),
         ("9999999999h", 'time: invalid duration "9999999999h"'),
+        (math.nan, 'time: invalid duration "nan"'),
+        (10**400, f'time: invalid duration "1{49 * "0"}"'),
         (True, "Unsupported type: 'bool'"),
         ([1], "Unsupported type: '[]interface {}'"),
     ],

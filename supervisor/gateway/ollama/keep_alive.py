@@ -14,6 +14,8 @@ _PART: Final = re.compile(r"(\d+\.?\d*|\.\d+)([^\d.]*)")
 _GO_KINDS: Final = {bool: "bool", list: "[]interface {}", dict: "map[string]interface {}"}
 # Go counts nanoseconds in 63 bits; what is longer is refused there.
 _MAX_S: Final = (2**63 - 1) / 1e9
+# A JSON number may have thousands of digits.
+_SHOWN_CHARS: Final = 50
 
 
 def parse_keep_alive(value: Any) -> float | None:
@@ -25,8 +27,12 @@ def parse_keep_alive(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadRequest(f"Unsupported type: '{_GO_KINDS[type(value)]}'", param="keep_alive")
-    seconds = parse_duration(value) if isinstance(value, str) else float(value)
-    return math.inf if seconds < 0 else seconds
+    seconds = parse_duration(value) if isinstance(value, str) else value
+    if seconds < 0:
+        return math.inf
+    if not seconds <= _MAX_S:  # NaN too, which Python's JSON has and no other
+        raise _bad("invalid duration", str(value)[:_SHOWN_CHARS])
+    return float(seconds)
 
 
 def parse_duration(text: str) -> float:
@@ -47,8 +53,6 @@ def parse_duration(text: str) -> float:
             raise BadRequest(f'time: unknown unit "{part[2]}" in duration "{text}"', param="keep_alive")
         seconds += float(part[1]) * _UNITS_S[part[2]]
         rest = rest[part.end() :]
-    if seconds > _MAX_S:
-        raise _bad("invalid duration", text)
     return -seconds if text.startswith("-") else seconds
 
 
