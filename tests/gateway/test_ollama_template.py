@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.gateway.ollama.fields import Fields
-from supervisor.gateway.ollama.go_syntax import MAX_TEMPLATE_CHARS, TemplateError
+from supervisor.gateway.ollama.go_nodes import TemplateError
+from supervisor.gateway.ollama.go_syntax import MAX_TEMPLATE_CHARS
 from supervisor.gateway.ollama.messages import Message, read_messages
 from supervisor.gateway.ollama.template import read_template
 
@@ -34,6 +35,32 @@ def test_a_template_says_what_ollama_makes_of_it(case: dict[str, Any]) -> None:
     assert template.conversation(messages, think=case.get("think")) == case["text"]
 
 
+@pytest.mark.parametrize(
+    ("text", "rendered"),
+    [
+        (
+            '{{ define "turn" }}<{{ .Role }}>{{ .Content }}{{ end }}'
+            '{{ range .Messages }}{{ template "turn" . }}{{ end }}<assistant>',
+            "<user>hello<assistant>",
+        ),
+        ('{{ template "none" }}{{ define "none" }}[{{ . }}]{{ end }}{{ .Prompt }}{{ .Response }}', "[<no value>]hello"),
+        ('{{ block "whole" .Prompt }}{{ $ }}, {{ . }}{{ end }}{{ .Response }}', "hello, hello"),
+        (
+            '{{ define "out" }}{{ block "in" . }}({{ .Role }}){{ end }}{{ end }}'
+            '{{ range .Messages }}{{ template "out" . }}{{ end }}{{ template "in" (index .Messages 0) }}',
+            "(user)(user)",
+        ),
+        ("{{ range $i, $_ := .Messages }}{{ template `n` $i }}{{ end }}{{ define `n` }}{{ . }}{{ end }}", "0"),
+        ('{{ define "x" }}1{{ end }}{{ define "x" }} {{/* */}} {{ end }}{{ template "x" }}{{ .Response }}', "1"),
+        ('{{ define "x" }} {{ end }}{{ define "x" }}2{{ end }}{{ template "x" }}{{ .Response }}', "2"),
+        ('{{ template "x" $y := .Prompt }}{{ $y }}{{ define "x" }}{{ . }}{{ end }}{{ .Response }}', "hellohello"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_what_a_template_defines_is_rendered_as_gos_own_package_does(text: str, rendered: str) -> None:
+    assert read_template(text).conversation(HELLO, think=None) == rendered
+
+
 def test_only_a_template_that_looks_at_the_suffix_can_insert() -> None:
     assert [read_template(text).inserts for text in ("{{ .Prompt }}", "{{ .Prompt }}{{ .Suffix }}")] == [False, True]
 
@@ -53,7 +80,17 @@ def test_dates_and_levels_of_thought_are_known() -> None:
         "{{ else }}",
         "{{ if .Prompt }}{{ else range .X }}{{ end }}",
         '{{ template "other" }}',
-        '{{ define "x" }}{{ end }}',
+        '{{ define "x" }}',
+        "{{ define x }}{{ end }}",
+        '{{ define "x" .Prompt }}{{ end }}',
+        '{{ define "x" }}{{ else }}{{ end }}',
+        '{{ define "x" }}1{{ end }}{{ define "x" }}2{{ end }}',
+        '{{ define "x" }}{{ template "x" . }}{{ end }}{{ template "x" . }}',
+        '{{ if .Prompt }}{{ define "x" }}{{ end }}{{ end }}',
+        '{{ $x := "out" }}{{ define "x" }}{{ $x }}{{ end }}{{ template "x" }}',
+        '{{ define "x" }}{{ continue }}{{ end }}{{ range .Messages }}{{ template "x" }}{{ end }}',
+        "{{ range .Messages }}{{ else }}{{ break }}{{ end }}",
+        "{{ break }}",
         "{{ toTypeScriptType .Prompt }}",
         "{{ .Prompt .System }}",
         "{{ (.Prompt }}",
@@ -93,4 +130,4 @@ def test_no_text_makes_anything_but_a_template_or_a_refusal(text: str) -> None:
         template.conversation(HELLO, think=None)
     except TemplateError:
         return
-    assert "{{" not in text or template.nodes
+    assert "{{" not in text or template.tree.nodes

@@ -18,7 +18,7 @@ from supervisor.api import ModelView
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
 from supervisor.gateway.ollama.chat import Common, chat_body
 from supervisor.gateway.ollama.generate import GenerateRequest, completion_body
-from supervisor.gateway.ollama.go_syntax import TemplateError
+from supervisor.gateway.ollama.go_nodes import TemplateError
 from supervisor.gateway.ollama.messages import ASSISTANT, Message
 from supervisor.gateway.ollama.runner import Runner
 from supervisor.gateway.ollama.template import Template, read_template

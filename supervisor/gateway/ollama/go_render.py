@@ -1,18 +1,18 @@
-"""Renders Go templates: what values come to, count as and are written like (text/template, exec.go and funcs.go)."""
+"""Renders Go templates (text/template, exec.go)."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_syntax import (
+from supervisor.gateway.ollama.go_nodes import (
     DOT,
     Branch,
     Call,
+    Invocation,
     Jump,
     Literal,
     Lookup,
@@ -21,21 +21,16 @@ from supervisor.gateway.ollama.go_syntax import (
     Pipeline,
     TemplateError,
     Text,
+    Tree,
 )
+from supervisor.gateway.ollama.go_values import FUNCTIONS, below, is_true, pairs, written
 
 # A conversation of a million tokens is a few megabytes; a template that makes more of it goes round in circles.
 MAX_OUTPUT_CHARS: Final = 64 << 20
 # Some dozen for each message; half a second's work, in a thread.
 MAX_STEPS: Final = 100_000
-_VERB: Final = re.compile(r"%([svdq%])")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A Go struct: ``fields`` as templates see them, ``document`` as JSON writes it."""
-
-    fields: Mapping[str, Any]
-    document: Any
+# Definitions within definitions, conditions in them, and so on; Python's stack holds some three times as much.
+MAX_NESTED: Final = 128
 
 
 class _Break(Exception):
@@ -74,29 +69,23 @@ class Budget:
             raise TemplateError("the template makes too long a text, or goes round too often")
 
 
-def render(nodes: tuple[Node, ...], data: Mapping[str, Any], today: date, budget: Budget) -> str:
+def render(tree: Tree, data: Mapping[str, Any], today: date, budget: Budget) -> str:
     """Return the text. Raises ``TemplateError``."""
-    return _Rendering(today, budget).text(nodes, data)
-
-
-def go_json(value: Any) -> str:
-    """Return JSON as Go's encoder writes it: without space, keys of maps in order, <, > and & escaped."""
-    text = json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
+    return _Rendering(tree, today, budget).text(data)
 
 
 class _Rendering:
-    def __init__(self, today: date, budget: Budget) -> None:
+    def __init__(self, tree: Tree, today: date, budget: Budget) -> None:
+        self._tree = tree
         self._today = today
         self._budget = budget
         self._out: list[str] = []
         self._scope = _Scope()
+        self._nested = 0
 
-    def text(self, nodes: tuple[Node, ...], data: Mapping[str, Any]) -> str:
+    def text(self, data: Mapping[str, Any]) -> str:
         self._scope.blocks.append({"$": data})
-        self._walk(nodes, data)
+        self._walk(self._tree.nodes, data)
         return "".join(self._out)
 
     def _walk(self, nodes: tuple[Node, ...], dot: Any) -> None:
@@ -108,15 +97,38 @@ class _Rendering:
                 case Pipeline():
                     value = self._assigned(node, dot)
                     if not node.variables:
-                        self._write(_written(value))
+                        self._write(written(value))
                 case Jump():
                     raise _Break if node.kind == "break" else _Continue
                 case Branch():
-                    self._scope.blocks.append({})
-                    try:
+                    with self._deeper(self._scope):
                         self._branch(node, dot)
-                    finally:
-                        self._scope.blocks.pop()
+                case Invocation():
+                    self._invoke(node, dot)
+
+    @contextmanager
+    def _deeper(self, scope: _Scope, **declared: Any) -> Iterator[None]:
+        """Go into a block of its own within this scope."""
+        if self._nested >= MAX_NESTED:
+            raise TemplateError("the template goes into itself too often")
+        outer, self._scope = self._scope, scope
+        scope.blocks.append(declared)
+        self._nested += 1
+        try:
+            yield
+        finally:
+            self._nested -= 1
+            scope.blocks.pop()
+            self._scope = outer
+
+    def _invoke(self, node: Invocation, dot: Any) -> None:
+        """Write what is defined under a name; it sees nothing but the value that it is given."""
+        nodes = self._tree.defined.get(node.name)
+        if nodes is None:
+            raise TemplateError(f'"{node.name}" is not defined')
+        value = None if node.pipeline is None else self._assigned(node.pipeline, dot)
+        with self._deeper(_Scope(), **{"$": value}):
+            self._walk(nodes, value)
 
     def _branch(self, node: Branch, dot: Any) -> None:
         if node.kind == "range":
@@ -124,17 +136,17 @@ class _Rendering:
             return
         value = self._assigned(node.pipeline, dot)
         inner = value if node.kind == "with" else dot
-        if _true(value):
+        if is_true(value):
             self._walk(node.body, inner)
         else:
             self._walk(node.otherwise, dot)
 
     def _range(self, node: Branch, dot: Any) -> None:
-        pairs = _pairs(self._value(node.pipeline, dot))
-        if not pairs:
+        found = pairs(self._value(node.pipeline, dot))
+        if not found:
             self._walk(node.otherwise, dot)
             return
-        for key, value in pairs:
+        for key, value in found:
             self._budget.spend(steps=1)
             names = node.pipeline.variables
             given = (key, value) if len(names) == 2 else (value,)  # noqa: PLR2004 - index and element
@@ -174,7 +186,7 @@ class _Rendering:
             case Lookup():
                 value = self._base(one.base, dot)
                 for name in one.fields:
-                    value = _below(value, name)
+                    value = below(value, name)
                 return value
 
     def _base(self, base: str | Pipeline, dot: Any) -> Any:
@@ -187,7 +199,7 @@ class _Rendering:
             value: Any = None
             for argument in call.arguments:
                 value = self._operand(argument, dot)
-                if _true(value) is (call.function == "or"):
+                if is_true(value) is (call.function == "or"):
                     return value
             return piped[0] if piped else value
         arguments = [*(self._operand(argument, dot) for argument in call.arguments), *piped]
@@ -196,7 +208,7 @@ class _Rendering:
         if call.function == "yesterdayDate":
             return (self._today - timedelta(days=1)).isoformat()
         try:
-            result = _FUNCTIONS[call.function](*arguments)
+            result = FUNCTIONS[call.function](*arguments)
         except (TypeError, IndexError, KeyError, ValueError) as error:
             raise TemplateError(f"{call.function} cannot be computed: {error}") from error
         self._budget.spend(chars=len(result) if isinstance(result, str) else 0)
@@ -205,108 +217,3 @@ class _Rendering:
     def _write(self, text: str) -> None:
         self._budget.spend(chars=len(text))
         self._out.append(text)
-
-
-def _true(value: Any) -> bool:
-    """Say what Go's templates take for true: a struct always, else what is not empty or zero."""
-    return True if isinstance(value, Record) else bool(value)
-
-
-def _below(value: Any, name: str) -> Any:
-    fields = value.fields if isinstance(value, Record) else value
-    if not isinstance(fields, Mapping):
-        raise TemplateError(f"there is no .{name} in {type(value).__name__}")
-    if isinstance(value, Record) and name not in fields:
-        raise TemplateError(f"there is no .{name}")
-    return fields.get(name)
-
-
-def _pairs(value: Any) -> list[tuple[Any, Any]]:
-    if isinstance(value, Mapping):
-        return sorted(value.items())
-    if value is None or (isinstance(value, Sequence) and not isinstance(value, str)):
-        return list(enumerate(value or ()))
-    raise TemplateError(f"range cannot go over {type(value).__name__}")
-
-
-def _written(value: Any) -> str:
-    match value:
-        case None:
-            return "<no value>"
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return value
-        case int() | float():
-            return f"{value:g}" if isinstance(value, float) else str(value)
-    return go_json(value)
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case Record():
-            return value.document
-        case Mapping():
-            return {key: _plain(one) for key, one in sorted(value.items())}
-        case list() | tuple():
-            return [_plain(one) for one in value]
-    return value
-
-
-def _index(value: Any, *keys: Any) -> Any:
-    for key in keys:
-        if isinstance(value, Mapping):
-            value = value.get(key)
-        elif isinstance(key, int) and 0 <= key < len(value):
-            value = value[key]
-        else:
-            raise IndexError(f"{key} is out of range")
-    return value
-
-
-def _slice(value: Any, *bounds: int) -> Any:
-    start, end = (*bounds, *(0, len(value))[len(bounds) :])[:2]
-    if not 0 <= start <= end <= len(value):
-        raise IndexError("out of range")
-    return value[start:end]
-
-
-def _printf(form: str, *values: Any) -> str:
-    left = list(values)
-
-    def one(verb: re.Match[str]) -> str:
-        if verb[1] == "%":
-            return "%"
-        if not left:
-            raise ValueError("too few values")
-        value = left.pop(0)
-        return json.dumps(value, ensure_ascii=False) if verb[1] == "q" else _written(value)
-
-    return _VERB.sub(one, form)
-
-
-def _print(*values: Any) -> str:
-    """Join values, with a space between two that are both no text (fmt.Sprint)."""
-    out = ""
-    for before, value in zip((None, *values), values, strict=False):
-        space = bool(out) and not isinstance(before, str) and not isinstance(value, str)
-        out += (" " if space else "") + _written(value)
-    return out
-
-
-_FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
-    "not": lambda value: not _true(value),
-    "eq": lambda first, *others: any(first == other for other in others),
-    "ne": lambda first, second: first != second,
-    "lt": lambda first, second: first < second,
-    "le": lambda first, second: first <= second,
-    "gt": lambda first, second: first > second,
-    "ge": lambda first, second: first >= second,
-    "len": len,
-    "index": _index,
-    "slice": _slice,
-    "json": go_json,
-    "print": _print,
-    "println": lambda *values: " ".join(map(_written, values)) + "\n",
-    "printf": _printf,
-}

@@ -1,144 +1,46 @@
-"""Reads Go templates as far as Modelfiles use them: actions, if, with, range, variables, pipelines, trimmed space.
+"""Reads Go templates as Modelfiles use them: if, with, range, define, template, block, and pipelines between them.
 
-The grammar is that of text/template/parse (lex.go, parse.go). What is beyond it here (define, template, block, methods)
-raises ``TemplateError``, so that nobody renders half of a template.
+The grammar is that of text/template/parse (lex.go, parse.go). What is beyond it here (methods, functions that nobody
+gave) raises ``TemplateError``, so that nobody renders half of a template.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-# The longest known, with tools and their rules, has 15 KiB; nesting deeper than this is none that anybody wrote.
-MAX_TEMPLATE_CHARS: Final = 64 << 10
-MAX_DEPTH: Final = 64
-
-FUNCTIONS: Final = frozenset(
-    {
-        *("and", "or", "not", "eq", "ne", "lt", "le", "gt", "ge"),
-        *("len", "index", "slice", "print", "printf", "println", "json"),
-        *("currentDate", "yesterdayDate"),
-    }
+from supervisor.gateway.ollama.go_expression import MAX_DEPTH, Expression, unquoted
+from supervisor.gateway.ollama.go_nodes import (
+    Branch,
+    Invocation,
+    Jump,
+    Node,
+    TemplateError,
+    Text,
+    Tree,
 )
-LITERALS: Final = {"true": True, "false": False, "nil": None}
 
+MAX_TEMPLATE_CHARS: Final = 64 << 10  # the longest known, with tools and their rules, has 15 KiB
 OPEN: Final = "{{"
 # Possessive throughout: what does not match is given up at once.
 _ACTION: Final = re.compile(
     r"""\{\{(?P<left>-(?=\s))?(?P<body>\s*+/\*.*?\*/\s*+-?|(?:"(?:\\.|[^"\\\n])*+"|`[^`]*+`|[^"`}]|\}(?!\}))*+)\}\}""",
     re.DOTALL,
 )
-_TOKEN: Final = re.compile(
-    r"""(?P<space>\s+)|(?P<text>"(?:\\.|[^"\\\n])*"|`[^`]*`)|(?P<number>[+-]?\d+(?:\.\d+)?)|(?P<variable>\$\w*)"""
-    r"""|(?P<field>\.[A-Za-z_]\w*)|(?P<word>[A-Za-z_]\w*)|(?P<mark>:=|[=,|().])""",
-    re.VERBOSE,
-)
+_WORD: Final = re.compile(r"(\w*)\s*(.*)", re.DOTALL)
+_NAME: Final = re.compile(r"""(?P<name>"(?:\\.|[^"\\\n])*"|`[^`]*`)\s*(?P<rest>.*)""", re.DOTALL)
 
 
-class TemplateError(Exception):
-    """The template is wrong, or uses what is not known here. The text says what."""
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """A constant."""
-
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Lookup:
-    """A variable ($ is the data as a whole), the dot, or a parenthesized pipeline, and the fields below it."""
-
-    base: str | Pipeline
-    fields: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A function of these arguments."""
-
-    function: str
-    arguments: tuple[Operand, ...]
-
-
-Operand = Literal | Lookup | Call
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """Commands, each given what the one before came to; the result goes to ``variables`` where there are any."""
-
-    commands: tuple[Operand, ...]
-    variables: tuple[str, ...] = ()
-    declares: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Text that stands for itself."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """An if, a with or a range: ``kind`` says which."""
-
-    kind: str
-    pipeline: Pipeline
-    body: tuple[Node, ...]
-    otherwise: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Jump:
-    """A break or a continue."""
-
-    kind: str
-
-
-Node = Text | Pipeline | Branch | Jump
-DOT: Final = "."
-
-
-def parse(text: str) -> tuple[Node, ...]:
-    """Return the template's nodes. Raises ``TemplateError``."""
+def parse(text: str) -> Tree:
+    """Return the template. Raises ``TemplateError``."""
     if len(text) > MAX_TEMPLATE_CHARS:
         raise TemplateError(f"the template is longer than {MAX_TEMPLATE_CHARS} characters")
     reader = _Reader(list(_pieces(text)))
     nodes, end = reader.nodes(0)
     if end:
-        raise TemplateError(f"unexpected {{{{ {end} }}}}")
-    return nodes
-
-
-def fields_of(nodes: tuple[Node, ...]) -> Iterator[str]:
-    """Yield the name of every field that the template looks up, conditions included."""
-    for node in nodes:
-        if isinstance(node, Pipeline):
-            yield from _fields(node)
-        elif isinstance(node, Branch):
-            yield from _fields(node.pipeline)
-            yield from fields_of(node.body)
-            yield from fields_of(node.otherwise)
-
-
-def _fields(one: Operand | Pipeline) -> Iterator[str]:
-    match one:
-        case Pipeline():
-            for command in one.commands:
-                yield from _fields(command)
-        case Call():
-            for argument in one.arguments:
-                yield from _fields(argument)
-        case Lookup():
-            yield from one.fields
-            if isinstance(one.base, Pipeline):
-                yield from _fields(one.base)
+        raise _unexpected(end)
+    return Tree(nodes, reader.defined)
 
 
 def _pieces(text: str) -> Iterator[tuple[bool, str]]:
@@ -165,6 +67,8 @@ class _Reader:
     def __init__(self, pieces: list[tuple[bool, str]]) -> None:
         self._pieces = pieces
         self._at = 0
+        self._loops = 0  # ranges around what is being read
+        self.defined: dict[str, tuple[Node, ...]] = {}
 
     def nodes(self, depth: int) -> tuple[tuple[Node, ...], str]:
         """Return the nodes up to an ``end`` or an ``else``, and that action; empty at the template's end."""
@@ -174,151 +78,68 @@ class _Reader:
         while self._at < len(self._pieces):
             is_action, text = self._pieces[self._at]
             self._at += 1
-            word, _, rest = text.partition(" ") if is_action else ("", "", "")
+            word, rest = _WORD.fullmatch(text).groups() if is_action else ("", "")  # type: ignore[union-attr]  # any text
             if not is_action:
                 found += [Text(text)] if text else []
             elif word in {"if", "with", "range"}:
                 found.append(self._branch(word, rest, depth))
-            elif word in {"break", "continue"}:
+            elif word in {"break", "continue"} and self._loops and not rest:
                 found.append(Jump(word))
             elif word in {"end", "else"}:
                 return tuple(found), text
-            elif word in {"define", "template", "block"}:
-                raise TemplateError(f"{{{{ {word} }}}} is not known here")
+            elif word == "define" and not depth:
+                self._define(_invocation(rest, alone=True).name, depth)
+            elif word in {"template", "block"}:
+                invocation = _invocation(rest)
+                found.append(invocation)
+                if word == "block":
+                    self._define(invocation.name, depth)
             else:
-                found.append(_Expression(text).whole())
+                found.append(Expression(text).whole())
         return tuple(found), ""
 
+    def _define(self, name: str, depth: int) -> None:
+        """Read a definition up to its end. One that says nothing stands back behind another one of its name."""
+        loops, self._loops = self._loops, 0
+        nodes, end = self.nodes(depth + 1)
+        self._loops = loops
+        if end != "end":
+            raise _unexpected(end) if end else TemplateError(f'the definition of "{name}" has no end')
+        if _says_something(self.defined.get(name, ())):
+            if _says_something(nodes):
+                raise TemplateError(f'"{name}" is defined twice')
+            return
+        self.defined[name] = nodes
+
     def _branch(self, kind: str, condition: str, depth: int) -> Branch:
-        pipeline = _Expression(condition).whole()
+        pipeline = Expression(condition).whole()
+        self._loops += kind == "range"
         body, end = self.nodes(depth + 1)
+        self._loops -= kind == "range"
         otherwise: tuple[Node, ...] = ()
         if end == "else":
             otherwise, end = self.nodes(depth + 1)
         elif end.startswith("else "):  # else if, else with: a branch of its own, which takes the end along
             word, _, rest = end.removeprefix("else ").strip().partition(" ")
             if word not in {"if", "with"}:
-                raise TemplateError(f"unexpected {{{{ {end} }}}}")
+                raise _unexpected(end)
             return Branch(kind, pipeline, body, (self._branch(word, rest, depth + 1),))
         if end != "end":
             raise TemplateError(f"{{{{ {kind} }}}} has no end")
         return Branch(kind, pipeline, body, otherwise)
 
 
-class _Expression:
-    """Reads what stands within one action."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._tokens: list[tuple[str, str]] = []
-        at = 0
-        while at < len(text):
-            token = _TOKEN.match(text, at)
-            if token is None:
-                raise TemplateError(f"unexpected {text[at]!r} in {{{{ {text} }}}}")
-            self._tokens.append((token.lastgroup or "", token[0]))
-            at = token.end()
-        self._tokens.append(("end", ""))
-        self._at = 0
-        self._depth = 0
-
-    def whole(self) -> Pipeline:
-        """Return the pipeline that the action is."""
-        variables, declares = self._assignment()
-        pipeline = self._pipeline()
-        if self._peek()[0] != "end":
-            raise self._unexpected()
-        return Pipeline(pipeline.commands, variables, declares)
-
-    def _assignment(self) -> tuple[tuple[str, ...], bool]:
-        """Take ``$a :=``, ``$a, $b :=`` or ``$a =`` off the beginning, where it is there."""
-        found = re.match(r"\s*(\$\w+)\s*(?:,\s*(\$\w+)\s*)?(:=|=)", self._text)
-        if found is None:
-            return (), False
-        length = 0
-        while length < found.end():
-            length += len(self._tokens[self._at][1])
-            self._at += 1
-        return tuple(name for name in found.group(1, 2) if name), found[3] == ":="
-
-    def _pipeline(self) -> Pipeline:
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise TemplateError("the template is nested too deep")
-        commands = [self._command()]
-        while self._skip_space() == ("mark", "|"):
-            self._at += 1
-            commands.append(self._command())
-        self._depth -= 1
-        return Pipeline(tuple(commands))
-
-    def _command(self) -> Operand:
-        kind, text = self._skip_space()
-        if kind == "word" and text in FUNCTIONS:
-            self._at += 1
-            arguments = []
-            while self._skip_space() not in {("end", ""), ("mark", "|"), ("mark", ")")}:
-                arguments.append(self._operand())
-            return Call(text, tuple(arguments))
-        operand = self._operand()
-        if self._skip_space() not in {("end", ""), ("mark", "|"), ("mark", ")")}:
-            raise self._unexpected()
-        return operand
-
-    def _operand(self) -> Operand:
-        kind, text = self._peek()
-        if kind == "word" and text in FUNCTIONS:
-            operand: Operand = Call(text, ())
-        elif kind == "word" and text in LITERALS:
-            operand = Literal(LITERALS[text])
-        elif kind == "text":
-            operand = Literal(text[1:-1] if text[0] == "`" else _unquoted(text))
-        elif kind == "number":
-            operand = Literal(float(text) if "." in text else int(text))
-        elif kind in {"variable", "field"} or text in {".", "("}:
-            return self._lookup()
-        else:
-            raise self._unexpected()
-        self._at += 1
-        return operand
-
-    def _lookup(self) -> Lookup:
-        kind, text = self._peek()
-        self._at += 1
-        if kind == "variable":
-            return Lookup(text, self._below())
-        if kind == "field":
-            return Lookup(DOT, (text[1:], *self._below()))
-        if text == ".":
-            return Lookup(DOT)
-        inner = self._pipeline()
-        if self._skip_space() != ("mark", ")"):
-            raise self._unexpected()
-        self._at += 1
-        return Lookup(inner, self._below())
-
-    def _below(self) -> tuple[str, ...]:
-        names = []
-        while self._peek()[0] == "field":
-            names.append(self._peek()[1][1:])
-            self._at += 1
-        return tuple(names)
-
-    def _skip_space(self) -> tuple[str, str]:
-        while self._peek()[0] == "space":
-            self._at += 1
-        return self._peek()
-
-    def _peek(self) -> tuple[str, str]:
-        return self._tokens[min(self._at, len(self._tokens) - 1)]
-
-    def _unexpected(self) -> TemplateError:
-        return TemplateError(f"{self._peek()[1] or 'the end'!r} is not known or not expected in {{{{ {self._text} }}}}")
+def _invocation(text: str, *, alone: bool = False) -> Invocation:
+    """Return what follows ``define``, ``template`` or ``block``: a name, and a pipeline unless it stands ``alone``."""
+    found = _NAME.fullmatch(text)
+    if found is None or (alone and found["rest"]):
+        raise TemplateError(f"a name in quotes is expected: {text!r}")
+    return Invocation(unquoted(found["name"]), Expression(found["rest"]).whole() if found["rest"] else None)
 
 
-def _unquoted(text: str) -> str:
-    """Return what a quoted string says; Go's escapes beyond JSON's are not known here."""
-    try:
-        return str(json.loads(text))
-    except ValueError as error:
-        raise TemplateError(f"{text} is no string that is known here") from error
+def _says_something(nodes: tuple[Node, ...]) -> bool:
+    return any(not isinstance(node, Text) or node.text.strip() for node in nodes)
+
+
+def _unexpected(action: str) -> TemplateError:
+    return TemplateError(f"unexpected {{{{ {action} }}}}")

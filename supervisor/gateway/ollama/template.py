@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_render import Budget, Record, render
-from supervisor.gateway.ollama.go_syntax import DOT, Branch, Lookup, Node, Pipeline, fields_of, parse
+from supervisor.gateway.ollama.go_nodes import DOT, Branch, Lookup, Node, Pipeline, Tree, fields_of
+from supervisor.gateway.ollama.go_render import Budget, render
+from supervisor.gateway.ollama.go_syntax import parse
+from supervisor.gateway.ollama.go_values import Record
 from supervisor.gateway.ollama.messages import ASSISTANT, SYSTEM, TOOL, USER, Message
 
 RESPONSE: Final = "Response"
@@ -22,7 +24,7 @@ RESPONSE: Final = "Response"
 class Template:
     """A template that was understood. ``names`` are the fields that it looks up, in lower case."""
 
-    nodes: tuple[Node, ...]
+    tree: Tree
     names: frozenset[str]
 
     @property
@@ -32,7 +34,7 @@ class Template:
 
     def infill(self, prompt: str, suffix: str) -> str:
         """Return the text between a prompt and a suffix to be filled in. Raises ``TemplateError``."""
-        return render(self.nodes, _values(Prompt=prompt, Suffix=suffix, Response=""), _today(), Budget())
+        return render(self.tree, _values(Prompt=prompt, Suffix=suffix, Response=""), _today(), Budget())
 
     def conversation(self, messages: Sequence[Message], *, think: bool | str | None) -> str:
         """Return the text that a model goes on from. Raises ``TemplateError``."""
@@ -45,20 +47,20 @@ class Template:
         system, collated = _collated(messages)
         if "messages" in self.names:
             told = [_record(message) for message in collated]
-            return render(self.nodes, _values(System=system, Messages=told, Response="", **thinking), today, budget)
+            return render(self.tree, _values(System=system, Messages=told, Response="", **thinking), today, budget)
         *before, last = _turns(collated)
-        texts = [render(self.nodes, _values(**turn, **thinking), today, budget) for turn in before]
-        open_end, _ = _up_to_response(self.nodes)
-        return "".join([*texts, render(open_end, _values(**last, **thinking), today, budget)])
+        texts = [render(self.tree, _values(**turn, **thinking), today, budget) for turn in before]
+        open_end, _ = _up_to_response(self.tree.nodes)
+        return "".join([*texts, render(replace(self.tree, nodes=open_end), _values(**last, **thinking), today, budget)])
 
 
 def read_template(text: str) -> Template:
     """Return the template. Raises ``TemplateError``."""
-    nodes = parse(text)
-    names = frozenset(name.lower() for name in fields_of(nodes))
+    tree = parse(text)
+    names = frozenset(name.lower() for name in tree.fields())
     if not {"messages", "response"} & names:
-        nodes = (*nodes, Pipeline((Lookup(DOT, (RESPONSE,)),)))
-    return Template(nodes, names)
+        tree = replace(tree, nodes=(*tree.nodes, Pipeline((Lookup(DOT, (RESPONSE,)),))))
+    return Template(tree, names)
 
 
 def _values(**given: Any) -> Mapping[str, Any]:
