@@ -36,20 +36,12 @@ def test_a_template_says_what_ollama_makes_of_it(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rendered"),
+    "text, rendered",
     [
-        (
-            '{{ define "turn" }}<{{ .Role }}>{{ .Content }}{{ end }}'
-            '{{ range .Messages }}{{ template "turn" . }}{{ end }}<assistant>',
-            "<user>hello<assistant>",
-        ),
+        ('{{ range .Messages }}{{ template "turn" . }}{{ end }}{{ define "turn" }}<{{ .Role }}>{{ end }}', "<user>"),
         ('{{ template "none" }}{{ define "none" }}[{{ . }}]{{ end }}{{ .Prompt }}{{ .Response }}', "[<no value>]hello"),
         ('{{ block "whole" .Prompt }}{{ $ }}, {{ . }}{{ end }}{{ .Response }}', "hello, hello"),
-        (
-            '{{ define "out" }}{{ block "in" . }}({{ .Role }}){{ end }}{{ end }}'
-            '{{ range .Messages }}{{ template "out" . }}{{ end }}{{ template "in" (index .Messages 0) }}',
-            "(user)(user)",
-        ),
+        ('{{ define "out" }}{{ block "in" . }}({{ . }}){{ end }}{{ end }}{{ template "out" 1 }}{{ .Response }}', "(1)"),
         ("{{ range $i, $_ := .Messages }}{{ template `n` $i }}{{ end }}{{ define `n` }}{{ . }}{{ end }}", "0"),
         ('{{ define "x" }}1{{ end }}{{ define "x" }} {{/* */}} {{ end }}{{ template "x" }}{{ .Response }}', "1"),
         ('{{ define "x" }} {{ end }}{{ define "x" }}2{{ end }}{{ template "x" }}{{ .Response }}', "2"),
