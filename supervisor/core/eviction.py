@@ -5,6 +5,9 @@ the best there can be, and where its bytes would fit with a set gone, by arithme
 the search from above; cheaper sets are planned for in the order of their cost, a few of them. More memory never makes a
 plan worse, so what is part of a set that failed is not tried.
 
+A device that takes one runner at a time, and is asked for by name, is a problem while another has it. So a problem
+counts only where it is one on an empty machine too.
+
 Cost, most important first: a runner in use (it has to be waited for), the highest priority in the set, and the seconds
 that loading it all again would cost. Pinned runners are in no set.
 """
@@ -49,18 +52,21 @@ def choose(
     movable = [one for one in neighbours if one.standing is not Standing.FIXED]
     here = plan_with(frozenset())
     quality = NOWHERE if surplus else _quality(here, neighbours)
-    if isinstance(here, PlanProblem) or (isinstance(here, LoadPlan) and here.is_best_possible and quality > NOWHERE):
+    if isinstance(here, LoadPlan) and here.is_best_possible and quality > NOWHERE:
         return here
+    if isinstance(here, PlanProblem):
+        alone = plan_with(frozenset(one.model for one in neighbours)) if neighbours else here
+        if isinstance(alone, PlanProblem):
+            return alone
     if surplus > len(movable):
         return DoesNotFit(f"{_names(fixed)} may not go, and MAX_LOADED_MODELS allows no more", never=False)
     best = plan_with(frozenset(one.model for one in movable)) if movable else here
-    if isinstance(best, PlanProblem):
-        return best
     if not isinstance(best, LoadPlan) or not _is_good(best, fixed):
         return _no_fit(best, fixed)
     candidates = _candidates(movable, best, surplus)
     is_best = quality >= _quality_of(best)
-    victims = () if is_best else _cheapest(plan_with, candidates, neighbours, best, available_bytes, surplus)
+    in_bytes = None if isinstance(here, PlanProblem) else available_bytes
+    victims = () if is_best else _cheapest(plan_with, candidates, neighbours, best, in_bytes, surplus)
     has_to_wait = any(one.standing is Standing.BUSY for one in victims)
     if is_best or (has_to_wait and quality >= (best.quality, False)):  # nobody waits for a longer context alone
         return here
@@ -86,18 +92,19 @@ def _cheapest(
     candidates: Sequence[Neighbour],
     neighbours: Sequence[Neighbour],
     best: LoadPlan,
-    available_bytes: Mapping[str, int | None],
+    available_bytes: Mapping[str, int | None] | None,
     surplus: int,
 ) -> Victims:
+    """Return who goes. ``available_bytes`` None: what is in the way is no lack of bytes, so they tell nothing."""
     failed: list[frozenset[ModelId]] = [] if surplus else [frozenset()]
     plans = 0
     for some in _by_cost(candidates):
         gone = frozenset(one.model for one in some)
         if len(some) < surplus or any(gone <= other for other in failed):
             continue
-        if _would_hold(best, some, available_bytes) and best.is_known:
+        if available_bytes is not None and best.is_known and _would_hold(best, some, available_bytes):
             return some
-        if plans == MAX_PLANS or _is_hopeless(best, some, available_bytes):
+        if plans == MAX_PLANS or (available_bytes is not None and _is_hopeless(best, some, available_bytes)):
             continue
         plans += 1
         attempt = plan_with(gone)
@@ -164,7 +171,9 @@ def _is_good(plan: LoadPlan, left: Sequence[Neighbour]) -> bool:
     return plan.is_known or not left
 
 
-def _no_fit(best: LoadPlan | DoesNotFit, fixed: Sequence[Neighbour]) -> DoesNotFit:
+def _no_fit(best: LoadPlan | DoesNotFit | PlanProblem, fixed: Sequence[Neighbour]) -> DoesNotFit:
+    if isinstance(best, PlanProblem):  # a device that it has to use is theirs alone
+        return DoesNotFit(f"{best.reason}; {_names(fixed)} may not go for it", never=False)
     if isinstance(best, LoadPlan):
         return DoesNotFit(f"it takes nobody knows how much, so it cannot be loaded beside {_names(fixed)}", never=False)
     if not fixed:

@@ -34,7 +34,7 @@ class Planner:
         left = [one for one in self.neighbours if one.model not in gone]
         return {device: size - sum(one.held_bytes.get(device, 0) for one in left) for device, size in TOTAL.items()}
 
-    def plan_with(self, gone: frozenset[ModelId]) -> LoadPlan | DoesNotFit:
+    def plan_with(self, gone: frozenset[ModelId]) -> LoadPlan | DoesNotFit | PlanProblem:
         self.asked.append(gone)
         fitting = [device for device, free in self.free(gone).items() if free >= self.size]
         return make_plan(on={fitting[0]: self.size}) if fitting else NO_FIT
@@ -128,6 +128,26 @@ def test_a_partial_plan_is_launched_where_an_empty_machine_would_give_no_better(
 def test_a_problem_is_told_without_looking_further() -> None:
     problem = PlanProblem("is no model")
     assert choose(lambda _: problem, [runner("a", on={"CUDA0": 1})], {}) == problem
+
+
+class LeasedPlanner(Planner):
+    """Plans a model that is asked to lie on CUDA0, which takes one runner at a time."""
+
+    def plan_with(self, gone: frozenset[ModelId]) -> LoadPlan | DoesNotFit | PlanProblem:
+        if any("CUDA0" in one.held_bytes for one in self.neighbours if one.model not in gone):
+            return PlanProblem("another runner has it")
+        return make_plan(on={"CUDA0": self.size})
+
+
+def test_who_has_the_only_device_that_will_do_goes_though_a_cheaper_one_would_give_more_bytes() -> None:
+    holder, cheap = runner("holder", on={"CUDA0": 2}, cost=9.0), runner("cheap", on={"CUDA1": 12}, cost=0.1)
+    assert LeasedPlanner(5, holder, cheap).victims() == {"holder"}
+
+
+def test_who_has_it_and_is_pinned_is_named_and_the_model_may_be_tried_again() -> None:
+    holder = runner("holder", on={"CUDA0": 2}, standing=Standing.FIXED)
+    outcome = LeasedPlanner(5, holder, runner("cheap", on={"CUDA1": 12})).choose()
+    assert outcome == DoesNotFit("another runner has it; holder may not go for it", never=False)
 
 
 @given(
