@@ -173,7 +173,8 @@ def _variables(facts: Facts) -> Found:
     for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         yield from _narrowing(name, visible_hip, facts.amd, facts)
     cuda = environ.get("CUDA_VISIBLE_DEVICES")
-    if cuda is not None and facts.amd.cards and "HIP_VISIBLE_DEVICES" not in environ:
+    left = visible_hip(facts.amd.cards, {"CUDA_VISIBLE_DEVICES": cuda or ""})
+    if len(left) < len(facts.amd.cards) and not environ.get("HIP_VISIBLE_DEVICES"):
         what = f"CUDA_VISIBLE_DEVICES={cuda} is read by HIP too and hides AMD's cards"
         yield _WRONG, Fault(what, "set HIP_VISIBLE_DEVICES to AMD's cards as well, or unset it")
     numbered = cuda is not None and re.search(r"(^|,)\s*\d", cuda)

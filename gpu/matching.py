@@ -93,10 +93,11 @@ def visible_cuda(cards: Sequence[Card], environ: Mapping[str, str]) -> list[Card
 def visible_hip(cards: Sequence[Card], environ: Mapping[str, str]) -> list[Card]:
     """Return AMD's cards in the order of HIP's numbers, given cards in KFD's order.
 
-    The runtime below HIP filters first, HIP numbers what is left; without a variable of its own it reads CUDA's.
+    The runtime below HIP filters first, HIP numbers what is left; without a variable of its own it reads CUDA's. To
+    HIP an empty variable is none, to the runtime below an empty list (ROCclr rocdevice.cpp, Device::init).
     """
     left = _shown(cards, environ.get("ROCR_VISIBLE_DEVICES"))
-    return _shown(left, environ.get("HIP_VISIBLE_DEVICES", environ.get("CUDA_VISIBLE_DEVICES")))
+    return _shown(left, environ.get("HIP_VISIBLE_DEVICES") or environ.get("CUDA_VISIBLE_DEVICES") or None)
 
 
 def _shown(cards: Sequence[Card], wanted: str | None) -> list[Card]:

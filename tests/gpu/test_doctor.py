@@ -68,6 +68,12 @@ def test_a_machine_without_any_gpu_is_healthy() -> None:
     assert examine(bare) == ()
 
 
+def test_a_variable_for_nvidias_cards_that_hides_none_of_amds_is_healthy() -> None:
+    """HIP reads it too, and finds its own first card there."""
+    both = replace(HEALTHY, amd=Probe((AMD_CARD,)), environ={"CUDA_VISIBLE_DEVICES": "0"})
+    assert examine(both) == ()
+
+
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "no driver": ({"nvidia": ABSENT}, "no NVIDIA driver for the card 0000:01:00.0", "install"),
     "nouveau": (

@@ -43,6 +43,9 @@ def test_cuda_shows_what_its_variable_names_until_the_first_bad_entry(
         ({"ROCR_VISIBLE_DEVICES": "1,0", "HIP_VISIBLE_DEVICES": "1"}, ["GPU-1"]),
         ({"CUDA_VISIBLE_DEVICES": "1"}, ["GPU-2"]),
         ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "0"}, ["GPU-1"]),
+        ({"CUDA_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": ""}, ["GPU-2"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ["GPU-1", "GPU-2"]),
+        ({"ROCR_VISIBLE_DEVICES": ""}, []),
     ],
 )
 def test_hip_filters_after_its_runtime_and_reads_cudas_variable(environ: dict[str, str], expected: list[str]) -> None:
