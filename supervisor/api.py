@@ -292,7 +292,10 @@ class RunnerView:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a Modelfile adds to a model: how it is spoken to. ``parameters`` are request defaults by Ollama's names."""
+    """What a Modelfile adds to a model: how it is spoken to. ``parameters`` are request defaults by Ollama's names.
+
+    ``for_ollama`` is what only Ollama's own service can heed, by its names: renderer, parser, requires.
+    """
 
     template: str | None = None
     system: str | None = None
@@ -300,6 +303,15 @@ class Preset:
     messages: tuple[Mapping[str, str], ...] = ()
     licenses: tuple[str, ...] = ()
     parent: str | None = None
+    for_ollama: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def spoken_template(self) -> str | None:
+        """Return the template that prompts are written in; None: the one in the header, which llama-server applies.
+
+        Where a renderer or a parser is named, the template is none that anybody was meant to use: Ollama does not.
+        """
+        return None if {"renderer", "parser"} & self.for_ollama.keys() else self.template
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from supervisor.api import Fault
+
+# What a Modelfile says that only Ollama's own service can heed: it names code of it, or a version.
+FOR_OLLAMA: Final = ("renderer", "parser", "requires")
 
 
 class StoreError(Exception):
@@ -61,6 +64,7 @@ class CreateRequest:
     """What a new model is made of: a parent's name, or files in the store as blobs (file name -> ``sha256:...``).
 
     ``modelfile`` is a Modelfile's text; the fields beside it win over what it says. None: as the parent has it.
+    ``for_ollama`` is as in ``supervisor.api.Preset``.
     """
 
     model: str
@@ -73,6 +77,7 @@ class CreateRequest:
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     licenses: tuple[str, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
+    for_ollama: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     quantize: str | None = None
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from planner.errors import PlannerError
@@ -16,6 +18,7 @@ from supervisor.store_api import BadCreate
 BILLION: Final = 10**9
 MILLION: Final = 10**6
 CONFIG: Final = "config"  # a kind that no layer has
+NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def gguf_layer(folder: StoreFolder, digest: str) -> Layer:
@@ -43,7 +46,9 @@ def facts_of(folder: StoreFolder, layers: tuple[Layer, ...]) -> ModelFacts:
         raise BadCreate(str(error)) from error
 
 
-def config_layer(folder: StoreFolder, facts: ModelFacts, layers: tuple[Layer, ...]) -> Layer:
+def config_layer(
+    folder: StoreFolder, facts: ModelFacts, layers: tuple[Layer, ...], for_ollama: Mapping[str, str] = NOTHING
+) -> Layer:
     """Write what Ollama keeps of a model beside its layers, and return it. Raises OSError."""
     summary = facts.summary
     document = {
@@ -55,6 +60,7 @@ def config_layer(folder: StoreFolder, facts: ModelFacts, layers: tuple[Layer, ..
         "architecture": "amd64",
         "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
+        **for_ollama,
     }
     return writing.write_blob(folder, CONFIG, json.dumps(document).encode())
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from supervisor.store import building, listing, manifests, modelfile, writing
 from supervisor.store.folder import StoreFolder
+from supervisor.store.heeding import FORMS, not_heeded
 from supervisor.store.manifests import Layer
 from supervisor.store.names import ModelName
 from supervisor.store_api import BadCreate, CreateRequest, NotInStore, Progress
@@ -35,6 +36,7 @@ class Recipe:
     parameters: Mapping[str, Any]
     messages: tuple[Mapping[str, str], ...]
     licenses: tuple[str, ...]
+    for_ollama: Mapping[str, str]
 
 
 def recipe(spec: CreateRequest) -> Recipe:
@@ -55,13 +57,14 @@ def recipe(spec: CreateRequest) -> Recipe:
         parameters={**base.parameters, **{name: value for name, value in parameters.items() if value is not None}},
         messages=spec.messages or base.messages,
         licenses=spec.licenses or base.licenses,
+        for_ollama={**base.for_ollama, **spec.for_ollama},
     )
     if not made.parent and not made.blobs:
         raise BadCreate("neither 'from' or 'files' was specified")
     return replace(made, parent=None) if made.blobs else made
 
 
-_EMPTY: Final = Recipe(None, (), (), None, None, {}, (), ())
+_EMPTY: Final = Recipe(None, (), (), None, None, {}, (), (), {})
 
 
 def _of_modelfile(spec: CreateRequest) -> Recipe:
@@ -84,6 +87,7 @@ def _of_modelfile(spec: CreateRequest) -> Recipe:
         parameters=read.parameters,
         messages=read.messages,
         licenses=read.licenses,
+        for_ollama=read.for_ollama,
     )
 
 
@@ -98,7 +102,7 @@ def create(folder: StoreFolder, name: ModelName, made: Recipe, tell: Callable[[P
 
     Blocks while headers are read. Raises StoreError, OSError.
     """
-    layers = _base(folder, made, tell)
+    layers, for_ollama = _base(folder, made, tell)
     for digest in made.adapters:
         layer = _sent(folder, digest, tell)
         if layer.kind != manifests.ADAPTER:
@@ -111,21 +115,32 @@ def create(folder: StoreFolder, name: ModelName, made: Recipe, tell: Callable[[P
     for text in made.licenses:
         layers = (*layers, _new(folder, manifests.LICENSE, text, tell))
     facts = building.facts_of(folder, layers)
-    config = building.config_layer(folder, facts, layers)
+    config = building.config_layer(folder, facts, layers, for_ollama)
+    for line in not_heeded(for_ollama, facts.metadata):
+        tell(Progress(line))
     tell(Progress("writing manifest"))
     return writing.write_manifest(folder, name, manifests.build(layers, config))
 
 
-def _base(folder: StoreFolder, made: Recipe, tell: Callable[[Progress], None]) -> tuple[Layer, ...]:
-    """Return the layers that the model begins with: the parent's, or the blobs."""
+def _base(
+    folder: StoreFolder, made: Recipe, tell: Callable[[Progress], None]
+) -> tuple[tuple[Layer, ...], Mapping[str, str]]:
+    """Return the layers that the model begins with, the parent's or the blobs, and what it says to Ollama alone.
+
+    Of a parent's renderer and parser nothing is left where the new model has a template of its own.
+    """
     if made.parent is None:
-        return tuple(_sent(folder, digest, tell) for digest in made.blobs)
+        return tuple(_sent(folder, digest, tell) for digest in made.blobs), made.for_ollama
     parent = folder.existing(made.parent)
     shown = parent.short(folder.default_host)
-    layers = folder.read(parent).layers
-    for layer in layers:
+    manifest = folder.read(parent)
+    for layer in manifest.layers:
         tell(Progress(f"using existing layer {layer.digest}"))
-    return tuple(replace(layer, parent=shown) if layer.kind == manifests.MODEL else layer for layer in layers)
+    layers = tuple(replace(one, parent=shown) if one.kind == manifests.MODEL else one for one in manifest.layers)
+    inherited = listing.read_for_ollama(folder, manifest)
+    if made.template:
+        inherited = {name: value for name, value in inherited.items() if name not in FORMS}
+    return layers, {**inherited, **made.for_ollama}
 
 
 def _sent(folder: StoreFolder, digest: str, tell: Callable[[Progress], None]) -> Layer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -21,7 +22,7 @@ from supervisor.store import manifests
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import ModelName
-from supervisor.store_api import StoreError
+from supervisor.store_api import FOR_OLLAMA, StoreError
 
 MAX_TEXT_BYTES: Final = 1 << 20  # a template, a licence; the longest known are 100 KiB
 SHOWN_DIGEST: Final = len("sha256:") + 12
@@ -59,7 +60,9 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
         model, projector, adapters = _files(folder, manifest, model_id)
         facts = read(str(model))
         projected = read(str(projector)) if projector is not None else None
-        preset = read_preset(folder, manifest.layers)
+        preset = replace(
+            read_preset(folder, manifest.layers), for_ollama=MappingProxyType(read_for_ollama(folder, manifest))
+        )
     except (_Unfit, PlannerError) as error:
         return ModelEntry(model_id, str(path), size_bytes, problem=str(error), **known)
     return described(
@@ -118,6 +121,13 @@ def read_preset(folder: StoreFolder, layers: tuple[Layer, ...]) -> Preset:
         licenses=tuple(texts(manifests.LICENSE)),
         parent=next((layer.parent for layer in layers if layer.kind == manifests.MODEL), None),
     )
+
+
+def read_for_ollama(folder: StoreFolder, manifest: Manifest) -> dict[str, str]:
+    """Return what the model's description says to Ollama's own service alone."""
+    config = None if manifest.config is None else _text(folder, manifest.config)
+    document = _json(config, dict) or {}
+    return {name: value for name in FOR_OLLAMA if isinstance(value := document.get(name), str) and value}
 
 
 def _message(entry: Mapping[str, Any]) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from supervisor.parameters import KINDS, Kind
-from supervisor.store_api import BadCreate
+from supervisor.store_api import FOR_OLLAMA, BadCreate
 
 MAX_TEXT: Final = 4 << 20  # characters; a licence or a long conversation, not a model
 _COMMANDS: Final = (
@@ -17,11 +17,9 @@ _COMMANDS: Final = (
     "template",
     "system",
     "adapter",
-    "renderer",
-    "parser",
     "parameter",
     "message",
-    "requires",
+    *FOR_OLLAMA,
 )
 _ROLES: Final = ("system", "user", "assistant")
 _LINES: Final = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
@@ -54,7 +52,10 @@ _FORGOTTEN: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Modelfile:
-    """What a Modelfile says. ``sources`` and ``adapters`` are what stands behind FROM and ADAPTER, in order."""
+    """What a Modelfile says. ``sources`` and ``adapters`` are what stands behind FROM and ADAPTER, in order.
+
+    ``for_ollama`` is as in ``supervisor.api.Preset``.
+    """
 
     sources: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -63,6 +64,7 @@ class Modelfile:
     parameters: Mapping[str, Any]
     messages: tuple[Mapping[str, str], ...]
     licenses: tuple[str, ...]
+    for_ollama: Mapping[str, str]
 
 
 def parse(text: str) -> Modelfile:
@@ -86,6 +88,7 @@ def parse(text: str) -> Modelfile:
         parameters=_parameters(found["parameter"]),
         messages=tuple(_message(number, value) for number, value in found["message"]),
         licenses=tuple(value for _, value in found["license"]),
+        for_ollama={name: found[name][-1][1] for name in FOR_OLLAMA if found[name]},
     )
 
 

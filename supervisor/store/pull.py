@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial as bind
 
 from anyio import to_thread
 
-from supervisor.store import manifests, writing
+from planner.errors import PlannerError
+from planner.model import read_attachment
+from supervisor.store import listing, manifests, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Transient
 from supervisor.store.folder import StoreFolder
-from supervisor.store.manifests import BadManifest
+from supervisor.store.heeding import not_heeded
+from supervisor.store.manifests import BadManifest, Manifest
 from supervisor.store.names import ModelName
 from supervisor.store.registry import Registry
 from supervisor.store_api import Progress, RegistryFailed
@@ -35,7 +39,20 @@ async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: T
         await fetch.blobs(wanted)
         tell(Progress("writing manifest"))
         replaced = await to_thread.run_sync(writing.write_manifest, folder, name, manifest)
+    for line in await to_thread.run_sync(_not_heeded, folder, manifest):
+        tell(Progress(line))
     if replaced:
         tell(Progress("removing unused layers"))
         await to_thread.run_sync(writing.collect, folder, replaced)
     tell(Progress("success"))
+
+
+def _not_heeded(folder: StoreFolder, manifest: Manifest) -> tuple[str, ...]:
+    """Return a line for each thing that the model says to Ollama alone; nothing of a model that cannot be read."""
+    for_ollama = listing.read_for_ollama(folder, manifest)
+    if not for_ollama:
+        return ()
+    with suppress(PlannerError):
+        header = read_attachment(str(folder.blob(manifest.of_kind(manifests.MODEL)[0].digest)))
+        return tuple(not_heeded(for_ollama, header.metadata))
+    return ()

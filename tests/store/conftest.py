@@ -29,6 +29,12 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServe
 
 
 @pytest.fixture
+def gguf(chat_model: Path) -> bytes:
+    """Return the bytes of a model."""
+    return chat_model.read_bytes()
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> StoreFolder:
     """Return a store that is not there yet, and knows no registry."""
     return StoreFolder(tmp_path / "store")

@@ -23,11 +23,6 @@ from supervisor.store_api import BadCreate, BadModelName, CreateRequest, NotInSt
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def gguf(chat_model: Path) -> bytes:
-    return chat_model.read_bytes()
-
-
 async def sent(data: bytes, pieces: int = 3) -> AsyncIterator[bytes]:
     step = -(-len(data) // pieces)
     for start in range(0, len(data), step):

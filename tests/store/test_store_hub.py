@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from aiohttp import web
 from store_layout import digest_of, said
@@ -19,11 +17,6 @@ from supervisor.store_api import BadCreate, BadModelName, RegistryFailed
 
 pytestmark = pytest.mark.anyio
 FILE = "/user/Repo.GGUF/resolve/main/tiny-Q4_K_M.gguf"
-
-
-@pytest.fixture
-def gguf(chat_model: Path) -> bytes:
-    return chat_model.read_bytes()
 
 
 async def fetched(store: ModelStore, server: WebServer, path: str = FILE) -> list[str]:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import companion_models
-import pytest
 from store_layout import HOST, digest_of, put_blob, put_model, tree
 
 from planner.model import read_model
@@ -15,11 +14,6 @@ from planner.types import Role
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan
-
-
-@pytest.fixture
-def gguf(chat_model: Path) -> bytes:
-    return chat_model.read_bytes()
 
 
 def by_id(root: Path, registry: str | None = None) -> dict[str, ModelEntry]:

@@ -143,7 +143,7 @@ async def form_of(
 ) -> Form:
     """Return the form for this conversation. ``own`` is the template that the request brought along, if any."""
     by_header = HeadersForm(common, tools, sampling)
-    wanted = own or model.preset.template
+    wanted = own or model.preset.spoken_template
     if not wanted or tools or any(one.images for one in messages):
         return by_header
     if not own and ("thinking" in model.capabilities or any(one.tool_calls for one in messages)):
@@ -159,7 +159,7 @@ async def form_of(
 
 async def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
     """Return the text that asks for what belongs between prompt and suffix, None where no template says how."""
-    wanted = asked.template or model.preset.template
+    wanted = asked.template or model.preset.spoken_template
     try:
         template = read_template(wanted) if wanted else None
         if template is None or not template.inserts:

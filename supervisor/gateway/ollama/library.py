@@ -16,7 +16,7 @@ from supervisor.gateway.ollama.errors import MODEL_REQUIRED, OllamaError, model_
 from supervisor.gateway.ollama.fields import Fields, read_fields
 from supervisor.gateway.ollama.granting import Granting
 from supervisor.gateway.ollama.ndjson import Json, send_lines, send_whole
-from supervisor.store_api import CreateRequest, NotInStore, Progress, Store
+from supervisor.store_api import FOR_OLLAMA, CreateRequest, NotInStore, Progress, Store
 
 # Clients compare it with the version in which Ollama got what they need: it is that of the API that is spoken here.
 API_VERSION: Final = "0.17.4"
@@ -165,6 +165,7 @@ def read_create(fields: Fields) -> CreateRequest:
         messages=tuple(
             {"role": one.text("role"), "content": one.text("content")} for one in fields.objects("messages", "Message")
         ),
+        for_ollama={name: value for name in FOR_OLLAMA if (value := fields.text(name))},
         quantize=fields.text("quantize") or None,
     )
 

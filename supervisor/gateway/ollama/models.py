@@ -58,6 +58,7 @@ def described(model: ModelView, details: Mapping[str, Any], *, verbose: bool) ->
         "tensors": [dict(tensor) for tensor in details["tensors"]],
         "capabilities": _capabilities(model),
         "modified_at": timestamp(model.modified_at),
+        **preset.for_ollama,
     }
 
 
@@ -82,6 +83,7 @@ def modelfile(model: ModelView) -> str:
     lines += [f"TEMPLATE {_block(preset.template)}"] if preset.template else []
     lines += [f"SYSTEM {_block(preset.system)}"] if preset.system else []
     lines += [f"PARAMETER {name} {_block(_plain(one))}" for name, one in _each(preset.parameters)]
+    lines += [f"{name.upper()} {_block(value)}" for name, value in preset.for_ollama.items()]
     lines += [f"LICENSE {_block(text)}" for text in preset.licenses]
     lines += [f"MESSAGE {one.get('role', '')} {_block(one.get('content', ''))}" for one in preset.messages]
     return "\n".join(lines) + "\n"
