@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from config import keys_file, models_file
 from config.keys_file import Client
 from config.model_settings import ModelsFile
 from config.resolve import ConfigError, Problem
 from config.settings import Settings
+from planner.errors import InvalidRequest
+from supervisor.model_request import flags_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ def read(settings: Settings) -> OperatorFiles:
     models, clients, tls = ModelsFile(), keys_file.KeysFile(), None
     try:
         models = models_file.read(settings.models_file)
+        problems += _flags(models, settings.models_file)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -41,6 +45,17 @@ def read(settings: Settings) -> OperatorFiles:
     if problems:
         raise ConfigError(tuple(problems))
     return OperatorFiles(models, clients.clients, tls)
+
+
+def _flags(models: ModelsFile, file: Path) -> Iterator[Problem]:
+    """Yield a problem for each section with flags that no runner may be given: ``config`` knows of no flags."""
+    sections = {"defaults": models.defaults, **{f'models."{name}"': one for name, one in models.models.items()}}
+    for section, settings in sections.items():
+        try:
+            flags_of(settings)
+        except InvalidRequest as error:
+            given = " ".join(settings.flags)
+            yield Problem(f"{file}: [{section}] flags", given, f"what a model may set: {error}")
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

@@ -50,7 +50,7 @@ def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
     text = """
         [models.nobody]
         [models.tiny-chat]
-        flags = ["--port", "1"]
+        projector = "/nowhere/projector.gguf"
         [models.tiny-embedding]
         draft = "other"
         [external.gone]
@@ -63,7 +63,7 @@ def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
     assert done.returncode == 1
     assert verdicts(done) == {"nobody": False, "tiny-chat": False, "tiny-embedding": False, "gone": False}
     stories = {each["model"]: each["story"] for each in json.loads(done.stdout)["verdicts"]}
-    assert "--port" in stories["tiny-chat"]
+    assert "/nowhere/projector.gguf" in stories["tiny-chat"]
     assert "'other'" in stories["tiny-embedding"]
     assert "/nowhere/program" in stories["gone"]
 
@@ -89,6 +89,7 @@ def test_it_is_checked_for_another_machine(check: Check, chat_model: Path, llama
     "text,more,says",
     [
         ("[models.one]\nsolts = 1\n", {}, "solts"),
+        ('[models.one]\nflags = ["--port", "1"]\n', {}, "--port is not the model's to set"),
         ("", {"PLANNER_NUM_PARALLEL": "many"}, "PLANNER_NUM_PARALLEL"),
         ("", {"PLANNER_TLS_CERT": "/nowhere.pem"}, "PLANNER_TLS_CERT"),
     ],

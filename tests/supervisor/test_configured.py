@@ -171,10 +171,16 @@ def test_a_model_that_is_to_be_preloaded_is_there_without_being_asked_for(
     assert service.runner()["state"] == "ready"
 
 
-def test_a_flag_that_the_service_owns_is_refused_by_name_when_the_model_is_asked_for(
-    configured: Configured, chat_model: Path
+def test_a_file_with_a_flag_that_no_model_may_set_changes_nothing_and_the_flag_is_named(
+    configured: Configured, models_file: Path, chat_model: Path
 ) -> None:
-    service = configured('[models.tiny-chat]\nflags = ["--port", "8080"]\n')
-    answer = service.chat("tiny-chat")
-    assert answer.status == 422
-    assert "--port" in json.loads(answer.read())["error"]["message"]
+    service = configured("[models.tiny-chat]\ncontext = 1024\n")
+    assert service.chat("tiny-chat").status == 200
+    before = service.runner()["pid"]
+    models_file.write_text('[defaults]\nflags = ["--portly"]\n[models.tiny-chat]\nflags = ["--port", "8080"]\n')
+    service.process.send_signal(signal.SIGHUP)
+    unknown, owned = service.read_log("config.not_reloaded")["problems"]
+    assert "[defaults] flags: --portly" in unknown
+    assert '[models."tiny-chat"] flags: --port 8080' in owned
+    assert service.chat("tiny-chat").status == 200
+    assert service.runner()["pid"] == before
