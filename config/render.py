@@ -57,7 +57,7 @@ def _json_value(value: Value) -> Any:
 
 
 def markdown_table() -> str:
-    """Return the table of settings for the README."""
+    """Return the table of settings, a row for each."""
     rows = [(f"`{s.variable}`", f"`{s.default_shown}`", _cell(s.kind.allowed), _cell(s.meaning)) for s in SETTINGS]
     return _markdown(("variable", "default", "allowed", "meaning"), rows)
 

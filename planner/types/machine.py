@@ -97,8 +97,8 @@ class Machine:
 class LlamaBuild:
     """The llama.cpp that will be launched. The formulas are exact for one commit (``planner.build.PINNED_COMMIT``).
 
-    ``path`` is None where none is installed: plans are then made for the pinned build. ``repack_types`` are the tensor
-    types that its CPU backend repacks on this processor (ggml-cpu/repack.cpp).
+    ``path`` is None where none is installed: plans are then made for the pinned build. ``cpu_features`` say which
+    tensor types its CPU backend repacks (ggml-cpu/repack.cpp).
     """
 
     path: str | None
