@@ -54,6 +54,8 @@ def request_of(
         "model_draft": draft,
         "spec_type": DRAFT_BY_ITSELF if settings.mtp else None,
         "n_gpu_layers": load.n_gpu_layers,
+        # To a client it is the GPU that the model is to lie on; to llama.cpp it is that only where nothing is split.
+        "split_mode": None if load.main_gpu is None else "none",
         "main_gpu": load.main_gpu,
         "n_batch": load.n_batch,
         "load_mode": None if load.use_mmap is None else "mmap" if load.use_mmap else "none",

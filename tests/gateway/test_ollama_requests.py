@@ -123,7 +123,8 @@ def test_no_body_is_answered_with_anything_but_a_refusal_or_a_request(body: byte
 def test_load_options_go_to_the_planner_and_those_that_leave_it_the_choice_are_none() -> None:
     asked = checked({"num_ctx": 8192.0, "num_gpu": 0, "main_gpu": 1, "num_batch": 256, "use_mmap": False})
     assert load_options(asked) == LoadOptions(8192, 0, 1, 256, use_mmap=False)
-    assert load_options(checked({"num_ctx": 0, "num_gpu": -1, "num_batch": None})) == LoadOptions()
+    assert load_options(checked({"num_gpu": 999, "main_gpu": 0})) == LoadOptions(n_gpu_layers=999, main_gpu=0)
+    assert load_options(checked({"num_ctx": 0, "num_gpu": -1, "main_gpu": -1, "num_batch": None})) == LoadOptions()
 
 
 def test_sampling_options_have_ollamas_defaults_and_llama_servers_names() -> None:

@@ -33,6 +33,13 @@ def test_settings_win_over_flags_and_a_clients_options_over_both() -> None:
     assert (asked.n_ctx, asked.n_ctx_per_slot, asked.n_gpu_layers, asked.load_mode) == (None, 1024, 7, "none")
 
 
+@pytest.mark.parametrize("main_gpu", [0, 1])
+def test_the_gpu_that_a_client_names_has_the_model_to_itself(main_gpu: int) -> None:
+    """Whatever the operator's flags split it over."""
+    asked = request_of(ENTRY, ModelSettings(flags=("-sm", "row", "-mg", "3")), LoadOptions(main_gpu=main_gpu))
+    assert (asked.split_mode, asked.main_gpu) == ("none", main_gpu)
+
+
 def test_a_projector_may_be_another_or_none() -> None:
     assert request_of(ENTRY, ModelSettings(projector="/other.gguf")).mmproj == "/other.gguf"
     assert request_of(ENTRY, ModelSettings(projector=False)).mmproj is None

@@ -74,8 +74,8 @@ def load_options(options: Mapping[str, Any]) -> LoadOptions:
     """Return what these options ask of the load; a value that means "you decide" (num_gpu -1) is None."""
     return LoadOptions(
         n_ctx=_positive(options.get("num_ctx")),
-        n_gpu_layers=layers if (layers := options.get("num_gpu")) is not None and layers >= 0 else None,
-        main_gpu=options.get("main_gpu"),
+        n_gpu_layers=_natural(options.get("num_gpu")),
+        main_gpu=_natural(options.get("main_gpu")),
         n_batch=_positive(options.get("num_batch")),
         use_mmap=options.get("use_mmap"),
     )
@@ -106,6 +106,10 @@ def _value(name: str, kind: Kind, value: Any) -> Any:
                 raise BadRequest(f'option "{name}" must be of an array of strings', param="options")
             return list(value)
     raise BadRequest(f'option "{name}" must be {_EXPECTED[kind]}', param="options")
+
+
+def _natural(value: int | None) -> int | None:
+    return value if value is not None and value >= 0 else None
 
 
 def _positive(value: int | None) -> int | None:
