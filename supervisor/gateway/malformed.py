@@ -11,7 +11,7 @@ import logging
 from typing import Final
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 
 from supervisor.gateway.errors import BadRequest, answer_to
 
@@ -56,10 +56,15 @@ class EnvelopeHandler(web.RequestHandler):
         """Return the answer, after which the connection is closed."""
         answer = super().handle_error(request, status, exc, message)
         if isinstance(exc, HttpProcessingError):
-            kind = type(exc).__name__
-            answer = answer_to(BadRequest(f"the request is not well-formed HTTP ({kind})"), "").response()
+            answer = answer_to(BadRequest(_wrong_with(exc)), "").response()
             answer.force_close()
         return answer
+
+
+def _wrong_with(error: HttpProcessingError) -> str:
+    if isinstance(error, ContentEncodingError):
+        return "the request body is compressed in a way that is not understood here: send it as gzip, or as it is"
+    return f"the request is not well-formed HTTP ({type(error).__name__})"
 
 
 class EnvelopeServer(web.Server):

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.compression_utils import HAS_ZSTD
 from fake_runtime import FakeRuntime, LlamaServer, Serve
 from structlog.testing import capture_logs
 
@@ -307,6 +308,16 @@ async def test_a_body_that_is_not_encoded_as_it_says_is_the_clients_fault(
     async with http.post(url + COMPLETIONS, data=b"no gzip", headers={"Content-Encoding": "gzip"}) as answer:
         assert answer.status == 400
         assert (await answer.json())["error"]["code"] == "invalid_request"
+
+
+@pytest.mark.skipif(HAS_ZSTD, reason="this Python can unpack it")
+async def test_a_body_that_is_compressed_in_a_way_that_nobody_here_knows_says_what_is(
+    serve: Serve, http: aiohttp.ClientSession
+) -> None:
+    url = await serve()
+    async with http.post(url + COMPLETIONS, data=b"packed", headers={"Content-Encoding": "zstd"}) as answer:
+        assert answer.status == 400
+        assert "send it as gzip" in (await answer.json())["error"]["message"]
 
 
 async def test_only_models_of_the_folder_become_labels(
