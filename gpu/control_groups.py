@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from gpu.kernel_files import lines, number
 
 _FILE_SYSTEMS: Final = frozenset({"cgroup", "cgroup2"})
 _MAX_LEVELS: Final = 64  # deeper nesting than any system makes: the walk up is bounded
@@ -54,24 +55,6 @@ def thread_limit(process: str, root: Path = Path("/")) -> ThreadLimit | None:
         if most is not None:
             found.append(ThreadLimit(max(most - (now or 0), 0), name_of(folder, root)))
     return min(found, key=lambda limit: limit.left, default=None)
-
-
-def number(path: Path) -> int | None:
-    """Return the number in a file of the kernel's; None for any other text (``max``) and where it cannot be read."""
-    return whole_number("".join(lines(path)).strip())
-
-
-def whole_number(text: str) -> int | None:
-    """Return a number that the kernel wrote, None for anything that is none (64 bits have 20 digits)."""
-    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
-
-
-def lines(path: Path) -> list[str]:
-    """Return a file's lines, none where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def _mounts(root: Path, process: str, controller: str) -> list[tuple[str, str, bool]]:

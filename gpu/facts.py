@@ -19,6 +19,7 @@ from gpu.card import Card, Probe
 from gpu.control_groups import ThreadLimit
 from gpu.detect import Detected
 from gpu.host import HostMemory
+from gpu.kernel_files import text
 from gpu.rpc import Worker
 from planner.types import LlamaBuild, Machine
 
@@ -122,8 +123,8 @@ def gather(detected: Detected, environ: Mapping[str, str], root: Path = Path("/"
 def _pci(root: Path) -> tuple[PciGpu, ...]:
     found = []
     for device in sorted((root / "sys/bus/pci/devices").glob("*")):
-        vendor = _VENDORS.get(_text(device / "vendor"))
-        if vendor is not None and _text(device / "class").startswith(_GPU_CLASSES):
+        vendor = _VENDORS.get(text(device / "vendor"))
+        if vendor is not None and text(device / "class").startswith(_GPU_CLASSES):
             driver = device / "driver"
             found.append(PciGpu(vendor, device.name, driver.resolve().name if driver.exists() else None))
     return tuple(found)
@@ -132,7 +133,7 @@ def _pci(root: Path) -> tuple[PciGpu, ...]:
 def _services(root: Path) -> Iterator[Service]:
     yield _service("self", "this process", root, with_memory=False)
     for pid in _pids(root):
-        if re.search(r"\bplanner\0(?:.*\0)?serve\0?$", _text(root / "proc" / pid / "cmdline")):
+        if re.search(r"\bplanner\0(?:.*\0)?serve\0?$", text(root / "proc" / pid / "cmdline")):
             yield _service(pid, f"planner serve (process {pid})", root, with_memory=True)
 
 
@@ -160,16 +161,16 @@ def _threads_left(process: str, root: Path) -> ThreadLimit | None:
 
 def _status(process: str, name: str, root: Path) -> int | None:
     """Return the first number of this line of /proc/PID/status."""
-    found = re.search(rf"^{name}:\s+([0-9]{{1,20}})\b", _text(root / "proc" / process / "status"), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+([0-9]{{1,20}})\b", text(root / "proc" / process / "status"), re.MULTILINE)
     return int(found.group(1)) if found else None
 
 
 def _holders(machine: Machine, root: Path) -> Iterator[Holder]:
     for device in machine.devices:
         for process in device.processes:
-            stat = _text(root / f"proc/{process.pid}/stat").rpartition(")")[2].split()
+            stat = text(root / f"proc/{process.pid}/stat").rpartition(")")[2].split()
             parent = stat[1] if len(stat) > 1 else "0"
-            command = _text(root / "proc" / parent / "cmdline").replace("\0", " ").strip() if parent not in "01" else ""
+            command = text(root / "proc" / parent / "cmdline").replace("\0", " ").strip() if parent not in "01" else ""
             unit = _unit(str(process.pid), root)
             yield Holder(device.name, process.pid, process.name, process.used_bytes, command or None, unit)
 
@@ -184,7 +185,7 @@ def _pids(root: Path) -> list[str]:
 
 def _unit(process: str, root: Path) -> str | None:
     """Return the systemd service that a process belongs to, by its control group."""
-    found = re.findall(r"/([^/\s]+\.service)(?:/|$)", _text(root / "proc" / process / "cgroup"), re.MULTILINE)
+    found = re.findall(r"/([^/\s]+\.service)(?:/|$)", text(root / "proc" / process / "cgroup"), re.MULTILINE)
     services = [name for name in found if not name.startswith("user@")]
     return services[-1] if services else None
 
@@ -194,10 +195,3 @@ def _pynvml() -> tuple[str | None, str | None]:
     hook, module = find_spec("_pynvml_redirector"), find_spec("pynvml")
     shadow = module.origin if module is not None and (module.origin or "").endswith("__init__.py") else None
     return (None if hook is None else hook.origin), shadow
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from gpu import control_groups
-from gpu.control_groups import lines, number
+from gpu.kernel_files import lines, number
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, MemoryPool
 from planner.units import KIB
 

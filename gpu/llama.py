@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from gpu import llama_cache
+from gpu import kernel_files, llama_cache
 from gpu.llama_cache import Answers
 from gpu.rpc import PINNED_PROTOCOL
 from planner.build import PINNED_BUILD, is_pinned
@@ -229,11 +229,7 @@ def kind_of(name: str) -> DeviceKind:
 
 def cpu_features(root: Path = Path("/")) -> frozenset[str]:
     """Return this processor's vector and matrix extensions by the kernel's names for them (``avx2``, ``asimddp``)."""
-    try:
-        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", kernel_files.text(root / "proc/cpuinfo"), re.MULTILINE)
     words = match.group(1).split() if match else []
     return frozenset(word for word in words if _CPU_FEATURES.fullmatch(word))
 

@@ -17,8 +17,8 @@ from typing import Any, Final, TypeVar
 
 from gpu import bounded
 from gpu.card import Card, Fault, Link, Probe, Vendor
-from gpu.control_groups import lines
 from gpu.host import process_name
+from gpu.kernel_files import lines
 from planner.types import ProcessUse
 
 LIBRARY: Final = "libnvidia-ml.so.1"

@@ -16,8 +16,8 @@ from typing import Final
 
 from gpu import bounded
 from gpu.card import Card, Fault, Probe, Vendor
-from gpu.control_groups import whole_number
 from gpu.host import process_name
+from gpu.kernel_files import number, text
 from planner.types import ProcessUse
 from planner.units import GIB
 
@@ -55,14 +55,14 @@ def _cards(root: Path, numbers: Sequence[int], *, can_open: bool | None) -> Prob
     nodes = root / _NODES
     cards: list[Card] = []
     faults: list[Fault] = []
-    for number in numbers:
-        properties = _properties(nodes / str(number) / "properties")
+    for node in (nodes / str(index) for index in numbers):
+        properties = _properties(node / "properties")
         if properties.get("simd_count", 0) == 0:
             continue  # a CPU
         try:
-            cards.append(_card(root, nodes / str(number), properties, can_open=can_open))
+            cards.append(_card(root, node, properties, can_open=can_open))
         except (OSError, ValueError) as error:
-            what = f"AMD card of KFD node {number} is left out, its files cannot be read ({error})"
+            what = f"AMD card of KFD node {node.name} is left out, its files cannot be read ({error})"
             faults.append(Fault(what, "see the kernel log (dmesg | grep amdgpu)"))
     # Partitions of one card can carry one id, which then names none of them.
     times = Counter(card.uuid for card in cards)
@@ -76,17 +76,16 @@ def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool 
     # A partition's render node has a folder without figures; the card's own is that of its address.
     own, of_card = root / f"sys/class/drm/renderD{minor}/device", root / f"sys/bus/pci/devices/{pci}"
     device = of_card if (of_card / _VRAM_TOTAL).exists() and not (own / _VRAM_TOTAL).exists() else own
-    asleep = _text(device / "power/runtime_status") == "suspended"
+    asleep = text(device / "power/runtime_status") == "suspended"
     memory = _sleeping(node) if asleep else _awake(device, properties)
-    split = (_text(device / "current_memory_partition") or "NPS1") != "NPS1"
+    split = (text(device / "current_memory_partition") or "NPS1") != "NPS1"
     if split:
         # Each partition has a part of the memory; the folder's figures are the whole card's.
         memory = _Memory(_bank_bytes(node), None, None, unified=False)
     unique_id = properties.get("unique_id", 0)
-    numa_node = None if asleep else _text(device / "numa_node")
     return Card(
         vendor=Vendor.AMD,
-        name=(None if asleep else _text(device / "product_name")) or f"AMD {_gfx(properties) or 'GPU'}",
+        name=("" if asleep else text(device / "product_name")) or f"AMD {_gfx(properties) or 'GPU'}",
         pci_bus_id=pci,
         uuid=f"GPU-{unique_id:016x}" if unique_id else None,
         total_bytes=memory.total_bytes,
@@ -97,8 +96,8 @@ def _card(root: Path, node: Path, properties: dict[str, int], *, can_open: bool 
         unified=memory.unified,
         part_of=f"{pci}/{node.name}" if split else None,
         asleep=asleep,
-        numa_node=whole_number(numa_node or ""),
-        processes=_processes(root, _number(node / "gpu_id")),
+        numa_node=None if asleep else number(device / "numa_node"),
+        processes=_processes(root, number(node / "gpu_id")),
         why_not=_why_not(root, minor, can_open=can_open),
     )
 
@@ -114,8 +113,8 @@ class _Memory:
 
 
 def _awake(device: Path, properties: dict[str, int]) -> _Memory:
-    vram_total, vram_used = _number(device / _VRAM_TOTAL), _number(device / "mem_info_vram_used")
-    gtt_total, gtt_used = _number(device / "mem_info_gtt_total"), _number(device / "mem_info_gtt_used")
+    vram_total, vram_used = number(device / _VRAM_TOTAL), number(device / "mem_info_vram_used")
+    gtt_total, gtt_used = number(device / "mem_info_gtt_total"), number(device / "mem_info_gtt_used")
     unified = _is_unified(device, properties, vram_total, gtt_total)
     # HIP takes an APU's memory from the larger of the two.
     total, used = (gtt_total, gtt_used) if unified and (gtt_total or 0) > (vram_total or 0) else (vram_total, vram_used)
@@ -187,7 +186,7 @@ def _processes(root: Path, gpu_id: int | None) -> tuple[ProcessUse, ...]:
         return ()
     found = []
     for file in sorted((root / "sys/class/kfd/kfd/proc").glob(f"*/vram_{gpu_id}")):
-        used = _number(file)
+        used = number(file)
         if file.parent.name.isdigit() and used:
             pid = int(file.parent.name)
             found.append(ProcessUse(pid, process_name(pid, root), used))
@@ -195,17 +194,5 @@ def _processes(root: Path, gpu_id: int | None) -> tuple[ProcessUse, ...]:
 
 
 def _properties(path: Path) -> dict[str, int]:
-    rows = re.findall(r"^(\w+) ([0-9]{1,20})\s*$", _text(path) or "", re.MULTILINE)
+    rows = re.findall(r"^(\w+) ([0-9]{1,20})\s*$", text(path), re.MULTILINE)
     return {name: int(value) for name, value in rows}
-
-
-def _number(path: Path) -> int | None:
-    return whole_number(_text(path) or "")
-
-
-def _text(path: Path) -> str | None:
-    """Return a file's text, None where it cannot be read: every figure in sysfs is missing on some kernel."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
