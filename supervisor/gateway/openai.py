@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 
 from planner.types import Role
 from supervisor.api import Amendments, ModelView, Preset, Runtime, Snapshot
+from supervisor.gateway import templated
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.loading import progress_told, wants_progress
@@ -76,8 +77,12 @@ class OpenAI:
         if wants_progress(request):
             acquiring = progress_told(request, self._runtime, model, acquiring)
         async with acquiring as lease:
-            if not wanted.is_form:
-                body = _amended(request.path, body, lease.amendments, view.preset)
+            if wanted.is_form:
+                return await forward(lease, request, request.path, body)
+            body = _amended(request.path, body, lease.amendments, view.preset)
+            chat = await templated.written(request.path, body, view)
+            if chat is not None:
+                return await forward(lease, request, templated.COMPLETIONS, chat.body, chat.retelling)
             return await forward(lease, request, request.path, body)
 
     async def _models(self, _request: web.Request) -> web.Response:

@@ -1,6 +1,6 @@
 """What a Modelfile says of its model, in requests of OpenAI's API and Anthropic's, as Ollama holds to it there too.
 
-It counts where a request says nothing of its own. The template does not: llama-server applies the header's.
+It counts where a request says nothing of its own. Its template is ``supervisor.gateway.templated``'s.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ What is not untouched, and why:
 - ``X-Conversation-Id`` is dropped: with it llama-server goes on generating after the client has left
   (tools/server/server-http.cpp, the resumable stream).
 - ``Origin`` goes no further and ``Access-Control-*`` comes no further: the gateway has judged the page itself.
+- What was asked in other words than the client's, for the sake of a Modelfile's template, is answered in the client's
+  (``Retelling``).
 - A stream whose runner is lost ends, after its last whole event, with an error event instead of ``[DONE]``.
 
 Each request has a connection of its own (``upstream``). An idle kept connection would occupy one of llama-server's few
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import Final, Self
+from typing import Final, Protocol, Self
 from urllib.parse import quote
 
 from aiohttp import hdrs, web
@@ -143,7 +145,21 @@ class RunnerLine:
         )
 
 
-async def forward(lease: Lease, request: web.Request, path: str, body: bytes) -> web.StreamResponse:
+class Retelling(Protocol):
+    """Tells a runner's good answer in other words; refusals go through as they are."""
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return what may go on now: of an event stream, whose whole events come in, at once; of a body nothing."""
+        ...
+
+    def rest(self) -> bytes:
+        """Return what goes on at the answer's end."""
+        ...
+
+
+async def forward(
+    lease: Lease, request: web.Request, path: str, body: bytes, retelling: Retelling | None = None
+) -> web.StreamResponse:
     """Send ``body`` to ``path`` of the lease's runner and carry its answer to the client as it comes.
 
     Raises ``RunnerLost`` where the runner fails before the first byte; afterwards the answer is ended as well as it can
@@ -156,13 +172,16 @@ async def forward(lease: Lease, request: web.Request, path: str, body: bytes) ->
         begun = request[EXCHANGE].begun
         if begun is not None and not _is_stream(answer):
             return await _tell_in_stream(line, begun)
-        return await _relay(line, answer, lease, request)
+        return await _relay(line, answer, lease, request, retelling if answer.status == HTTPStatus.OK else None)
 
 
-async def _relay(line: RunnerLine, answer: Upstream, lease: Lease, request: web.Request) -> web.StreamResponse:
+async def _relay(
+    line: RunnerLine, answer: Upstream, lease: Lease, request: web.Request, retelling: Retelling | None
+) -> web.StreamResponse:
     exchange = request[EXCHANGE]
+    dropped = HOP_BY_HOP if retelling is None else HOP_BY_HOP | {"content-length"}
     response = exchange.begun or web.StreamResponse(
-        status=answer.status, reason=answer.reason, headers=forwarded(answer.headers, without=HOP_BY_HOP)
+        status=answer.status, reason=answer.reason, headers=forwarded(answer.headers, without=dropped)
     )
     chunk = await line.read()  # until there is something a runner's end can still be told as what it is
     if exchange.begun is None:
@@ -171,14 +190,18 @@ async def _relay(line: RunnerLine, answer: Upstream, lease: Lease, request: web.
     events = WholeEvents(MAX_HELD_BYTES if response.content_type == SSE_CONTENT_TYPE else 0)
     try:
         while chunk:
-            if piece := events.feed(chunk):
+            piece = events.feed(chunk)
+            if retelling is not None:
+                piece = retelling.feed(piece)
+            if piece:
                 exchange.mark_first_byte()
                 await response.write(piece)
             chunk = await line.read()
     except RunnerLost as error:
         await _end_broken(response, request, error, clean=events.clean)
     else:
-        await response.write_eof(events.rest())
+        rest = events.rest()
+        await response.write_eof(rest if retelling is None else retelling.feed(rest) + retelling.rest())
     return response
 
 

@@ -96,7 +96,7 @@ class ModelfilesForm:
     template: Template
     common: Common
     sampling: Mapping[str, Any]
-    _rendered: tuple[Messages, str] = ((), "")
+    _rendered: tuple[Messages, str]  # the latest
 
     @property
     def path(self) -> str:
@@ -142,19 +142,31 @@ async def form_of(
     own: str = "",
 ) -> Form:
     """Return the form for this conversation. ``own`` is the template that the request brought along, if any."""
-    by_header = HeadersForm(common, tools, sampling)
+    written = None if tools else await written_by_modelfile(model, messages, think=common.think, own=own)
+    if written is None:
+        return HeadersForm(common, tools, sampling)
+    template, text = written
+    return ModelfilesForm(template, common, sampling, (messages, text))
+
+
+async def written_by_modelfile(
+    model: ModelView, messages: Messages, *, think: bool | str | None, own: str = ""
+) -> tuple[Template, str] | None:
+    """Return the Modelfile's template and the conversation in it; None where the header's is to be applied.
+
+    A template that cannot be used is logged. ``own`` is as in ``form_of``.
+    """
     wanted = own or model.preset.spoken_template
-    if not wanted or tools or any(one.images for one in messages):
-        return by_header
+    if not wanted or any(one.images for one in messages):
+        return None
     if not own and ("thinking" in model.capabilities or any(one.tool_calls for one in messages)):
-        return by_header
+        return None
     try:
-        form = ModelfilesForm(read_template(wanted), common, sampling)
-        await form.body(messages)
+        template = read_template(wanted)
+        return template, await to_thread.run_sync(partial(template.conversation, messages, think=think))
     except TemplateError as error:
         _log_unusable(model, error)
-        return by_header
-    return form
+        return None
 
 
 async def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
