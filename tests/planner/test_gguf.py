@@ -148,6 +148,23 @@ def test_refuses_a_tensor_type_that_nobody_knows(model_file: Path, tmp_path: Pat
     assert "unknown type 31" in problem_of(bytes(data), tmp_path)
 
 
+def tensor_entry(name: bytes, row: int, type_id: int, offset: int) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, row, type_id, offset)
+
+
+@pytest.mark.parametrize(
+    "entries,says",
+    [
+        ([tensor_entry(b"a", 48, 8, 0)], "rows of 48 do not divide into q8_0 blocks"),
+        ([tensor_entry(b"a", 32, 8, 0), tensor_entry(b"a", 32, 8, 64)], "tensor 'a' appears twice"),
+        ([tensor_entry(b"a", 1 << 62, 0, 0)], "larger than any file"),
+    ],
+)
+def test_refuses_a_tensor_that_cannot_be(entries: list[bytes], says: str, tmp_path: Path) -> None:
+    data = b"GGUF" + struct.pack("<IQQ", 3, len(entries), 0) + b"".join(entries) + bytes(256)
+    assert says in problem_of(data, tmp_path)
+
+
 def test_refuses_a_key_that_appears_twice(tmp_path: Path) -> None:
     entry = struct.pack("<Q", 1) + b"k" + struct.pack("<IB", 0, 7)
     data = b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + entry + entry
