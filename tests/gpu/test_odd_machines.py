@@ -150,7 +150,7 @@ def test_a_restriction_that_names_no_card_hides_all_and_each_is_told_of(
 ) -> None:
     found = look(alike(0) + alike(1), "Available devices:\n  (none)\n", CUDA_VISIBLE_DEVICES=visible)
     assert uuids(found, usable=False) == ["GPU-0000", "GPU-0001"]
-    assert all("CUDA_VISIBLE_DEVICES" in warning for warning in found["warnings"])
+    assert ["CUDA_VISIBLE_DEVICES" in warning for warning in found["warnings"]] == [True, True]
 
 
 THREE_PARTS = """card NVIDIA_A100-SXM4-80GB GPU-dddd 0 7 0
