@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from test_exhaust import HOST_BYTES, REQUEST, Layers
@@ -19,6 +20,7 @@ from planner.types import (
     DeviceName,
     Machine,
     NoFit,
+    PerDevice,
     Plan,
     PlanOutcome,
     PlanRequest,
@@ -29,6 +31,7 @@ from planner.types import (
 PLENTY = 1 << 30
 N_LAYERS = 5
 SLOTS = N_LAYERS + 1  # the output counts as one more layer, which comes first
+NOTHING_SET = Policy()
 SMALL, LARGE = ("q4_0", "q4_0", "q4_0"), ("f32", "f32", "f32")
 
 
@@ -46,12 +49,14 @@ def cards(*sizes: int) -> Machine:
     return Machine(devices, Device(HOST, DeviceKind.HOST, HOST_BYTES, HOST_BYTES, HOST_POOL), what_if=True)
 
 
-def asked(model: ModelFacts, where: Machine, request: PlanRequest = REQUEST) -> PlanOutcome:
-    return search(model, request, where, Policy(), PINNED_BUILD)
+def asked(
+    model: ModelFacts, where: Machine, request: PlanRequest = REQUEST, policy: Policy = NOTHING_SET
+) -> PlanOutcome:
+    return search(model, request, where, policy, PINNED_BUILD)
 
 
-def planned(model: ModelFacts, where: Machine, request: PlanRequest = REQUEST) -> Plan:
-    outcome = asked(model, where, request)
+def planned(model: ModelFacts, where: Machine, request: PlanRequest = REQUEST, policy: Policy = NOTHING_SET) -> Plan:
+    outcome = asked(model, where, request, policy)
     assert isinstance(outcome, Plan)
     return outcome
 
@@ -120,3 +125,23 @@ def test_without_a_card_nothing_is_held_on_one(model: ModelFacts) -> None:
     plan = planned(model, cards(), replace(REQUEST, n_gpu_layers=0))
     assert [usage.name for usage in plan.usages] == ["Host"]
     assert plan.usages[0].layers == tuple(range(N_LAYERS))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(gpu_overhead=PerDevice(by_name=MappingProxyType({"CUDA0": 3 * PLENTY}))),
+        Policy(
+            max_vram=PerDevice(by_name=MappingProxyType({"CUDA0": PLENTY})),
+            held=MappingProxyType({"CUDA0": 3 * PLENTY}),
+        ),
+        Policy(promised=MappingProxyType({"CUDA0": 3 * PLENTY})),
+    ],
+    ids=["reserve", "cap", "promise"],
+)
+def test_a_card_of_which_less_than_nothing_is_left_is_not_used(model: ModelFacts, policy: Policy) -> None:
+    """Where a difference of unsigned numbers would be taken for a card of any size."""
+    plan = planned(model, cards(PLENTY, PLENTY // 2), policy=policy)
+    assert plan.usages[0].budget_bytes == -2 * PLENTY
+    assert plan.placement.devices == ("CUDA1",)
+    assert planned(model, cards(PLENTY), policy=policy).placement.devices == ()
