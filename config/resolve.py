@@ -18,14 +18,16 @@ DEFAULT_ORIGIN: Final = "default"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One bad value: which variable, what was given (masked where secret), what is allowed."""
+    """One bad value: which variable or key, what was given (masked where secret; None: nothing), what is allowed."""
 
     name: str
-    given: str
+    given: str | None
     allowed: str
 
     def __str__(self) -> str:
         """Return the one line for the user."""
+        if self.given is None:
+            return f"{self.name} is missing: {self.allowed}"
         return f"{self.name}: {self.given} is not {self.allowed}"
 
 

@@ -139,7 +139,7 @@ def section(keys: tuple[Key, ...], build: type[Any], table: Table, where: str, p
         except (ValueError, TypeError):
             problems.append(Problem(f"{where} {name}", shown(value), key.allowed))
     missing = [key for key in keys if key.required and key.name not in table]
-    problems += [Problem(f"{where} {key.name}", "nothing", f"{key.allowed}, which it needs") for key in missing]
+    problems += [Problem(f"{where} {key.name}", None, key.allowed) for key in missing]
     return build(**values) if len(problems) == before else None
 
 

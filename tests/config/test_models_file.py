@@ -59,7 +59,8 @@ def test_everything_that_is_wrong_is_listed_with_its_place_and_what_is_allowed()
     assert lines[1].startswith('models.toml: [models."one"] mtp: 1 is not true or false')
     assert "solts" in lines[2]
     assert "slots" in lines[2]
-    assert [line.split("] ")[1].split(":")[0] for line in lines[3:6]] == ["url", "health", "memory"]
+    assert lines[3] == 'models.toml: [external."comfy"] url is missing: a text'
+    assert [line.split("] ")[1].split(" ")[0] for line in lines[4:6]] == ["health", "memory"]
     assert lines[6].startswith("models.toml: [model]")
 
 
