@@ -35,7 +35,7 @@ _OLLAMA_FOLDERS: Final = ("/usr/lib/ollama", "/usr/local/lib/ollama")
 _MAX_OUTPUT: Final = 1 << 20  # of an answer: sixteen devices take a KiB, a driver's warnings some more
 
 # ggml's names of its devices (the prefix of CUDA0) and of its libraries (libggml-cuda.so).
-_KIND_BY_PREFIX: Final = {
+KIND_BY_PREFIX: Final = {
     "CUDA": DeviceKind.CUDA,
     "ROCm": DeviceKind.ROCM,
     "Vulkan": DeviceKind.VULKAN,
@@ -224,7 +224,7 @@ def parse_list(text: str) -> tuple[ListedDevice, ...]:
 
 def kind_of(name: str) -> DeviceKind:
     """Return the kind of a device by llama.cpp's name for it."""
-    return _KIND_BY_PREFIX.get(name.rstrip("0123456789"), DeviceKind.OTHER)
+    return KIND_BY_PREFIX.get(name.rstrip("0123456789"), DeviceKind.OTHER)
 
 
 def cpu_features(root: Path = Path("/")) -> frozenset[str]:

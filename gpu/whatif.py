@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gpu import host
-from gpu.llama import kind_of
+from gpu.llama import KIND_BY_PREFIX, kind_of
 from planner.types import HOST_POOL, Device, DeviceName, Machine, MemoryPool, PoolId
 from planner.units import GIB, MIB, format_size, parse_size
 
@@ -19,7 +19,7 @@ _CATALOGUE: Final = Path(__file__).with_name("catalogue.json")
 _USABLE_OF_SHOWN: Final = 0.985
 MAX_DEVICES: Final = 16  # GGML_CUDA_MAX_DEVICES, and llama.cpp's own limit for one model
 _DEVICE: Final = re.compile(r"([A-Za-z]+)(\d{1,3})(?:@([A-Za-z0-9._-]+:\d{1,5}))?")
-_PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "RPC")}
+_PREFIXES: Final = {prefix.lower(): prefix for prefix in KIND_BY_PREFIX}
 _CUSTOM: Final = "custom:"
 _VENDORS: Final = {"nv": "CUDA", "amd": "ROCm", "intel": "Vulkan"}
 
