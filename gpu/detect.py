@@ -18,7 +18,7 @@ from gpu.card import Card, Probe, Vendor, cuda_overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.matching import match, unmatched
 from gpu.rpc import Worker
-from gpu.rpc_devices import RpcDevices, RpcServer, rpc_devices
+from gpu.rpc_devices import RpcDevices, RpcServer, ask_workers, rpc_devices
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 Environ = Mapping[str, str]
@@ -66,6 +66,7 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     rpc_servers: Sequence[RpcServer] = (),
     leased: frozenset[str] = frozenset(),
     previous: Detected | None = None,
+    known: Machine | None = None,
     owner: int | None = None,
     named: Container[str] = (),
     lightly: bool = False,
@@ -74,10 +75,11 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     """Return this machine as llama-server will see it. Raises nothing: what cannot be read is a warning.
 
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
-    their devices are taken over from ``previous``. With ``previous`` the llama-server found then is kept, unless cards
-    came or went since: it is asked again what it lists. ``owner`` is the process whose runners' mapped weights are not
-    to be counted as available, and which may use a card that takes one process at a time and has one of them. ``named``
-    are devices that the user asked for by name, to be used even where llama.cpp would leave them out.
+    their devices are taken over from ``known``, the machine as it was last told (None: that of ``previous``). With
+    ``previous`` the llama-server found then is kept, unless cards came or went since: it is asked again what it lists.
+    ``owner`` is the process whose runners' mapped weights are not to be counted as available, and which may use a card
+    that takes one process at a time and has one of them. ``named`` are devices that the user asked for by name, to be
+    used even where llama.cpp would leave them out.
 
     ``lightly``: only drivers and the kernel are asked, neither llama-server nor workers, whose figures and warnings
     stay those of ``previous``; but where cards came or went it is a look like any other, and where a card sleeps that
@@ -95,6 +97,9 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
         lightly = False
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
+    protocol = search.build.rpc_protocol
+    asked = () if lightly else ask_workers(rpc_servers, protocol=protocol, leased=leased)
+    # Only now: a worker of this machine answers once it has given back what its last client held.
     memory = host.read(root).without(host.mapped_bytes(ours, root))
     server = search.server if lightly else _with_free(search.server, cards, environ, machine_key)
     local, by_name, warnings = _local_devices(cards, server, memory, environ, named)
@@ -103,16 +108,16 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     else:
         workers = rpc_devices(
             rpc_servers,
-            protocol=search.build.rpc_protocol,
+            asked,
+            protocol=protocol,
             memory=memory,
-            leased=leased,
-            previous=previous.machine.devices if previous else (),
+            known=previous.machine if known is None and previous is not None else known,
         )
     devices = (*workers.devices, *local, *workers.absent)
     machine = Machine(
         devices=devices,
         host=memory.device(),
-        pools=_pools(devices, by_name, memory),
+        pools=_pools(devices, by_name, (memory.pool(), *workers.pools)),
         warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
@@ -293,9 +298,9 @@ def _why_unlisted(card: Card, server: Server | None) -> str:
     return f"{path} was built without {backend.upper()}; build one with: {build}"
 
 
-def _pools(devices: Sequence[Device], cards: Mapping[str, Card], memory: host.HostMemory) -> tuple[MemoryPool, ...]:
-    """Return each pool once: the host's, and of every other what its card says or else the first device in it."""
-    pools = {HOST_POOL: memory.pool()}
+def _pools(devices: Sequence[Device], cards: Mapping[str, Card], told: Sequence[MemoryPool]) -> tuple[MemoryPool, ...]:
+    """Return each pool once: those that were told, and of every other what its card says or else the only device."""
+    pools = {pool.id: pool for pool in told}
     members = Counter(device.pool for device in devices)
     for device in devices:
         card = cards.get(device.name)

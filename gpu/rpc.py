@@ -22,6 +22,7 @@ from gpu import bounded
 
 PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
 _RESOLVER_SLACK_S: Final = 0.1  # beyond the probe's own limit, so that its own reason is the one that is told
+_LOOPBACK: Final = "127."  # whatever of it a worker listens at, we ask from 127.0.0.1
 _SHORTEST_S: Final = 0.001  # a time limit of zero would mean not to wait at all
 MAX_DEVICES: Final = 64  # of one worker; llama.cpp itself takes 16 of all
 PINNED_PROTOCOL: Final = "7.0.0"  # RPC_PROTO_*_VERSION in ggml/include/ggml-rpc.h of planner.build.PINNED_COMMIT
@@ -145,7 +146,8 @@ def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities
             return Worker(endpoint, WorkerState.BUSY, why_not=why)
         except OSError as error:
             raise _HungUpError(error.strerror or str(error)) from None
-        return replace(worker, is_here=ours == theirs, address=f"{theirs}:{port}")
+        is_here = ours == theirs or theirs.startswith(_LOOPBACK)
+        return replace(worker, is_here=is_here, address=f"{theirs}:{port}")
 
 
 def _ask(connection: _Connection, endpoint: str, protocol: str | None, capabilities: int) -> Worker:

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from gpu.host import HostMemory
 from gpu.rpc import Worker, WorkerState, probe_all
-from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, PoolId
+from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
 
 
 class RpcServer(Protocol):
@@ -36,32 +36,49 @@ class RpcServer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RpcDevices:
-    """Devices of the workers that can be used, numbered through, and one placeholder for each that cannot."""
+    """Devices of the workers that can be used, numbered through, and one placeholder for each that cannot.
+
+    ``pools`` are the memories of other machines, of which several devices may be parts.
+    """
 
     devices: tuple[Device, ...]
     absent: tuple[Device, ...]
     warnings: tuple[str, ...]
     workers: tuple[Worker, ...] = ()
+    pools: tuple[MemoryPool, ...] = ()
+
+
+def ask_workers(
+    servers: Sequence[RpcServer], *, protocol: str | None, leased: frozenset[str] = frozenset()
+) -> tuple[Worker, ...]:
+    """Return what the workers answer that are not ``leased``, in order. Takes at most the probe's time limit."""
+    endpoints = [server.endpoint for server in servers if server.endpoint not in leased]
+    return _told_apart(probe_all(endpoints, protocol=protocol))
 
 
 def rpc_devices(
     servers: Sequence[RpcServer],
+    asked: Sequence[Worker],
     *,
     protocol: str | None,
     memory: HostMemory,
-    leased: frozenset[str] = frozenset(),
-    previous: Sequence[Device] = (),
+    known: Machine | None = None,
 ) -> RpcDevices:
-    """Return the workers' devices, in the order of ``servers``. Takes at most the probe's time limit.
+    """Return the workers' devices, in the order of ``servers``.
 
-    The devices of ``leased`` workers keep the names that they have in ``previous``, whoever else comes or goes: what
-    runs there is known by them. The others are numbered around them.
+    The devices of workers that were not ``asked``, since a runner of ours holds them, stay as they were ``known``,
+    whoever else comes or goes: what runs there is known by their names. The others are numbered around them.
     """
-    kept = {endpoint: [one for one in previous if one.endpoint == endpoint and one.usable] for endpoint in leased}
+    workers = {worker.endpoint: worker for worker in asked}
+    before = () if known is None else known.devices
+    kept = {
+        server.endpoint: [device for device in before if device.endpoint == server.endpoint and device.usable]
+        for server in servers
+        if server.endpoint not in workers
+    }
     taken = {device.name for devices in kept.values() for device in devices}
     free_names = (name for number in count() if (name := DeviceName(f"RPC{number}")) not in taken)
-    to_probe = [server.endpoint for server in servers if server.endpoint not in leased]
-    workers = {worker.endpoint: worker for worker in _told_apart(probe_all(to_probe, protocol=protocol))}
+    pools = {} if known is None else {pool.id: pool for pool in known.pools}
     devices: list[Device] = []
     absent: list[Device] = []
     warnings: list[str] = []
@@ -72,14 +89,17 @@ def rpc_devices(
         elif worker.state is WorkerState.READY:
             found = (_device(server, worker, index, memory) for index in range(len(worker.devices)))
             devices += (replace(device, name=next(free_names)) for device in found)
+            pools |= {pool.id: pool for pool in _pools(worker)}
             warnings += _doubts(server, worker, protocol)
         else:
             absent.append(_placeholder(worker))
             warnings.append(f"RPC worker left out: {worker.why_not}")
-    return RpcDevices(tuple(devices), tuple(absent), tuple(warnings), tuple(workers.values()))
+    behind = {device.pool for device in devices} - {HOST_POOL}
+    shared = tuple(pool for pool in pools.values() if pool.id in behind)
+    return RpcDevices(tuple(devices), tuple(absent), tuple(warnings), tuple(asked), shared)
 
 
-def _told_apart(workers: Sequence[Worker]) -> list[Worker]:
+def _told_apart(workers: Sequence[Worker]) -> tuple[Worker, ...]:
     """Return the workers, each but the first of one that is named twice (by name and by address) as unusable.
 
     It serves one client, and llama.cpp would be two and wait for itself.
@@ -93,7 +113,7 @@ def _told_apart(workers: Sequence[Worker]) -> list[Worker]:
         else:
             why = f"{worker.endpoint} is the same worker as {same}: take one of them out of RPC_SERVERS"
             told.append(replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why))
-    return told
+    return tuple(told)
 
 
 def _device(server: RpcServer, worker: Worker, index: int, memory: HostMemory) -> Device:
@@ -104,20 +124,32 @@ def _device(server: RpcServer, worker: Worker, index: int, memory: HostMemory) -
         total, free = min(total, memory.total_bytes), min(free, memory.available_bytes)
     if server.cap_bytes is not None:
         total, free = min(total, server.cap_bytes), min(free, server.cap_bytes)
-    host = server.endpoint.rpartition(":")[0]
-    # Two CPU workers on one machine hand out the same RAM; a worker's GPUs are pools of their own.
-    pool = HOST_POOL if here else PoolId(f"host of {host}") if device.is_cpu else None
     return Device(
         name=DeviceName(""),
         kind=DeviceKind.RPC,
         total_bytes=total,
         free_bytes=free,
-        pool=pool or PoolId(f"{server.endpoint}/{index}"),
+        pool=_pool_of(worker, index),
         description=f"{server.endpoint} ({'CPU' if device.is_cpu else 'GPU'} worker)",
         endpoint=server.endpoint,
         alignment_bytes=device.alignment_bytes,
         overhead_bytes=0,
     )
+
+
+def _pool_of(worker: Worker, index: int) -> PoolId:
+    """Two CPU workers on one machine hand out the same RAM; a worker's GPUs are pools of their own."""
+    if not worker.devices[index].is_cpu:
+        return PoolId(f"{worker.endpoint}/{index}")
+    return HOST_POOL if worker.is_here else PoolId(f"host of {worker.endpoint.rpartition(':')[0]}")
+
+
+def _pools(worker: Worker) -> list[MemoryPool]:
+    """Return the memory behind each device: all of it, however little of it a device may use."""
+    return [
+        MemoryPool(_pool_of(worker, index), device.total_bytes, device.free_bytes)
+        for index, device in enumerate(worker.devices)
+    ]
 
 
 def _doubts(server: RpcServer, worker: Worker, protocol: str | None) -> list[str]:

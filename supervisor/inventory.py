@@ -23,6 +23,7 @@ from supervisor.core.events import Planned
 from supervisor.core.types import ModelId, PlanProblem
 from supervisor.learned import Learned
 from supervisor.model_request import request_of
+from supervisor.planned_machine import occupied
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import (
     Details,
@@ -82,18 +83,23 @@ class Inventory:
         self._scanned_at = -math.inf
         self._looked_at = -math.inf
         self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
-        self._held: Mapping[str, int] = {}
         self._warned: frozenset[str] = frozenset()
         self._was_shown = False
         self.llama: LlamaBuild | None = None
-        self.machine: Machine | None = None
+        self._machine: Machine | None = None  # workers that a runner holds with their figures of before
         self.when_models_change: Callable[[], None] = lambda: None
-        self.held_now: Callable[[], Mapping[str, int]] = lambda: self._held
+        self.held_now: Callable[[], Mapping[str, int]] = dict
+        self.promised_now: Callable[[], Mapping[str, int]] = dict
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
         """Return the models of the last scan."""
         return self._catalogue.entries
+
+    @property
+    def machine(self) -> Machine | None:
+        """Return the machine as last read; what runners of ours hold of workers by now is taken off."""
+        return None if self._machine is None else occupied(self._machine, self.held_now())
 
     @property
     def not_ready(self) -> tuple[str, ...]:
@@ -122,9 +128,8 @@ class Inventory:
             self._note(LLAMA_SERVER, str(error))
         await self.scan()
 
-    async def refresh(self, held: Mapping[str, int], gone: Mapping[str, int]) -> None:
-        """Read the machine again, now that runners of ours hold this on it, or that what they held is gone."""
-        self._held = held
+    async def refresh(self, gone: Mapping[str, int]) -> None:
+        """Read the machine again, now that runners of ours hold more of it, or that this is gone which they held."""
         try:
             self._take(await self._look(gone))
         except PlanningFailed as error:
@@ -135,7 +140,7 @@ class Inventory:
     async def refresh_at_rest(self, gone: Mapping[str, int]) -> None:
         """Read the machine again, a little later: not while those are served who waited for this."""
         await anyio.sleep(REST_S)
-        await self.refresh(self.held_now(), gone)
+        await self.refresh(gone)
 
     def was_shown(self) -> None:
         """Note that somebody looks at the machine, for whom ``follow_what_is_shown`` may read it again."""
@@ -149,12 +154,14 @@ class Inventory:
         if not self._was_shown or anyio.current_time() < self._looked_at + self._shown_for_s:
             return
         self._was_shown = False
-        self._held = self.held_now()
         with suppress(PlanningFailed):
             self._take(await self._look({}, lightly=True))
 
     async def _look(self, gone: Mapping[str, int], *, lightly: bool = False) -> Surroundings:
-        answer = await self._planning.ask(LookAround(Situation(self.machine, self._held, {}, gone), lightly))
+        def question() -> LookAround:
+            return LookAround(Situation(self._machine, self.held_now(), self.promised_now(), gone), lightly)
+
+        answer = await self._planning.ask(question)
         if isinstance(answer, Surroundings):
             return answer
         raise PlanningFailed(answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}")
@@ -285,12 +292,12 @@ class Inventory:
             model=command.model,
             path=entry.path,
             asked=asked,
-            situation=Situation(self.machine, held, promised, command.gone),
+            situation=Situation(self._machine, held, promised, command.gone),
             neighbours=command.neighbours,
             surplus=command.surplus,
             caps=command.caps,
             margins=command.margins,
-            learned=self._learned.by_device(self.machine),
+            learned=self._learned.by_device(self._machine),
         )
         try:
             answer = await self._planning.ask(question, meanwhile=meanwhile)
@@ -316,12 +323,12 @@ class Inventory:
 
     def learn(self, device: str, size_bytes: int, model: str) -> None:
         """Remember that a runner takes so much on a device beside llama.cpp's buffers."""
-        self._learned.learn(self.machine, device, size_bytes, model)
+        self._learned.learn(self._machine, device, size_bytes, model)
 
     def _take(self, found: Surroundings) -> None:
         """Remember what was found, and log what is new about it."""
         self._looked_at = anyio.current_time()
-        self.machine, self.llama = found.machine, found.llama if found.not_found is None else None
+        self._machine, self.llama = found.machine, found.llama if found.not_found is None else None
         self._note(LLAMA_SERVER, found.not_found)
         for warning in found.machine.warnings:
             if warning not in self._warned:

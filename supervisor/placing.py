@@ -45,7 +45,7 @@ from supervisor.core.types import (
     PlanProblem,
     Program,
 )
-from supervisor.planned_machine import emptied, without
+from supervisor.planned_machine import emptied, occupied, without
 from supervisor.planning_messages import MakePlan
 
 # A context that was left to the planner is worth an idle runner up to here: the instructions and tools of an agent take
@@ -144,8 +144,9 @@ class Placing:
         """Return the machine and the policy with these gone and the others there."""
         staying = self._staying(gone)
         names = _names(staying)
+        emptier = emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying))
         leased = without(
-            emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying)),
+            occupied(emptier, _sum(one for one in staying if not one.loading)),  # what is promised comes off as well
             lambda device: (device.endpoint is not None or device.exclusive) and device.name in names,
             "it takes one process at a time, and another runner has it",
         )

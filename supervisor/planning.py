@@ -45,12 +45,17 @@ class PlanningProcess:
     async def __aexit__(self, *_exception: object) -> None:
         await self._end()
 
-    async def ask(self, question: Question, *, meanwhile: Callable[[], object] = lambda: None) -> Answer:
-        """Return the worker's answer; ``meanwhile`` is called once it has the question. Raises PlanningFailed."""
+    async def ask(
+        self, question: Question | Callable[[], Question], *, meanwhile: Callable[[], object] = lambda: None
+    ) -> Answer:
+        """Return the worker's answer; ``meanwhile`` is called once it has the question. Raises PlanningFailed.
+
+        A question that tells how things stand is a function: it is called when its turn has come.
+        """
         async with self._turn:
             try:
                 with anyio.fail_after(self._answer_within_s):
-                    return await self._exchange(question, meanwhile)
+                    return await self._exchange(question() if callable(question) else question, meanwhile)
             except BaseException as error:
                 # Cancellation included: what it still says would be taken for the answer to the next question.
                 exit_ = await self._end()

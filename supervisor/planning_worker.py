@@ -11,7 +11,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from config import light
 from config.model_settings import ExternalRunner
 from gpu.detect import Detected, detect
 from gpu.llama import Search
+from gpu.rpc import WorkerState
 from planner import companions, gguf, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
@@ -68,9 +69,9 @@ class Worker:
         """Return the answer to this question."""
         match question:
             case LookAround(situation, lightly=True):
-                return _surroundings(self._detect(self._leased(situation), lightly=True))
+                return _surroundings(self._detect(situation, lightly=True))
             case LookAround(situation):
-                return _surroundings(self._look(situation, self._leased(situation)))
+                return _surroundings(self._look(situation))
             case ScanModels():
                 return self._scan(question)
             case ReadDetails(path):
@@ -104,7 +105,7 @@ class Worker:
             self._headers[key] = facts
         return self._headers[key]
 
-    def _detect(self, leased: frozenset[str], *, lightly: bool = False) -> Detected:
+    def _detect(self, situation: Situation, *, lightly: bool = False) -> Detected:
         previous = self._detected
         if previous is not None and _stamp(previous.llama) != self._stamp:
             previous = replace(previous, llama=Search(None, ()))  # it was built anew, or removed: look for it again
@@ -112,40 +113,31 @@ class Worker:
             self._environ,
             llama_server=self._settings.llama_server,
             rpc_servers=self._settings.rpc_servers,
-            leased=leased,
+            leased=frozenset(_endpoints(situation, situation.held)),
             previous=previous,
+            known=situation.known,
             owner=os.getppid(),
             lightly=lightly,
         )
         self._stamp = _stamp(self._detected.llama)
         return self._detected
 
-    def _leased(self, situation: Situation) -> frozenset[str]:
-        """Return the endpoints of the RPC workers that runners hold; remember them by their names."""
-        known = situation.known
-        if known is None:
-            return frozenset()
-        leased = frozenset(
-            device.endpoint for device in known.devices if device.endpoint is not None and device.name in situation.held
-        )
-        if self._detected is None:
-            self._detected = replace(self._detect(leased), machine=known)
-        return leased
-
-    def _look(self, situation: Situation, leased: frozenset[str]) -> Detected:
-        """Return the machine once its drivers show that the runners which have just gone are gone."""
+    def _look(self, situation: Situation) -> Detected:
+        """Return the machine once its drivers and workers show that the runners which have just gone are gone."""
         give_up_at = time.monotonic() + self._settle_within_s
         while True:
-            detected = self._detect(leased)
+            detected = self._detect(situation)
             now = _reading(detected.machine, situation)
-            lagging = unsettled(self._reading, now, situation.gone) if self._reading is not None else ()
+            lagging = _busy(detected, _endpoints(situation, situation.gone))
+            if self._reading is not None:
+                lagging |= set(unsettled(self._reading, now, situation.gone))
             if not lagging or time.monotonic() > give_up_at:
                 self._reading = now
                 return detected
             time.sleep(SETTLE_POLL_S)
 
     def _plan(self, question: MakePlan) -> PlanAnswer:
-        detected = self._look(question.situation, self._leased(question.situation))
+        detected = self._look(question.situation)
         return PlanAnswer(self._outcome(question, detected), _surroundings(detected))
 
     def _outcome(self, question: MakePlan, detected: Detected) -> PlanOutcome:
@@ -171,6 +163,17 @@ class Worker:
 
 def _unreadable(folder: Path, error: OSError) -> Failed:
     return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
+
+
+def _endpoints(situation: Situation, names: Iterable[str]) -> set[str]:
+    """Return the RPC workers to which the devices of these names belong, of those that are known."""
+    devices = () if situation.known is None else situation.known.devices
+    return {device.endpoint for device in devices if device.endpoint is not None and device.name in names}
+
+
+def _busy(detected: Detected, endpoints: set[str]) -> set[str]:
+    """Return those of these workers that serve somebody: their client of before, which they finish with first."""
+    return {one.endpoint for one in detected.workers if one.state is WorkerState.BUSY and one.endpoint in endpoints}
 
 
 def _reading(machine: Machine, situation: Situation) -> Reading:

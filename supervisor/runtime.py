@@ -83,6 +83,7 @@ class Supervisor:
         )
         inventory.when_models_change = self._follow_models
         inventory.held_now = lambda: ledger.held_bytes(self._writer.pool)
+        inventory.promised_now = lambda: ledger.promised_bytes(self._writer.pool)
         self._started_at = time.time()
         self._clock = views.Clock()
         self._loaded_files: dict[ModelId, tuple[object, ...]] = {}
@@ -212,8 +213,7 @@ class Supervisor:
 
     async def _free_now(self, device: str) -> int | None:
         """Return what is free once the driver shows what runners that have just gone gave back."""
-        pool = self._writer.pool
-        await self._inventory.refresh(ledger.held_bytes(pool), ledger.gone_bytes(pool, anyio.current_time()))
+        await self._inventory.refresh(ledger.gone_bytes(self._writer.pool, anyio.current_time()))
         return self._free_bytes(device)
 
     def _free_bytes(self, device: str) -> int | None:

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from file_trees import MEMINFO, host_tree
 
 from config.values import RpcServer
 from gpu import host
-from gpu.rpc import PINNED_PROTOCOL, WorkerState, probe
-from gpu.rpc_devices import RpcDevices, rpc_devices
-from planner.types import HOST_POOL
+from gpu.detect import detect
+from gpu.rpc import PINNED_PROTOCOL, Worker, WorkerDevice, WorkerState, probe
+from gpu.rpc_devices import RpcDevices, ask_workers, rpc_devices
+from planner.types import HOST_POOL, Machine, MemoryPool
 
 GIB = 1024**3
 SHORT_S = 0.3  # what one that never answers is given
@@ -106,7 +109,8 @@ def start() -> Iterator[Start]:
 
 def look(*workers: Scripted, cap_bytes: int | None = None, protocol: str | None = PINNED_PROTOCOL) -> RpcDevices:
     servers = [RpcServer("127.0.0.1", worker.port, cap_bytes) for worker in workers]
-    return rpc_devices(servers, protocol=protocol, memory=host.HostMemory(64 * GIB, 32 * GIB))
+    asked = ask_workers(servers, protocol=protocol)
+    return rpc_devices(servers, asked, protocol=protocol, memory=host.HostMemory(64 * GIB, 32 * GIB))
 
 
 @pytest.mark.parametrize("version", [(1, 0, 0), (2, 0, 0), (3, 6, 0), (4, 0, 0), (5, 1, 0), (7, 0, 0)])
@@ -168,7 +172,8 @@ def test_figures_that_cannot_be_are_bounded(start: Start) -> None:
 def test_a_worker_under_two_names_is_used_once(start: Start) -> None:
     worker = start(Scripted())
     servers = [RpcServer("127.0.0.1", worker.port), RpcServer("localhost", worker.port)]
-    found = rpc_devices(servers, protocol=PINNED_PROTOCOL, memory=host.HostMemory(64 * GIB, 32 * GIB))
+    asked = ask_workers(servers, protocol=PINNED_PROTOCOL)
+    found = rpc_devices(servers, asked, protocol=PINNED_PROTOCOL, memory=host.HostMemory(64 * GIB, 32 * GIB))
     assert [device.name for device in found.devices] == ["RPC0"]
     (absent,) = found.absent
     assert f"localhost:{worker.port} is the same worker as 127.0.0.1:{worker.port}" in str(absent.why_not)
@@ -182,6 +187,48 @@ def test_a_cpu_worker_at_this_machines_own_address_shares_the_hosts_memory_and_a
     first, second = look(start(processor), start(card)).devices
     assert (first.pool, first.free_bytes) == (HOST_POOL, 32 * GIB)
     assert (second.pool == HOST_POOL, second.free_bytes) == (False, 3 * GIB)
+
+
+def test_workers_on_one_far_machine_share_all_of_its_memory_and_not_the_least_that_one_of_them_may_use() -> None:
+    processor = WorkerDevice(64 * GIB, 64 * GIB, 32)
+    servers = [RpcServer("10.0.0.2", 1, 4 * GIB), RpcServer("10.0.0.2", 2, 8 * GIB)]
+    asked = [Worker(one.endpoint, WorkerState.READY, PINNED_PROTOCOL, (processor,)) for one in servers]
+    memory = host.HostMemory(64 * GIB, 32 * GIB)
+    found = rpc_devices(servers, asked, protocol=PINNED_PROTOCOL, memory=memory)
+    first, second = found.devices
+    assert (first.free_bytes, second.free_bytes, first.pool) == (4 * GIB, 8 * GIB, second.pool)
+    assert found.pools == (MemoryPool(first.pool, 64 * GIB, 64 * GIB),)
+    known = Machine(found.devices, memory.device(), found.pools)
+    held = rpc_devices(servers, (), protocol=PINNED_PROTOCOL, memory=memory, known=known)
+    assert (held.devices, held.pools) == (found.devices, found.pools), "nobody was asked"
+
+
+def test_a_worker_at_any_loopback_address_runs_on_this_machine() -> None:
+    worker = Scripted(alignment_bytes=32, free_bytes=64 * GIB, total_bytes=64 * GIB)
+    with closing(socket.create_server(("127.0.0.2", 0))) as listener:
+        thread = threading.Thread(target=worker.serve, args=(listener,))
+        thread.start()
+        found = probe(f"127.0.0.2:{listener.getsockname()[1]}", protocol=PINNED_PROTOCOL)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert found.is_here
+
+
+def test_the_host_is_read_after_a_worker_of_it_has_answered_since_that_gives_back_memory_first(
+    start: Start, tmp_path: Path
+) -> None:
+    root = host_tree(tmp_path / "root")
+
+    class Finishing(Scripted):
+        def _answer(self, command: int, body: bytes) -> bytes | None:
+            host_tree(root, **{"proc/meminfo": MEMINFO.replace("33554432", "50331648")})
+            return super()._answer(command, body)
+
+    worker = start(Finishing(alignment_bytes=32, free_bytes=64 * GIB, total_bytes=64 * GIB))
+    environ = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": ""}
+    servers = [RpcServer("127.0.0.1", worker.port, None)]
+    machine = detect(environ, llama_server=tmp_path / "none", rpc_servers=servers, root=root).machine
+    assert [device.free_bytes for device in (*machine.devices, machine.host)] == [48 * GIB, 48 * GIB]
 
 
 def test_an_address_that_is_none_is_unreachable_in_one_line() -> None:

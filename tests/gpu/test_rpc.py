@@ -12,8 +12,8 @@ import pytest
 from config.values import RpcServer
 from gpu import host
 from gpu.rpc import PINNED_PROTOCOL, WorkerState, probe, probe_all
-from gpu.rpc_devices import rpc_devices
-from planner.types import HOST_POOL
+from gpu.rpc_devices import RpcDevices, ask_workers, rpc_devices
+from planner.types import HOST, HOST_POOL, Device, DeviceKind, Machine
 
 GIB = 1024**3
 SHORT_S = 0.3  # what a busy worker is given to answer: it never does, so more would only be waiting
@@ -24,6 +24,16 @@ Workers = Callable[[int], tuple[Any, ...]]
 def _server(endpoint: str, cap_bytes: int | None = None) -> RpcServer:
     name, _, port = endpoint.rpartition(":")
     return RpcServer(name, int(port), cap_bytes)
+
+
+def look(
+    servers: list[RpcServer],
+    memory: host.HostMemory,
+    leased: frozenset[str] = frozenset(),
+    known: Machine | None = None,
+) -> RpcDevices:
+    asked = ask_workers(servers, protocol=PINNED_PROTOCOL, leased=leased)
+    return rpc_devices(servers, asked, protocol=PINNED_PROTOCOL, memory=memory, known=known)
 
 
 @pytest.fixture
@@ -127,7 +137,7 @@ def test_devices_are_numbered_over_the_workers_that_answer_and_the_others_stay_v
 ) -> None:
     first, second = rpc_workers(2)
     servers = [_server(first.endpoint, 4 * GIB), _server(closed_endpoint), _server(second.endpoint, 2 * GIB)]
-    found = rpc_devices(servers, protocol=PINNED_PROTOCOL, memory=host.HostMemory(64 * GIB, 32 * GIB))
+    found = look(servers, host.HostMemory(64 * GIB, 32 * GIB))
     assert [(d.name, d.endpoint, d.total_bytes, d.free_bytes) for d in found.devices] == [
         ("RPC0", first.endpoint, 4 * GIB, 4 * GIB),
         ("RPC1", second.endpoint, 2 * GIB, 2 * GIB),
@@ -141,7 +151,7 @@ def test_devices_are_numbered_over_the_workers_that_answer_and_the_others_stay_v
 def test_a_cpu_worker_on_this_machine_shares_the_hosts_memory(rpc_workers: Workers) -> None:
     (worker,) = rpc_workers(1)
     memory = host.HostMemory(total_bytes=3 * GIB, available_bytes=GIB)
-    (device,) = rpc_devices([_server(worker.endpoint)], protocol=PINNED_PROTOCOL, memory=memory).devices
+    (device,) = look([_server(worker.endpoint)], memory).devices
     assert device.pool == HOST_POOL
     assert (device.total_bytes, device.free_bytes) == (3 * GIB, GIB)
     assert device.overhead_bytes == 0
@@ -151,10 +161,9 @@ def test_a_worker_that_a_runner_of_ours_holds_is_not_asked_but_kept(rpc_workers:
     first, second = rpc_workers(2)
     servers = [_server(first.endpoint, 4 * GIB), _server(second.endpoint, 2 * GIB)]
     memory = host.HostMemory(64 * GIB, 32 * GIB)
-    before = rpc_devices(servers, protocol=PINNED_PROTOCOL, memory=memory).devices
+    before = look(servers, memory).devices
     first.stop()  # were it asked, it would now be unreachable
-    after = rpc_devices(
-        servers, protocol=PINNED_PROTOCOL, memory=memory, leased=frozenset({first.endpoint}), previous=before
-    )
+    known = Machine(before, Device(HOST, DeviceKind.HOST, 64 * GIB, 32 * GIB, HOST_POOL))
+    after = look(servers, memory, frozenset({first.endpoint}), known)
     assert after.devices == before
     assert after.warnings == ()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
-from supervisor.planned_machine import emptied, without
+from supervisor.planned_machine import emptied, occupied, without
 
 HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
 
@@ -49,9 +49,30 @@ def test_a_worker_s_figure_is_from_before_its_lease_but_the_host_s_is_from_now()
     assert pools == {HOST_POOL: 470, "far": 200}
 
 
+@pytest.mark.parametrize("held, left", [(70, 130), (230, -30)])
+def test_what_a_runner_holds_of_a_worker_is_taken_off_its_figure_and_off_the_memory_behind_it_signed(
+    held: int, left: int
+) -> None:
+    far = Device(DeviceName("RPC0"), DeviceKind.RPC, 200, 200, PoolId("far"), endpoint="10.0.0.2:1")
+    beside = replace(far, name=DeviceName("RPC1"), endpoint="10.0.0.2:2")
+    devices, pools = free(occupied(machine_of(far, beside), {"RPC0": held, HOST: 50}))
+    assert devices == {"RPC0": left, "RPC1": left, HOST: 400}, "both draw from one memory"
+    assert pools == {"far": left, HOST_POOL: 400}
+
+
+def test_a_worker_of_this_machine_has_no_more_left_than_the_host_has_now() -> None:
+    local = Device(DeviceName("RPC0"), DeviceKind.RPC, 900, 900, HOST_POOL, endpoint="127.0.0.1:1")
+    card = Device(DeviceName("CUDA0"), DeviceKind.CUDA, 100, 50, PoolId("card"))
+    devices, pools = free(occupied(machine_of(local, card), {"RPC0": 70, "CUDA0": 30}))
+    assert devices == {"RPC0": 400, "CUDA0": 50, HOST: 400}
+    assert pools == {HOST_POOL: 400, "card": 50}
+
+
 def test_what_is_not_known_stays_unknown() -> None:
     card = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, None, None, PoolId("card"))
+    silent = Device(DeviceName("RPC0"), DeviceKind.RPC, None, None, PoolId("far"), endpoint="10.0.0.2:1")
     assert emptied(machine_of(card), {"Vulkan0": 5}).devices == (card,)
+    assert occupied(machine_of(card, silent), {"Vulkan0": 5, "RPC0": 5}).devices == (card, silent)
 
 
 def test_a_device_that_is_not_to_be_used_is_left_out_and_said_so() -> None:

@@ -215,7 +215,7 @@ async def test_what_is_shown_is_read_again_when_it_is_old_and_not_while_nobody_l
         before, asked = old.machine, (tmp_path / "asked").read_text()
         (tmp_path / "nvml.txt").write_text(CARD.format(used=20 * GIB))
         await old.follow_what_is_shown()
-        assert old.machine is before, "nobody looked"
+        assert old.machine == before, "nobody looked"
         busy = 25757220864 - 393216000 - 20 * GIB
         assert await seen(young) != [("CUDA0", busy)], "its reading is not old yet"
         assert await seen(old) == [("CUDA0", busy)]
