@@ -115,9 +115,8 @@ def estimate_buffers(
         return None
     like_cuda = [machine.device(name).kind in F16_ATTENTION_KINDS for name in placement.devices]
     settings = {params.flash_attn if fuses_attention(hparams, params, placement, like_cuda) else "off"}
-    if (
-        params.flash_attn == "auto" and not params.kv_offload
-    ):  # whether attention stays with its layer is not known here
+    if params.flash_attn == "auto" and not params.kv_offload:
+        # Whether attention stays with its layer is not known here.
         settings |= {"on", "off"}
     forms = [_Form.of(model, replace(params, flash_attn=setting), placement) for setting in settings]
     return BufferBytes(
