@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.table import SETTINGS
+from supervisor.status.metric_table import METRICS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
@@ -66,6 +67,20 @@ def test_the_example_names_only_settings_that_exist() -> None:
     named = re.findall(r"^#?PLANNER_(\w+)=", (DEPLOY / "planner.env").read_text(), re.MULTILINE)
     assert named
     assert set(named) <= set(DEFAULTS)
+
+
+def test_alerts_watch_metrics_that_exist() -> None:
+    watched = set(re.findall(r"loadmaster_\w+", (DEPLOY / "alerts.yml").read_text()))
+    assert watched
+    assert watched <= {metric.name for metric in METRICS}
+
+
+def test_prometheus_finds_no_fault_in_the_alerts() -> None:
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    command = ["promtool", "check", "rules", str(DEPLOY / "alerts.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
