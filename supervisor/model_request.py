@@ -15,6 +15,9 @@ from supervisor.catalogue import ModelEntry
 
 DRAFT_BY_ITSELF: Final = "draft-mtp"  # llama-server's --spec-type for a model's own prediction layers
 AS_SET: Final = LoadOptions()
+# What a client gets at least of a model with eyes, as in Ollama: most encoders make 256 to 1,120 tokens of an image. A
+# shorter context leaves no room to speak of it, and who sends one for every model does not mean that.
+MIN_SEEING_CTX: Final = 2048
 # The planner's own words for a machine that is not there have no place in the settings of one that is.
 _NOT_FLAGS: Final = frozenset({"models", "what_if", "cards", "machine", "host_memory", "no_gpu", "versus", "require"})
 
@@ -40,11 +43,12 @@ def request_of(
     ``draft`` is the path of the draft model that the settings name. Raises InvalidRequest.
     """
     projector = entry.mmproj if settings.projector is None else settings.projector
+    least = MIN_SEEING_CTX if projector else 0
     asked: dict[str, Any] = {
         "role": entry.role if settings.role is None else Role(settings.role),
         "mmproj": projector or None,
         "lora": entry.adapters or None,
-        "n_ctx_per_slot": settings.context if load.n_ctx is None else load.n_ctx,
+        "n_ctx_per_slot": settings.context if load.n_ctx is None else max(load.n_ctx, least),
         "n_parallel": settings.slots,
         "cache_type_k": settings.kv_cache_type,
         "cache_type_v": settings.kv_cache_type,

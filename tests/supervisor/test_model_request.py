@@ -29,8 +29,16 @@ def test_settings_win_over_flags_and_a_clients_options_over_both() -> None:
         True,
         ("--top-k", "20"),
     )
-    asked = request_of(ENTRY, settings, LoadOptions(n_ctx=1024, n_gpu_layers=7, use_mmap=False))
-    assert (asked.n_ctx, asked.n_ctx_per_slot, asked.n_gpu_layers, asked.load_mode) == (None, 1024, 7, "none")
+    asked = request_of(ENTRY, settings, LoadOptions(n_ctx=3072, n_gpu_layers=7, use_mmap=False))
+    assert (asked.n_ctx, asked.n_ctx_per_slot, asked.n_gpu_layers, asked.load_mode) == (None, 3072, 7, "none")
+
+
+def test_a_client_gets_no_context_without_room_for_an_image_from_a_model_that_sees() -> None:
+    """What the operator set is as short as it was set, and so is what a client asks of a model without eyes."""
+    short, blind = LoadOptions(n_ctx=512), ModelSettings(projector=False)
+    assert request_of(ENTRY, ModelSettings(), short).n_ctx_per_slot == 2048
+    assert request_of(ENTRY, blind, short).n_ctx_per_slot == 512
+    assert request_of(ENTRY, ModelSettings(context=512)).n_ctx_per_slot == 512
 
 
 @pytest.mark.parametrize("main_gpu", [0, 1])
