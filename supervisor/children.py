@@ -74,7 +74,8 @@ def prepare(state_dir: Path) -> None:
 class _Running:
     """A live child, what a client has to show it, and what it said. ``url`` once it has said that it listens.
 
-    ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost.
+    ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost. ``unasked_lines`` is how many
+    it had said when it first answered, being a program: many write a line each time they are asked if they are ready.
     """
 
     child: Child
@@ -86,7 +87,18 @@ class _Running:
     used: list[UsingDevice] = field(default_factory=list)
     url: str | None = None
     obeys: bool = False
+    unasked_lines: int | None = None
     until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
+
+    @property
+    def n_lines_unasked(self) -> int:
+        """Return how many lines it has said that no question of ours can have brought about."""
+        return self.log.n_lines if self.unasked_lines is None else self.unasked_lines
+
+    def note_answer(self) -> None:
+        """Take no line for progress from now on: each may only tell of our questions."""
+        if self.unasked_lines is None:
+            self.unasked_lines = self.log.n_lines
 
 
 class Children:
@@ -257,7 +269,7 @@ class Children:
                 self._post(ChildHung(model, generation, f"it was stopped (SIGSTOP) for more than {STOPPED_S:g} s"))
                 return
             fraction = weights.fraction()
-            if seen != (seen := (running.log.n_lines, fraction)):
+            if seen != (seen := (running.n_lines_unasked, fraction)):
                 self._post(LoadProgressed(model, generation, fraction))
 
     async def _watch(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
@@ -270,7 +282,7 @@ class Children:
     async def _serve_program(self, command: Spawn, running: _Running, url: str, health: str) -> None:
         """Tell that a program that is not ours is ready, once its health says so; its end ends the asking."""
         with running.until_gone:
-            await wait_healthy(url, health)
+            await wait_healthy(url, health, running.note_answer)
             running.url, running.obeys = url, True
             self._post(BecameReady(command.model, command.generation, url))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -31,9 +32,14 @@ async def wait_serving(url: str, api_key: str) -> None:
         await anyio.sleep(POLL_S)
 
 
-async def wait_healthy(url: str, path: str) -> None:
-    """Return when this path answers 200; ask for ever. For a program that says nothing of itself."""
-    while await ask(url, path) != OK:  # noqa: ASYNC110 - another program can only be asked
+async def wait_healthy(url: str, path: str, when_it_answers: Callable[[], object]) -> None:
+    """Return when this path answers 200; ask for ever. For a program that says nothing of itself.
+
+    ``when_it_answers`` is called for each answer that says something else.
+    """
+    while (status := await ask(url, path)) != OK:
+        if status is not None:
+            when_it_answers()
         await anyio.sleep(POLL_PROGRAM_S)
 
 

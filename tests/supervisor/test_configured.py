@@ -126,6 +126,22 @@ def test_a_program_that_does_not_start_is_told_with_its_last_words(configured: C
     assert told.endswith("exit status 7: no card is free" if says else "exit status 7")
 
 
+def test_a_program_that_answers_but_never_gets_ready_is_given_up_though_it_logs_every_question(
+    serve: Serve, models_file: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "sick.py"
+    script.write_text(PROGRAM.replace("send_response(200)", "send_response(503)").replace("def log_message", "def _"))
+    models_file.write_text(
+        f"[external.sick]\ncmd = {json.dumps([sys.executable, str(script), '{port}'])}\n"
+        'url = "http://127.0.0.1:{port}"\nhealth = "/health"\nmemory = { Host = "1MiB" }\n'
+    )
+    service = serve(PLANNER_MODELS_FILE=str(models_file), PLANNER_LOAD_TIMEOUT="1s")
+    answer = service.request("POST", "/v1/chat/completions", {"model": "sick"})
+    assert answer.status == 503
+    assert "LOAD_TIMEOUT" in json.loads(answer.read())["error"]["message"]
+    assert any('"GET /health' in line for line in service.runner()["last_failure"]["log_tail"])
+
+
 def test_a_program_that_is_no_llama_server_is_started_asked_and_counted(
     configured: Configured, program: str, chat_model: Path
 ) -> None:
