@@ -30,7 +30,7 @@ from planner.operations import CUDA_NO_MUL_MAT
 from planner.scheduler import Offloads, Schedule, schedule
 from planner.types.machine import Device, DeviceKind, Machine
 from planner.types.plan import Placement
-from planner.weights import tensor_homes
+from planner.weights import overridden_names, tensor_homes
 
 # The prompt's graph is never narrower than generation's where it has this many times its tokens: what grows with the
 # tokens is that many times as large, and what does not (rotations, copied weights, logits that are put out) is in both
@@ -215,7 +215,7 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement, home
     output = cpu if placement.output_device < 0 else placement.output_device
     weights = {tensor.name: cpu if device < 0 else device for tensor, device in zip(model.tensors, homes, strict=True)}
     caches = layers if params.kv_offload else (cpu,) * len(layers)
-    return Places(weights, layers, caches, output, cpu)
+    return Places(weights, overridden_names(model, params), layers, caches, output, cpu)
 
 
 def _takes_host_weights(node: Node) -> bool:

@@ -97,9 +97,9 @@ def weight_bytes(
     on_host = _shares(model, None, DeviceKind.HOST, rule, overrides, places, loads_draft_head=head)
     homes = (*placement.layer_devices, placement.output_device, _HOST)
     chosen = [((on_host if home == _HOST else tables[home])[slot], home) for slot, home in enumerate(homes)]
-    chosen += [  # one copy of the rotation factors wherever a layer asks for them
+    chosen += [
         ((on_host if home == _HOST else tables[home])[len(homes)], home)
-        for home in {homes[slot] for slot in _rope_slots(model)}
+        for home in _rope_homes(model, params, placement)
     ]
     sums, host = [0] * len(devices), HostShare()
     for share, home in chosen:
@@ -130,7 +130,7 @@ def tensor_homes(model: ModelFacts, params: ContextParams, placement: Placement,
     overrides = tuple((pattern, _place(buffer, devices)) for pattern, buffer in params.overrides)
     overridden = _overridden(model, overrides)
     slots, _ = _slots(model, loads_draft_head=params.loads_draft_head)
-    ropes = {placement.layer_devices[layer] for layer in _rope_slots(model)}
+    ropes = _rope_homes(model, params, placement)
     owners = zip(slots, (*placement.layer_devices, placement.output_device, _HOST), strict=False)
     homes: dict[str, int] = {}
     for weights, home in (*owners, *((slots[-1], home) for home in ropes)):
@@ -215,6 +215,13 @@ def rotation_factors(model: ModelFacts, placement: Placement, device: int) -> tu
     return tuple(weight.tensor for weight in _slots(model, loads_draft_head=False)[0][-1])
 
 
+def _rope_homes(model: ModelFacts, params: ContextParams, placement: Placement) -> list[int]:
+    """Return the homes of layers that ask for rotation factors: each has a copy, but if an override moves them."""
+    homes = sorted({placement.layer_devices[layer] for layer in _rope_slots(model)})
+    moved = any(_ROPE.match(name) for name in overridden_names(model, params))
+    return homes[:1] if moved else homes
+
+
 @lru_cache(maxsize=32)
 def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
     """Return the layers that ask for rotation factors: the trunk's, in gemma4 only those without a window."""
@@ -225,6 +232,11 @@ def _rope_slots(model: ModelFacts) -> tuple[int, ...]:
     if hparams.architecture in _ROPE_WITHOUT_WINDOW:
         return tuple(layer for layer in layers if not hparams.swa_layers[layer])
     return tuple(range(hparams.n_layer_all) if hparams.architecture == "step35" else layers)
+
+
+def overridden_names(model: ModelFacts, params: ContextParams) -> frozenset[str]:
+    """Return the names of the tensors whose place an override names."""
+    return frozenset[str]().union(*(_matched(model, pattern) for pattern, _ in params.overrides))
 
 
 @lru_cache(maxsize=1024)

@@ -22,9 +22,13 @@ PIN_BELOW_TOKENS: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Which backend holds what: weights by name, blocks, their caches; the CPU is the last backend."""
+    """Which backend holds what: weights by name, blocks, their caches; the CPU is the last backend.
+
+    ``overridden`` are the weights that lie where an override says, every copy of them.
+    """
 
     weights: Mapping[str, int]
+    overridden: frozenset[str]
     layers: tuple[int, ...]
     caches: tuple[int, ...]
     output: int
@@ -62,7 +66,7 @@ class Parts:
         self.flash_attn = FLASH_ATTN not in batch.unfused
         self._tensors = tensors
         self._adapters = adapters
-        self._weights: dict[str, Node] = {}
+        self._weights: dict[tuple[str, int], Node] = {}
         self._shared: dict[str, str] = {}
         self.tokens: Node | None = None  # the batch's, once they are embedded
 
@@ -70,18 +74,21 @@ class Parts:
     # Leafs
 
     def weight(self, name: str, home: int | None = None) -> Node | None:
-        """Return a tensor of the file, or None where it has none of that name; with ``home``, a copy of it there."""
+        """Return a tensor of the file, or None where it has none of that name; with ``home``, the copy that is there.
+
+        An override moves all copies to one place, and makes them one.
+        """
         name = self._shared.get(name, name)
-        node = self._weights.get(name) if home is None else None
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            return None
+        if home is None or name in self.places.overridden:
+            home = self.places.weights[name]
+        node = self._weights.get((name, home))
         if node is None:
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                return None
-            node = self.graph.leaf(TYPES[tensor.type_id], tensor.shape)
-            node.home = self.places.weights[name] if home is None else home
+            node = self._weights[name, home] = self.graph.leaf(TYPES[tensor.type_id], tensor.shape)
+            node.home = home
             node.is_weight = True
-            if home is None:
-                self._weights[name] = node
         return node
 
     def has(self, name: str) -> bool:
