@@ -152,8 +152,9 @@ class Finder:
         return self._evaluated(attempt.request, attempt.placement, confirm=True)
 
     def on_host(self, request: PlanRequest) -> Candidate:
-        """Return the placement that uses no device at all."""
-        return self.attempt(request, (), 0, ())
+        """Return the placement of all layers on the host; a device holds what an override sends there, if anything."""
+        named = tuple(device for device in self.devices if device.name in _named(request))
+        return self.attempt(request, named, 0, (1,) * len(named))
 
     def _pinned_slots(self, request: PlanRequest) -> int:
         pinned = request.n_gpu_layers

@@ -97,7 +97,7 @@ class _Search:
         if self.request.devices_draft is not None:
             drafts = (_device("--device-draft", name, self.machine) for name in self.request.devices_draft)
             self.request = replace(self.request, devices_draft=tuple(device.name for device in drafts))
-        if not any((self.request.tensor_split or ())[: len(devices)]):
+        if self.request.split_mode == "none" or not any((self.request.tensor_split or ())[: len(devices)]):
             self.request = replace(self.request, tensor_split=None)  # as llama.cpp does (src/llama-model.cpp)
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
         self.warnings = self.machine.warnings + _build_warnings(self.build)

@@ -77,6 +77,29 @@ def test_what_the_search_divides_is_reserved_where_it_says(
     assert_as_planned(plan, places_of(workers), free_environment)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-ngl", "99", "-ts", "2,1", "-ot", "token_embd=CPU"),
+        ("-ngl", "0", "-ot", r"blk\.1\.ffn=RPC1"),
+        ("-ngl", "3", "-sm", "none", "-mg", "1", "-ts", "1,0"),
+    ],
+    ids=" ".join,
+)
+def test_flags_that_name_a_place_are_followed(
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """An embedding that is the output too, parts of layers that stay on the host, one device of several."""
+    model = write_model(tmp_path / "model.gguf", dimensions("small")["small-gemma2"])
+    workers = rpc_workers(2)
+    words = device_words(workers)
+    plan = explain(str(model), *words, "-c", "2048", *flags, "--no-oracle", environment=free_environment)
+    assert_as_planned(plan, places_of(workers), free_environment)
+
+
 @pytest.mark.parametrize("family", sorted(dimensions("small")))
 def test_a_family_of_models_gets_the_bytes_that_its_plan_says(
     family: str,
