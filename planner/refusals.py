@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from planner import context, ggml
-from planner.architectures import ARCHITECTURES
+from planner.architectures import ARCHITECTURES, Cache
 from planner.flag_values import MAX_DEVICES
 from planner.types.machine import DeviceKind
 
@@ -21,6 +21,11 @@ _EVEN_SLOTS: Final = frozenset({"kimi-linear"})
 
 # The same where sequences have caches of their own at all: the bias of T5's decoder is that of one cache.
 _ONE_STREAM: Final = frozenset({"t5"})
+
+# Whose embeddings are read for all residual streams, where the graph puts out one (hparams.n_embd_out_impl).
+_READ_WIDER: Final = frozenset({"deepseek4", "qwen4exp"})
+
+_TRIED_TOKENS: Final = 2  # common/common.cpp, common_context_can_seq_rm: decoded at once to see what the cache can do
 
 ABORTS_WITH_FLASH_ATTENTION: Final = frozenset({"plm"})
 """Architectures whose V llama.cpp cannot store untransposed: GGML_ASSERT(a->ne[0] == b->ne[0]) in ggml_set_rows."""
@@ -38,12 +43,20 @@ def refusal(model: ModelFacts, request: PlanRequest, kinds: Sequence[DeviceKind]
 def aborts(model: ModelFacts, params: ContextParams) -> str | None:
     """Return why llama-server would end itself by an assertion while it loads, or None; it does not refuse these."""
     facts, n_slots = model.hparams, params.n_seq_max
+    wider_batch = "--ubatch-size" if params.embeddings else "--batch-size"
     n_tokens = min(params.n_ctx, params.n_ubatch)
     if facts.n_expert_used > facts.n_expert or (facts.n_expert and not facts.n_expert_used):
         reason = f"of its {facts.n_expert} experts {facts.n_expert_used} are used"  # src/llama-model.cpp, load_hparams
     elif params.n_outputs_max < n_slots:  # src/llama-context.cpp, output_reserve
-        few = f"a batch of {params.n_outputs_max} has no output for each of {n_slots} slots"
-        reason = f"{few}: give {'--ubatch-size' if params.embeddings else '--batch-size'} {n_slots}"
+        reason = (
+            f"a batch of {params.n_outputs_max} has no output for each of {n_slots} slots: give {wider_batch} {n_slots}"
+        )
+    elif params.n_batch < _TRIED_TOKENS and not params.n_rs_seq and _has_cache(model):
+        # Where attention is causal a batch is no longer than the context.
+        flag = "--ctx-size" if params.n_ctx_unpadded < _TRIED_TOKENS else wider_batch
+        reason = f"a batch of {params.n_batch} does not take the {_TRIED_TOKENS} tokens of its trial: give {flag} 2"
+    elif facts.architecture in _READ_WIDER and params.embeddings and context.pooling(facts, params) != "rank":
+        reason = f"the embeddings of {facts.architecture} are read beyond their end: go without --embeddings"
     elif facts.architecture in ABORTS_WITH_FLASH_ATTENTION and params.flash_attn != "off" and n_tokens > 1:
         reason = f"flash attention does not work with {facts.architecture}: give --flash-attn off"
     elif facts.architecture in _ONE_STREAM and params.n_stream > 1:
@@ -53,6 +66,11 @@ def aborts(model: ModelFacts, params: ContextParams) -> str | None:
     else:
         return None
     return f"llama.cpp aborts while it loads this model, since {reason}"
+
+
+def _has_cache(model: ModelFacts) -> bool:
+    rules = ARCHITECTURES.get(model.hparams.architecture)
+    return rules is not None and rules.cache is not Cache.NONE
 
 
 def _takes_even_slots_only(model: ModelFacts, params: ContextParams) -> bool:
