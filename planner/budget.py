@@ -133,6 +133,11 @@ def shortfalls(
     """
     needed = {row.name: row.known_bytes for row in rows if row.known_bytes and row.kind is not DeviceKind.HOST}
     needed[machine.host.name] = host_bytes(ledger.host.context, ledger.host.compute, ledger.host_detail)
+    return short_of(machine, needed, limits)
+
+
+def short_of(machine: Machine, needed: Mapping[str, int], limits: Budgets) -> tuple[Shortfall, ...]:
+    """Return where more is needed than there is: by device, then by pool that several devices draw from."""
     short = [
         Shortfall(name, bytes_needed, limit)
         for name, bytes_needed in needed.items()
@@ -141,7 +146,7 @@ def shortfalls(
     for pool, limit in limits.shared_pools.items():
         members = [device.name for device in (*machine.devices, machine.host) if device.pool == pool]
         total = sum(needed.get(name, 0) for name in members)
-        if total > limit and not any(cause.device in members for cause in short):
+        if total > max(limit, 0) and not any(cause.device in members for cause in short):
             short.append(Shortfall("+".join(members), total, limit))
     return tuple(short)
 

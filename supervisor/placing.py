@@ -7,7 +7,7 @@ our runners were gone, with what the others hold and what was promised to those 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
@@ -84,13 +84,7 @@ def as_told(program: ExternalRunner) -> Place:
         there = {device.name for device in (*machine.devices, machine.host)}
         if unknown := sorted(program.memory.keys() - there):
             return PlanProblem(f"there is no {', '.join(unknown)} here; there are: {', '.join(sorted(there))}")
-        limits = budget.budgets(machine, policy)
-        short = tuple(
-            Shortfall(name, wanted, limit)
-            for name, wanted in program.memory.items()
-            if (limit := limits.of(name)) is not None and wanted > limit
-        )
-        if short:
+        if short := budget.short_of(machine, program.memory, budget.budgets(machine, policy)):
             return DoesNotFit(f"{program.cmd[0]} does not fit: {', '.join(map(_told, short))}", short)
         return LoadPlan(
             launch=LaunchSpec(program.cmd, program.env),
@@ -120,7 +114,7 @@ class Placing:
 
     def outcome(self) -> PlanOutcome:
         """Return the plan to launch, who has to go first, or why neither will do."""
-        others = [one for one in self.question.neighbours if one.model != self.question.model]
+        others = [self._with_all(one) for one in self.question.neighbours if one.model != self.question.model]
         machine, policy = self._beside(frozenset())
         available = budget.budgets(machine, policy).by_name
         return eviction.choose(self.plan_with, others, available, self.question.surplus)
@@ -143,16 +137,33 @@ class Placing:
     def _beside(self, gone: frozenset[ModelId]) -> tuple[Machine, Policy]:
         """Return the machine and the policy with these gone and the others there."""
         staying = self._staying(gone)
-        names = _names(staying)
         emptier = emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying))
+        taken = self._whole(staying)
         leased = without(
             occupied(emptier, _sum(one for one in staying if not one.loading)),  # what is promised comes off as well
-            lambda device: (device.endpoint is not None or device.exclusive) and device.name in names,
+            lambda device: device.name in taken,
             "it takes one process at a time, and another runner has it",
         )
         held, promised = _sum(staying), _sum(one for one in staying if one.loading)
         policy = replace(self.policy, held=held, promised=promised)
-        return leased, _reserved(policy, leased, self.question.caps, self.question.margins)
+        caps = {**self.question.caps, **{name: held.get(name, 0) for name in taken}}
+        return leased, _reserved(policy, leased, caps, self.question.margins)
+
+    def _whole(self, staying: Sequence[Neighbour]) -> set[str]:
+        """Return the devices that these have for themselves: all of a worker, since it serves one client at a time."""
+        names = {name for one in staying for name in one.held_bytes}
+        devices = self.machine.devices
+        workers = {one.endpoint for one in devices if one.name in names and one.endpoint is not None}
+        return {one.name for one in devices if one.endpoint in workers or (one.exclusive and one.name in names)}
+
+    def _with_all(self, one: Neighbour) -> Neighbour:
+        """Return the neighbour as one that holds all that is to be had of the devices which it has for itself."""
+        whole = self._whole([one])
+        if not whole:
+            return one
+        limits = budget.budgets(*self._beside(frozenset({one.model})))
+        all_of = {name: limit for name in whole if (limit := limits.of(name)) is not None}
+        return replace(one, held_bytes={**one.held_bytes, **all_of})
 
 
 def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> LoadPlan:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 
+from config.model_settings import ExternalRunner
 from planner.model import read_model
 from planner.search import placement
 from planner.types import (
@@ -34,7 +35,7 @@ from supervisor.core.types import (
     PlanOutcome,
     Standing,
 )
-from supervisor.placing import Placing, by_search
+from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import MakePlan, Situation
 
 REQUEST = PlanRequest(n_ctx_per_slot=512, cache_ram_mib=0)
@@ -203,6 +204,56 @@ def test_a_worker_that_serves_another_runner_is_left_out_until_that_has_gone(que
     assert devices_of(outcome(question, there, busy)) == {"RPC1"}
     found = outcome(question, machine(RPC0=90), neighbour("a", {"RPC0": 1}))
     assert isinstance(found, MakeRoom)
+
+
+def test_who_has_one_device_of_a_worker_has_all_of_them(question: MakePlan) -> None:
+    two = machine(RPC0=90, RPC1=50)
+    one_worker = replace(two, devices=tuple(replace(one, endpoint="10.0.0.1:9") for one in two.devices))
+    found = outcome(question, one_worker, neighbour("a", {"RPC0": 1}))
+    assert isinstance(found, MakeRoom), found
+    assert found.victims == {"a"}
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_only_who_has_a_device_for_itself_goes_for_one_that_needs_it(question: MakePlan, *, exclusive: bool) -> None:
+    """However much is left there, and however much more another would cost."""
+    first, second = ("CUDA0", "CUDA1") if exclusive else ("RPC0", "RPC1")
+    there = machine(**{first: 90, second: 1})
+    there = replace(there, devices=tuple(replace(one, exclusive=exclusive) for one in there.devices))
+    dear = replace(neighbour("dear", {first: 1}), cost_s=9.0)
+    found = outcome(question, there, dear, neighbour("cheap", {second: 1}))
+    assert isinstance(found, MakeRoom), found
+    assert found.victims == {"dear"}
+
+
+def program(question: MakePlan, there: Machine, memory_mib: Mapping[str, int], *neighbours: Neighbour) -> PlanOutcome:
+    """Return the outcome for a program that is not ours and takes so much."""
+    memory = {name: size * MIB for name, size in memory_mib.items()}
+    told = as_told(ExternalRunner(cmd=("painter",), url="http://127.0.0.1:1", health="/", memory=memory))
+    return Placing(replace(question, neighbours=neighbours), there, Policy(), told).outcome()
+
+
+def test_a_program_that_is_told_to_use_a_worker_waits_for_the_runner_that_has_it(question: MakePlan) -> None:
+    there = machine(RPC0=90)
+    assert devices_of(program(question, there, {"RPC0": 40})) == {"RPC0"}
+    found = program(question, there, {"RPC0": 40}, neighbour("a", {"RPC0": 1}))
+    assert isinstance(found, MakeRoom), found
+
+
+def test_a_program_gets_no_more_of_memory_that_devices_share_than_there_is(question: MakePlan) -> None:
+    shared = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, 10_000 * MIB, 8_000 * MIB, HOST_POOL)
+    there = replace(machine(), devices=(shared,))
+    assert devices_of(program(question, there, {"Vulkan0": 5_000, HOST: 3_000})) == {"Vulkan0"}
+    found = program(question, there, {"Vulkan0": 5_000, HOST: 3_001})
+    assert isinstance(found, DoesNotFit), found
+    assert [cause.device for cause in found.causes] == ["Vulkan0+Host"]
+
+
+def test_memory_of_which_more_is_held_than_there_is_keeps_nobody_from_other_devices(question: MakePlan) -> None:
+    there = machine(CUDA0=90, RPC0=5, RPC1=5)
+    far = tuple(replace(one, pool=PoolId("far")) if one.endpoint else one for one in there.devices)
+    there = replace(there, devices=far, pools=(*there.pools, MemoryPool(PoolId("far"), 10 * MIB, 10 * MIB)))
+    assert devices_of(outcome(question, there, neighbour("a", {"RPC0": 20}))) == {"CUDA0"}
 
 
 def test_what_is_taken_of_the_host_leaves_out_what_is_mapped(question: MakePlan) -> None:
