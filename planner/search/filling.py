@@ -132,7 +132,7 @@ class _Fillings:
     def _fewest(self, index: int, after: int, slot: int, missing: float) -> tuple[str, ...]:
         """Return the matrices of a slot that have to go on for its rest to fit: those that take least there.
 
-        None where all of them are not enough.
+        None of them where all together are not enough.
         """
         known = _matrix_parts(self._question.model).get(slot, {})
         names = [name for name in _MATRICES if name in known]

@@ -23,9 +23,8 @@ from planner.search.learned import Mode
 from planner.types.plan import PlacementKind
 from planner.types.request import PlanRequest
 
-MAX_ACCOUNTINGS: Final = (
-    8  # of one question by what is known; three are usual: buffers hardly depend on where a layer is divided
-)
+# Of one question by what is known; three are usual: buffers hardly depend on where a layer is divided.
+MAX_ACCOUNTINGS: Final = 8
 
 _CHOSEN: Final = re.compile(r"^blk\\\.(\d+)\\\.ffn_\(([a-z_|]+)\)")
 
