@@ -181,9 +181,8 @@ class Finder:
     def _pack(self, request: PlanRequest, group: Sequence[Device], n_slots: int) -> Candidate:
         """Return the first confirmed split of the last ``n_slots`` layers over these devices, or the last attempt."""
         budgets = [self._budget(device) for device in group]
-        if (
-            request.split_mode == "tensor"
-        ):  # equal parts run as fast as the slowest device; unequal ones only if need be
+        if request.split_mode == "tensor":
+            # Equal parts run as fast as the slowest device; unequal ones only if need be.
             equal = self.attempt(request, group, n_slots, (1,) * len(group))
             return equal if equal.fits else self.attempt(request, group, n_slots, _proportional(n_slots, budgets))
         weights = self._weights[-n_slots:]
