@@ -87,4 +87,7 @@ def load_failed_refusal(runner: Runner, now: float) -> Refusal:
     reason = "it was stopped" if failure is None else failure.reason
     kind = RefusalKind.LOAD_TIMEOUT if failure is not None and failure.timed_out else RefusalKind.LOAD_FAILED
     retry_after = RETRY_AFTER_BUSY_S if runner.deadline is None else max(1.0, runner.deadline - now)
-    return Refusal(kind, f"the runner of {runner.model} failed: {reason}", retry_after_s=retry_after)
+    message = f"the runner of {runner.model} failed: {reason}"
+    if runner.state is RunnerState.FAILED:
+        message += f"; it is left alone for a while now (planner reset {runner.model}: try it again at once)"
+    return Refusal(kind, message, retry_after_s=retry_after)

@@ -211,6 +211,7 @@ def test_a_model_that_always_crashes_is_refused_at_once_until_its_failures_have_
     bench.arrive(A)
     refusal = bench.one(Reject).refusal
     assert (refusal.kind, refusal.retry_after_s) == (RefusalKind.LOAD_FAILED, 300.0)
+    assert f"planner reset {A}" in refusal.message
     bench.now = 300.0
     bench.post(TimePassed())
     bench.arrive(A)
