@@ -41,6 +41,15 @@ _WARMUP: Final[Mapping[str, tuple[int, int]]] = {
 _OWN_SIZE: Final = frozenset(
     {"gemma3", "idefics3", "internvl", "janus_pro", "ldp", "ldpv2", "llama4", "mlp", "nemotron_v2_vl"}
 )
+# What a large photo takes where the encoder takes it as it is: most such encoders scale down to that (``load_hparams``,
+# ``set_limit_image_tokens``), and those that do not are for whole pages at full resolution.
+LARGE_IMAGE_TOKENS: Final = 4096
+_TAKES_LARGE_IMAGES: Final = frozenset(
+    {
+        "deepseek4v", "glm4v", "hunyuanvl", "ling3vl", "muse-glimmer", "qwen2.5o", "qwen2.5vl_merger",
+        "qwen2vl_merger", "qwen3vl_merger", "youtuvl",
+    }
+)  # fmt: skip
 _EVERY_TENSOR_IS_LOADED: Final = frozenset({"gemma3", "pixtral", "qwen2vl_merger"})  # as real loads showed
 _MERGES: Final = ("spatial_merge_size", "projector.scale_factor")
 _WINDOWED: Final = ("n_wa_pattern", "window_size", "wa_layer_indexes")
@@ -82,6 +91,17 @@ def charge(projector: Attachment, device: Device, build: LlamaBuild) -> Charge:
     return replace(inputs, devices={device.name: DeviceBytes(weights, NOTHING, computes[0]), **inputs.devices})
 
 
+def image_tokens(projector: Attachment) -> int:
+    """Return the most tokens that a photo takes of the context; 0 where the encoder's kind and file do not say.
+
+    Encoders that say nothing make each image as large as the next, or cut it into parts: 64 to 1,120 tokens each.
+    """
+    if _kind(projector) in _TAKES_LARGE_IMAGES:
+        return LARGE_IMAGE_TOKENS
+    side = _integer(projector, "patch_size") * _merge(projector)
+    return min(_integer(projector, "image_max_pixels") // side**2, LARGE_IMAGE_TOKENS) if side else 0
+
+
 def _kind(projector: Attachment) -> str:
     value = projector.metadata.get("clip.projector_type") or projector.metadata.get("clip.vision.projector_type")
     return value if isinstance(value, str) else ""
@@ -115,9 +135,14 @@ def _image_side(projector: Attachment, patch: int) -> int:
     kind = _kind(projector)
     if kind in _OWN_SIZE:
         return _integer(projector, "image_size") if patch else 0
-    side, merge = _WARMUP.get(kind, (0, 0))
-    merge = next((found for name in _MERGES if (found := _integer(projector, name))), merge)
-    return side * merge * patch
+    side, _ = _WARMUP.get(kind, (0, 0))
+    return side * _merge(projector) * patch
+
+
+def _merge(projector: Attachment) -> int:
+    """Return how many patches become one token, per side; 0 where it is not known."""
+    _, merge = _WARMUP.get(_kind(projector), (0, 0))
+    return next((found for name in _MERGES if (found := _integer(projector, name))), merge)
 
 
 def _integer(projector: Attachment, name: str) -> int:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, launch, refusals, speculation, speed, weights
+from planner import budget, companions, ggml, launch, refusals, speculation, speed, weights
 from planner.build import is_pinned
+from planner.companions import projector
+from planner.context import CONTEXT_ALIGNMENT
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
 from planner.search import knobs, reasons
@@ -33,6 +35,7 @@ from planner.units import format_size
 __all__ = ["MIN_CONTEXT", "Oracle", "search"]
 
 MIN_CONTEXT: Final = 4096  # tokens; below this no context is chosen, as with llama.cpp's own -fitc
+MIN_CONTEXT_FOR_WORDS: Final = 2048  # of these beside an image: a question, its answer, and what was said before
 
 
 def search(
@@ -140,7 +143,18 @@ class _Search:
                 "context", f"{chosen:,} tokens for each of {slots} slots", "it is the setting PLANNER_CONTEXT_LENGTH"
             )
             return self._best_of(finder, knobs.with_context(settled, chosen))
-        return self._largest_context(finder, settled, trained)
+        floor = min(self._shortest_context, trained)
+        found = self._largest_context(finder, settled, floor, trained)
+        if MIN_CONTEXT < floor == self._per_slot(found) < trained:
+            self._decide(
+                "shortest context", f"{floor:,} tokens", "a large image and words about it have no room in less"
+            )
+        return found
+
+    @property
+    def _shortest_context(self) -> int:
+        image = 0 if self.model.projector is None else projector.image_tokens(self.model.projector)
+        return max(MIN_CONTEXT, ggml.pad(image + MIN_CONTEXT_FOR_WORDS, CONTEXT_ALIGNMENT))
 
     @property
     def _context_is_pinned(self) -> bool:
@@ -162,9 +176,8 @@ class _Search:
         partial = finder.partial(request, complete)
         return partial if partial.fits else min(partial, complete, key=_shortfall_bytes)
 
-    def _largest_context(self, finder: Finder, settled: PlanRequest, trained: int) -> Candidate:
+    def _largest_context(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
-        floor = min(MIN_CONTEXT, trained)
         best = Best(finder, order_is_settled=self.request.devices is not None)
         if best.applies(knobs.with_context(settled, floor)):
             found = Stretch(best, settled, floor, trained).longest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from planner import companions
 from planner.build import PINNED_BUILD
 from planner.companions import projector
 from planner.errors import InvalidRequest, ModelFileError
-from planner.model import read_attachment, read_model
+from planner.model import Attachment, read_attachment, read_model
 from planner.search.placement import search
 from planner.types import (
     HOST,
@@ -28,6 +29,7 @@ from planner.types import (
     Figure,
     Machine,
     NoFit,
+    PlacementKind,
     Plan,
     PlanRequest,
     Policy,
@@ -183,6 +185,49 @@ def test_a_projector_of_unknown_making_leaves_its_buffers_open(endless_model: Pa
     assert charge.devices["CUDA0"].model.source is Source.ESTIMATED
     assert charge.devices["CUDA0"].compute.source is Source.UNKNOWN
     assert "gemma3nv" in charge.not_built[0]
+
+
+@pytest.mark.parametrize(
+    "kind, metadata, tokens",
+    [
+        ("gemma3", {}, 0),
+        ("qwen2vl_merger", {}, 4096),
+        ("exaone4_5", {"image_max_pixels": 3000 * 28**2}, 3000),
+        ("exaone4_5", {"image_max_pixels": 2**31 - 1}, 4096),
+        ("exaone4_5", {"image_max_pixels": 9, "patch_size": 0}, 0),
+        ("of tomorrow", {"image_max_pixels": 9}, 0),
+    ],
+)
+def test_what_a_large_image_takes_of_the_context_is_told_by_kind_or_file(
+    kind: str, metadata: dict[str, int], tokens: int
+) -> None:
+    said = {f"clip.vision.{name}": value for name, value in ({"patch_size": 14} | metadata).items()}
+    encoder = Attachment("mmproj.gguf", {"clip.projector_type": kind, **said}, ())
+    assert projector.image_tokens(encoder) == tokens
+
+
+@pytest.mark.parametrize("kind, shortest, told", [("gemma3", 4096, []), ("qwen2vl_merger", 6144, ["6,144 tokens"])])
+def test_a_context_that_is_chosen_has_room_for_a_large_image_and_words(
+    endless_model: Path, tmp_path: Path, kind: str, shortest: int, told: list[str]
+) -> None:
+    """Also where that leaves layers to the CPU; what is pinned is as short as it was pinned."""
+    companion_models.write_projector(tmp_path / "mmproj.gguf", kind=kind)
+    request = PlanRequest(mmproj=str(tmp_path / "mmproj.gguf"), n_ubatch=64)
+    facts = companions.attach(read_model(str(endless_model)), request)
+    (device,) = machine_of(DeviceKind.RPC, 1).devices
+
+    def planned(request: PlanRequest, free_bytes: int) -> Plan:
+        machine = replace(machine_of(DeviceKind.RPC, 1), devices=(replace(device, free_bytes=free_bytes),))
+        plan = search(facts, request, machine, Policy(), PINNED_BUILD)
+        assert isinstance(plan, Plan)
+        return plan
+
+    room = planned(replace(request, n_ctx=shortest, n_gpu_layers="all"), 1 << 30).usages[0].known_bytes
+    whole, parted = planned(request, room), planned(request, room - MIB)
+    assert (whole.placement.kind, parted.placement.kind) == (PlacementKind.GPU, PlacementKind.GPU_AND_CPU)
+    assert whole.n_ctx_per_slot == shortest <= (parted.n_ctx_per_slot or 0)
+    assert [each.chosen for each in whole.decisions if each.step == "shortest context"] == told
+    assert planned(replace(request, n_ctx=1024), room).n_ctx_per_slot == 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------
