@@ -11,7 +11,7 @@ from typing import BinaryIO, Final
 from planner.errors import InvalidRequest
 from supervisor.client.service import Service, ServiceError
 from supervisor.client.transfer import Transfer
-from supervisor.store import modelfile
+from supervisor.store import modelfile, parts
 from supervisor.store_api import BadCreate
 
 CHUNK_BYTES: Final = 1 << 20
@@ -22,14 +22,14 @@ def create(at: Service, name: str, file: Path, shown: Transfer) -> None:
     text = _text(file)
     try:
         read = modelfile.parse(text)
+        body = {
+            "model": name,
+            "modelfile": text,
+            "files": _sent(at, read.sources, file, shown),
+            "adapters": _sent(at, read.adapters, file, shown),
+        }
     except BadCreate as error:
         raise InvalidRequest(f"{file}: {error}") from None
-    body = {
-        "model": name,
-        "modelfile": text,
-        "files": _sent(at, read.sources, file, shown),
-        "adapters": _sent(at, read.adapters, file, shown),
-    }
     with at.lines("POST", "/api/create", body) as lines:
         shown.follow(lines)
 
@@ -45,7 +45,10 @@ def _text(file: Path) -> str:
 
 
 def _sent(at: Service, sources: Iterable[str], file: Path, shown: Transfer) -> dict[str, str]:
-    """Send what is a file here, and return each one's digest; the rest are names, which the service knows."""
+    """Send what is a file here, and return each one's digest; the rest are names, which the service knows.
+
+    A file that is one part of a split model stands for all of them.
+    """
     sent = {}
     for source in sources:
         path = file.parent / Path(source).expanduser()
@@ -53,6 +56,8 @@ def _sent(at: Service, sources: Iterable[str], file: Path, shown: Transfer) -> d
             raise InvalidRequest(f"{file}: {source} is a folder: name the GGUF file in it")
         if path.is_file():
             sent[source] = _send(at, path, shown)
+            beside = [part for part in parts.files_of(path) if part.name != path.name]
+            sent |= {part.name: _send(at, part, shown) for part in beside}
         elif modelfile.is_path(source):
             raise InvalidRequest(f"{file}: there is no file {path}")
     return sent

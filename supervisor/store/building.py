@@ -10,7 +10,7 @@ from typing import Final
 from planner.errors import PlannerError
 from planner.model import ModelFacts, read_attachment, read_model
 from supervisor.catalogue import PROJECTOR_ARCHITECTURE
-from supervisor.store import manifests, writing
+from supervisor.store import manifests, parts, writing
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer
 from supervisor.store_api import BadCreate
@@ -36,12 +36,13 @@ def gguf_layer(folder: StoreFolder, digest: str) -> Layer:
 
 
 def facts_of(folder: StoreFolder, layers: tuple[Layer, ...]) -> ModelFacts:
-    """Return the facts of the one model among these layers. Raises BadCreate."""
-    models = [layer for layer in layers if layer.kind == manifests.MODEL]
-    if len(models) != 1:
-        raise BadCreate(f"a model is made of one GGUF model, not of {len(models)}; join a split one first")
+    """Return the facts of the model among these layers, whose parts are given names. Raises BadCreate, OSError."""
+    models = tuple(layer for layer in layers if layer.kind == manifests.MODEL)
+    if not models:
+        raise BadCreate("a model is made of a GGUF model, and there is none")
+    parts.link(folder, models)
     try:
-        return read_model(str(folder.blob(models[0].digest)))
+        return read_model(str(parts.first_file(folder, models)))
     except PlannerError as error:
         raise BadCreate(str(error)) from error
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from supervisor.store import building, listing, manifests, modelfile, writing
+from supervisor.store import building, listing, manifests, modelfile, parts, writing
 from supervisor.store.folder import StoreFolder
 from supervisor.store.heeding import FORMS, not_heeded
 from supervisor.store.manifests import Layer
@@ -108,6 +108,7 @@ def create(folder: StoreFolder, name: ModelName, made: Recipe, tell: Callable[[P
         if layer.kind != manifests.ADAPTER:
             raise BadCreate(f"blob {digest} is no adapter")
         layers = (*layers, layer)
+    layers = parts.in_order(folder, layers)
     for kind, text in _texts(folder, made, layers).items():
         layers = tuple(layer for layer in layers if layer.kind not in _SINGLE[kind])
         if text:

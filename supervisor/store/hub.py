@@ -1,4 +1,6 @@
-"""A single GGUF file of a model hub, or of any web server, by its address: fetched in ranges, kept as a model.
+"""A GGUF file of a model hub, or of any web server, by its address: fetched in ranges, kept as a model.
+
+The address of one part of a split model stands for all of them, which lie beside it under their names.
 
 A server tells the file's length, and mostly what tells its versions apart (``ETag``). Of a hub whose entity tag is the
 file's sha256 the file is verified by it; elsewhere TLS and the length are all that vouch for it.
@@ -16,17 +18,16 @@ import aiohttp
 from anyio import to_thread
 from yarl import URL
 
-from supervisor.store import building, manifests, names, writing
+from supervisor.store import building, manifests, names, parts, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Fetcher, Transient
 from supervisor.store.folder import StoreFolder
 from supervisor.store.names import ModelName
 from supervisor.store.registry import check
-from supervisor.store_api import BadModelName, Progress, RegistryFailed
+from supervisor.store_api import Progress, RegistryFailed
 
 SUFFIX: Final = ".gguf"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_SPLIT: Final = re.compile(r"-\d{5}-of-\d{5}$", re.ASCII)
 _LENGTH: Final = re.compile(r"bytes 0-0/(\d{1,19})", re.ASCII)
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_.-]+", re.ASCII)
 _LONGEST_PART: Final = 80
@@ -51,14 +52,18 @@ def address(text: str) -> URL:
 
 def name_of(url: URL) -> ModelName:
     """Return the name that the file at an address gets: of a hub ``host/user/repository:file``. Raises BadModelName."""
-    parts = [part for part in url.path.split("/") if part]
-    stem = parts[-1][: -len(SUFFIX)] if parts else ""
-    if _SPLIT.search(stem):
-        raise BadModelName(f"{stem} is one part of a split model: join the parts with llama-gguf-split, or fetch them")
-    hub = len(parts) > 2  # noqa: PLR2004 - user, repository, and what is in it
-    namespace, model, tag = (parts[0], parts[1], stem) if hub else (names.DEFAULT_NAMESPACE, stem, names.DEFAULT_TAG)
+    path = [part for part in url.path.split("/") if part]
+    stem, _ = parts.names_of(path[-1][: -len(SUFFIX)] if path else "")
+    hub = len(path) > 2  # noqa: PLR2004 - user, repository, and what is in it
+    namespace, model, tag = (path[0], path[1], stem) if hub else (names.DEFAULT_NAMESPACE, stem, names.DEFAULT_TAG)
     host = f"{url.host}:{url.port}" if url.port not in {None, _HTTPS_PORT} else str(url.host)
     return ModelName(host, _part(namespace).replace(".", "-"), _part(model), _part(tag))
+
+
+def files_of(url: URL) -> tuple[URL, ...]:
+    """Return the addresses of all files of the model that this is a file of. Raises BadCreate."""
+    _, stems = parts.names_of(url.name[: -len(SUFFIX)])
+    return tuple(url.with_name(stem + SUFFIX).with_query(url.query) for stem in stems) if len(stems) > 1 else (url,)
 
 
 def _part(text: str) -> str:
@@ -76,13 +81,24 @@ class _File:
 
 
 async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, tell: Tell) -> None:
-    """Return once the file is in the store as a model, whole. Raises StoreError, OSError."""
+    """Return once the file is in the store as a model, whole, with its other parts. Raises StoreError, OSError."""
     name = name_of(url)
     tell(Progress("pulling manifest"))
     try:
-        file = await _ask(fetcher, url)
+        wanted = [await _wanted(fetcher, file) for file in files_of(url)]
     except Transient as error:
         raise RegistryFailed(str(error)) from error
+    async with Fetch(folder, tell) as fetch:
+        fetched = await fetch.blobs(wanted)
+        tell(Progress(f"writing manifest of {name.short(folder.default_host)}"))
+        replaced = await to_thread.run_sync(_keep, folder, name, fetched)
+    await to_thread.run_sync(writing.collect, folder, replaced)
+    tell(Progress("success"))
+
+
+async def _wanted(fetcher: Fetcher, url: URL) -> Wanted:
+    """Return what there is to get at an address. Raises Transient, RegistryFailed."""
+    file = await _ask(fetcher, url)
 
     @asynccontextmanager
     async def source(span: str) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -92,13 +108,7 @@ async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, tell: Tell)
             yield answer.response
 
     digest = None if file.sha256 is None else f"sha256:{file.sha256}"
-    async with Fetch(folder, tell) as fetch:
-        wanted = Wanted(file.size_bytes, source, digest, f"{url}?{file.etag}?{file.size_bytes}")
-        (fetched,) = await fetch.blobs([wanted])
-        tell(Progress(f"writing manifest of {name.short(folder.default_host)}"))
-        replaced = await to_thread.run_sync(_keep, folder, name, fetched)
-    await to_thread.run_sync(writing.collect, folder, replaced)
-    tell(Progress("success"))
+    return Wanted(file.size_bytes, source, digest, f"{url}?{file.etag}?{file.size_bytes}")
 
 
 async def _ask(fetcher: Fetcher, url: URL) -> _File:
@@ -121,8 +131,8 @@ def _shown(url: URL) -> str:
     return str(url.with_user(None).with_query(None))
 
 
-def _keep(folder: StoreFolder, name: ModelName, digest: str) -> set[str]:
-    """Make a model of the blob. Raises BadCreate where it is none, OSError."""
-    layers = (building.gguf_layer(folder, digest),)
+def _keep(folder: StoreFolder, name: ModelName, digests: tuple[str, ...]) -> set[str]:
+    """Make a model of the blobs. Raises BadCreate where they are none, OSError."""
+    layers = parts.in_order(folder, tuple(building.gguf_layer(folder, digest) for digest in digests))
     config = building.config_layer(folder, building.facts_of(folder, layers), layers)
     return writing.write_manifest(folder, name, manifests.build(layers, config))

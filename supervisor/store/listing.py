@@ -18,7 +18,7 @@ from planner.model import ModelFacts
 from supervisor.api import Preset
 from supervisor.catalogue import ModelEntry, described
 from supervisor.core.types import ModelId
-from supervisor.store import manifests
+from supervisor.store import manifests, parts
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import ModelName
@@ -59,6 +59,7 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
     try:
         model, projector, adapters = _files(folder, manifest, model_id)
         facts = read(str(model))
+        _check_parts(facts, manifest)
         projected = read(str(projector)) if projector is not None else None
         preset = replace(
             read_preset(folder, manifest.layers), for_ollama=MappingProxyType(read_for_ollama(folder, manifest))
@@ -76,7 +77,7 @@ def _files(folder: StoreFolder, manifest: Manifest, model_id: str) -> tuple[Path
     """Return where the model, its projector and its adapters lie. Raises _Unfit."""
     models = manifest.of_kind(manifests.MODEL)
     projectors = manifest.of_kind(manifests.PROJECTOR)
-    if len(models) != 1 or len(projectors) > 1:
+    if not models or len(projectors) > 1:
         raise _Unfit(
             f"its manifest names {len(models)} GGUF models and {len(projectors)} projectors; "
             "llama-server serves one model with at most one projector"
@@ -85,9 +86,18 @@ def _files(folder: StoreFolder, manifest: Manifest, model_id: str) -> tuple[Path
         problem = _missing(folder.blob(blob.digest), blob)
         if problem is not None:
             raise _Unfit(f"{problem}: pull or create {model_id} again")
-    paths = [folder.blob(layer.digest) for layer in (*models, *projectors)]
-    adapters = tuple(folder.blob(layer.digest) for layer in manifest.of_kind(manifests.ADAPTER))
-    return paths[0], paths[1] if projectors else None, adapters
+    first = parts.first_file(folder, models)
+    if not first.is_file():
+        raise _Unfit(f"its {len(models)} parts have no names by which they are found: pull or create {model_id} again")
+    projector = folder.blob(projectors[0].digest) if projectors else None
+    return first, projector, tuple(folder.blob(layer.digest) for layer in manifest.of_kind(manifests.ADAPTER))
+
+
+def _check_parts(facts: ModelFacts, manifest: Manifest) -> None:
+    """Raise _Unfit where the manifest names more than one model, or not all of its parts."""
+    models = manifest.of_kind(manifests.MODEL)
+    if len(facts.paths) != len(models):
+        raise _Unfit(f"its manifest names {len(models)} GGUF models, and the first is a model of {len(facts.paths)}")
 
 
 def _missing(path: Path, blob: Layer) -> str | None:

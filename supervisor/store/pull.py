@@ -9,7 +9,7 @@ from anyio import to_thread
 
 from planner.errors import PlannerError
 from planner.model import read_attachment
-from supervisor.store import listing, manifests, writing
+from supervisor.store import listing, manifests, parts, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Transient
 from supervisor.store.folder import StoreFolder
@@ -38,13 +38,18 @@ async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: T
     async with Fetch(folder, tell) as fetch:
         await fetch.blobs(wanted)
         tell(Progress("writing manifest"))
-        replaced = await to_thread.run_sync(writing.write_manifest, folder, name, manifest)
+        replaced = await to_thread.run_sync(_keep, folder, name, manifest)
     for line in await to_thread.run_sync(_not_heeded, folder, manifest):
         tell(Progress(line))
     if replaced:
         tell(Progress("removing unused layers"))
         await to_thread.run_sync(writing.collect, folder, replaced)
     tell(Progress("success"))
+
+
+def _keep(folder: StoreFolder, name: ModelName, manifest: Manifest) -> set[str]:
+    parts.link(folder, manifest.of_kind(manifests.MODEL))
+    return writing.write_manifest(folder, name, manifest)
 
 
 def _not_heeded(folder: StoreFolder, manifest: Manifest) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import anyio
 from anyio import from_thread, to_thread
 from anyio.abc import TaskGroup
 
-from supervisor.store import create, hub, names, writing
+from supervisor.store import create, hub, names, parts, writing
 from supervisor.store.fetching import STALL_S, Fetcher, open_session
 from supervisor.store.folder import StoreFolder
 from supervisor.store.pull import pull
@@ -100,7 +100,8 @@ class ModelStore:
         made = create.recipe(spec)
         if made.parent is not None and (files := self._files_of(made.parent)):
             yield Progress(f"copying {made.parent}")
-            made = replace(made, parent=None, blobs=tuple([await self._taken_in(Path(file)) for file in files]))
+            whole = [part for file in files for part in parts.files_of(Path(file))]
+            made = replace(made, parent=None, blobs=tuple([await self._taken_in(file) for file in whole]))
         elif made.parent is not None and self._folder.find(made.parent) is None:
             async for progress in self.pull(made.parent, insecure=False):
                 if progress.status != "success":

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -19,6 +20,7 @@ from typing import Final
 
 from anyio import to_thread
 
+from supervisor.store import parts
 from supervisor.store.folder import BLOB_NAME, DEFAULT_HOST_FILE, StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import LOCAL_HOST, ModelName
@@ -176,8 +178,8 @@ def remove_manifest(folder: StoreFolder, name: ModelName) -> set[str]:
 def collect(folder: StoreFolder, digests: Iterable[str] | None = None) -> None:
     """Remove blobs that no model uses: these, or all that have been there for ``GRACE_S`` and partials long given up.
 
-    Nothing is removed while somebody adds, or where a manifest cannot be read: then nobody knows what it uses. Raises
-    OSError.
+    So go links to parts of models that are no more. Nothing is removed while somebody adds, or where a manifest cannot
+    be read: then nobody knows what it uses. Raises OSError.
     """
     with (folder.root / LOCK_FILE).open("a") as file:
         try:
@@ -185,9 +187,12 @@ def collect(folder: StoreFolder, digests: Iterable[str] | None = None) -> None:
         except BlockingIOError:
             return
         try:
-            used = {blob.digest for name in folder.names() for blob in folder.read(name).blobs}
+            kept = [folder.read(name) for name in folder.names()]
         except StoreError:
             return
+        used = {blob.digest for manifest in kept for blob in manifest.blobs}
+        for links in parts.unused(folder, kept):
+            shutil.rmtree(links)
         for path in _all(folder) if digests is None else map(folder.blob, digests):
             if path.name.replace("-", ":") not in used:
                 path.unlink(missing_ok=True)

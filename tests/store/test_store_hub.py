@@ -103,16 +103,12 @@ async def test_what_is_no_address_is_refused(text: str, store: ModelStore, folde
         ("https://h.org/user/repo/resolve/main/q/file.Q8_0.gguf", "h.org/user/repo:file.Q8_0"),
         ("https://h.org:8443/file.gguf?download=true", "h.org:8443/library/file:latest"),
         ("https://h.org/a%2F..%2F..%2Fetc/b/c.gguf", "h.org/a/_:c"),
+        ("https://h.org/user/repo/resolve/main/q/big-00002-of-00003.gguf", "h.org/user/repo:big"),
         ("https://h.org/../../etc/.hidden/x/..gguf", "h.org/etc/hidden:_"),
     ],
 )
 def test_the_name_of_a_file_comes_from_its_address_and_is_always_one(address: str, name: str) -> None:
     assert str(hub.name_of(URL(address))) == name
-
-
-def test_a_part_of_a_split_model_is_refused_by_its_name() -> None:
-    with pytest.raises(BadModelName, match="one part of a split model"):
-        hub.name_of(URL("https://h.org/user/repo/resolve/main/big-00001-of-00003.gguf"))
 
 
 async def test_what_may_be_secret_in_an_address_is_not_told(store: ModelStore) -> None:

@@ -86,7 +86,7 @@ def test_what_is_broken_is_listed_with_its_reason_and_hides_nothing(tmp_path: Pa
         "torn": "has no sha256 digest",
         "lost": "No such file",
         "short": "are due: pull or create short:1 again",
-        "parts": "names 2 GGUF models",
+        "parts": "its 2 parts have no names by which they are found",
         "text": "not a GGUF file",
         "empty": "names 0 GGUF models",
         "deep": "it is no JSON",

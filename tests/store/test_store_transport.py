@@ -316,7 +316,7 @@ async def test_a_registry_that_wants_a_token_is_given_the_one_that_its_service_h
         )
         with registry_server(tmp_path / "registry", auth) as registry:
             blobs: dict[str, bytes | Path] = {"model": MODEL, "config": CONFIG_BLOB}
-            registry.push("library/guarded:1", blobs, token=signer.token("pull", "push"))
+            registry.push("library/guarded:1", blobs, authorization=f"Bearer {signer.token('pull', 'push')}")
             async with ModelStore(StoreFolder(tmp_path / "store", f"http://{registry.host}")) as store:
                 assert (await said(store.pull("guarded:1", insecure=False)))[-1] == "success"
         assert len(service.requests) == 1, "one token serves for all of a pull"
