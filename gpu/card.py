@@ -73,7 +73,7 @@ class Card:
     numa_node: int | None = None
     link: Link = Link()
     processes: tuple[ProcessUse, ...] = ()
-    why_not: str | None = None
+    why_not: Fault | None = None
 
     @property
     def pool(self) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from gpu import host, llama, nvml, rocm
-from gpu.card import Card, Probe, Vendor, cuda_overhead_bytes
+from gpu.card import Card, Fault, Probe, Vendor, cuda_overhead_bytes
 from gpu.llama import ListedDevice, Search, Server
 from gpu.matching import match, unmatched
 from gpu.rpc import Worker
@@ -33,6 +33,9 @@ _INTEGRATED_NAMES: Final = re.compile(
     r"|llvmpipe|Adreno|Mali",
     re.IGNORECASE,
 )
+_BESIDE_DISCRETE: Final = Fault(
+    "it shares the host's memory and a discrete GPU does not", "it is left out unless --device names it"
+)
 _BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}  # our word, BACKEND='s word
 
 
@@ -40,8 +43,8 @@ _BACKEND: Final = {Vendor.NVIDIA: ("cuda", "cuda"), Vendor.AMD: ("rocm", "hip")}
 class Detected:
     """The machine, the llama-server that plans for it are launched with, and what each source said.
 
-    ``cards`` are the cards behind the devices, by the devices' names; ``machine_key`` says which cards and drivers
-    there are, on which llama-server's own list depends.
+    ``cards`` are the cards behind the devices, by the devices' names; ``left_idle`` is why devices are not used that
+    could be, by name. ``machine_key`` says which cards and drivers there are, on which llama-server's own list depends.
     """
 
     machine: Machine
@@ -51,6 +54,7 @@ class Detected:
     memory: host.HostMemory
     of_workers: RpcDevices
     cards: Mapping[str, Card]
+    left_idle: Mapping[str, Fault]
     machine_key: tuple[str, ...]
 
     @property
@@ -102,7 +106,8 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     # Only now: a worker of this machine answers once it has given back what its last client held.
     memory = host.read(root).without(host.mapped_bytes(ours, root))
     server = search.server if lightly else _with_free(search.server, cards, environ, machine_key)
-    local, by_name, warnings = _local_devices(cards, server, memory, environ, named)
+    local, by_name, left_idle = _local_devices(cards, server, memory, environ, named)
+    idle = (f"{one.name} ({one.description}) is left idle: {one.why_not}" for one in local if one.why_not)
     if previous is not None and lightly:
         local, workers = _as_before(previous, local), previous.of_workers
     else:
@@ -118,10 +123,10 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
         devices=devices,
         host=memory.device(),
         pools=_pools(devices, by_name, (memory.pool(), *workers.pools)),
-        warnings=(*nvidia.warnings, *amd.warnings, *warnings, *workers.warnings),
+        warnings=(*nvidia.warnings, *amd.warnings, *idle, *workers.warnings),
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
-    return Detected(machine, search, nvidia, amd, memory, workers, by_name, machine_key)
+    return Detected(machine, search, nvidia, amd, memory, workers, by_name, left_idle, machine_key)
 
 
 def _as_before(previous: Detected, local: Sequence[Device]) -> tuple[Device, ...]:
@@ -162,22 +167,28 @@ def _with_free(
 
 def _local_devices(
     cards: Sequence[Card], server: Server | None, memory: host.HostMemory, environ: Environ, named: Container[str]
-) -> tuple[tuple[Device, ...], dict[str, Card], list[str]]:
-    """Return the devices of this machine, the cards behind them by their names, and a warning for each idle one."""
+) -> tuple[tuple[Device, ...], dict[str, Card], dict[str, Fault]]:
+    """Return the devices of this machine, the cards behind them, and why cards that work are not used: by name."""
     matched = match(server.listed if server else (), cards, environ)
     shares = Counter(card for _, card in matched if card is not None)
     devices = [_device(device, card, memory, n_shares=shares[card] if card else 1) for device, card in matched]
-    devices = _beside_discrete(devices, named)
+    left_idle = dict.fromkeys(_beside_discrete(devices, named), _BESIDE_DISCRETE)
+    devices = [_idle(each, _BESIDE_DISCRETE) if each.name in left_idle else each for each in devices]
     by_name = {device.name: card for device, card in matched if card is not None}
-    idle = [f"{device.name} ({device.description}): {device.why_not}" for device in devices if device.why_not]
     names = {device.name for device in devices}
     for card in _with_names(unmatched(matched, cards), environ):
-        device = _unusable(card, names, server, memory)
+        device = _unlisted(card, names, memory)
+        why_not = card.why_not or _why_unlisted(card, server)
+        if card.why_not is None:
+            left_idle[device.name] = why_not
         names.add(device.name)
         by_name[device.name] = card
-        devices.append(device)
-        idle.append(f"{device.name} ({card.name}) is left idle: {device.why_not}")
-    return tuple(devices), by_name, idle
+        devices.append(_idle(device, why_not))
+    return tuple(devices), by_name, left_idle
+
+
+def _idle(device: Device, why_not: Fault) -> Device:
+    return replace(device, usable=False, why_not=str(why_not))
 
 
 def _nobody_knows_free(card: Card | None) -> bool:
@@ -217,7 +228,7 @@ def _device(listed: ListedDevice, card: Card | None, memory: host.HostMemory, *,
         # Several devices on one card (GGML_CUDA_DEVICES) cannot be named by its UUID: their numbers tell them apart.
         uuid=device.uuid if n_shares == 1 else None,
         usable=card.why_not is None,
-        why_not=card.why_not,
+        why_not=None if card.why_not is None else str(card.why_not),
     )
 
 
@@ -234,20 +245,14 @@ def _unknown_device(listed: ListedDevice, memory: host.HostMemory) -> Device:
     )
 
 
-def _beside_discrete(devices: Sequence[Device], named: Container[str]) -> list[Device]:
-    """Mark integrated GPUs beside discrete ones, unless named: llama.cpp does the same (llama_prepare_model_devices).
+def _beside_discrete(devices: Sequence[Device], named: Container[str]) -> list[str]:
+    """Return the integrated GPUs beside discrete ones that are not named: llama.cpp leaves them out too.
 
-    Layers there are no faster than on the CPU and take the same memory.
+    (llama_prepare_model_devices.) Layers there are no faster than on the CPU and take the same memory.
     """
     if all(device.pool == HOST_POOL or not device.usable for device in devices):
-        return list(devices)
-    why = "it shares the host's memory and a discrete GPU does not: it is left out unless --device names it"
-    return [
-        replace(device, usable=False, why_not=why)
-        if device.usable and device.pool == HOST_POOL and device.name not in named
-        else device
-        for device in devices
-    ]
+        return []
+    return [each.name for each in devices if each.usable and each.pool == HOST_POOL and each.name not in named]
 
 
 def _smallest(*figures: int | None) -> int | None:
@@ -277,25 +282,26 @@ def _card_device(name: str, kind: DeviceKind, card: Card, memory: host.HostMemor
     )
 
 
-def _unusable(card: Card, names: set[DeviceName], server: Server | None, memory: host.HostMemory) -> Device:
+def _unlisted(card: Card, names: set[DeviceName], memory: host.HostMemory) -> Device:
+    """Return a card that llama-server does not list, as a device with the next free name."""
     prefix = _NAME[card.vendor]
     number = next(n for n in range(len(names) + 1) if f"{prefix}{n}" not in names)
-    device = _card_device(f"{prefix}{number}", _KIND[card.vendor], card, memory)
-    return replace(device, usable=False, why_not=card.why_not or _why_unlisted(card, server))
+    return _card_device(f"{prefix}{number}", _KIND[card.vendor], card, memory)
 
 
-def _why_unlisted(card: Card, server: Server | None) -> str:
+def _why_unlisted(card: Card, server: Server | None) -> Fault:
     backend, word = _BACKEND[card.vendor]
-    build = f"{llama.BUILD_COMMAND} BACKEND={word}"
+    build = f"build one with {llama.BUILD_COMMAND} BACKEND={word}"
     if server is None:
-        return f"no llama-server found; build one with: {build}"
+        return Fault("no llama-server found", build)
     path = server.build.path
     if card.part_of is not None and card.vendor is Vendor.NVIDIA and backend in server.build.backends:
-        return f"CUDA shows a process one MIG instance; choose this one instead with CUDA_VISIBLE_DEVICES={card.uuid}"
+        fix = f"choose this one instead with CUDA_VISIBLE_DEVICES={card.uuid}"
+        return Fault("CUDA shows a process one MIG instance", fix)
     if backend in server.build.backends:
         hidden = "CUDA_VISIBLE_DEVICES" if card.vendor is Vendor.NVIDIA else "ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES"
-        return f"{path} does not list it; check {hidden} and run: {path} --list-devices"
-    return f"{path} was built without {backend.upper()}; build one with: {build}"
+        return Fault(f"{path} does not list it", f"check {hidden} and run {path} --list-devices")
+    return Fault(f"{path} was built without {backend.upper()}", build)
 
 
 def _pools(devices: Sequence[Device], cards: Mapping[str, Card], told: Sequence[MemoryPool]) -> tuple[MemoryPool, ...]:

@@ -32,7 +32,6 @@ THREADS_FOR_CLIENTS: Final = 64  # below that a few tabs of a browser bring a ru
 HELD_BY_OTHERS: Final = 0.1  # of a card: less is a desktop
 _CUDA_NODES: Final = frozenset({"nvidia-uvm", "dxg"})  # the second is WSL's
 _RUNNERS: Final = re.compile(r"llama-server|ggml-rpc-server|ollama.*")
-_DIVIDE: Final = re.compile(r"; |: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +59,6 @@ def is_healthy(findings: tuple[Finding, ...]) -> bool:
 Found = Iterator[tuple[bool, Fault]]
 _WRONG: Final = True
 _NOTE: Final = False
-
-
-def _halves(line: str) -> Fault:
-    """Return a line of ``gpu.detect``'s, "what; fix" or "what: fix", as its two halves."""
-    what, *fix = _DIVIDE.split(line, maxsplit=1)
-    return Fault(what, fix[0] if fix else "see planner devices")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,16 +115,14 @@ def _amd(facts: Facts) -> Found:
         )
     for card in facts.amd.cards:
         if card.why_not is not None:
-            fault = _halves(card.why_not)
             flags = _container_flags("--device /dev/kfd --device /dev/dri --group-add video --group-add render", facts)
-            yield _WRONG, Fault(f"{card.name} ({card.pci_bus_id}): {fault.what}", flags or fault.fix)
+            yield _WRONG, Fault(f"{card.name} ({card.pci_bus_id}): {card.why_not.what}", flags or card.why_not.fix)
 
 
 def _settings_of_cards(facts: Facts) -> Found:
     for name, card in facts.cards.items():
         if card.vendor is Vendor.NVIDIA and card.why_not is not None:
-            fault = _halves(card.why_not)
-            yield _WRONG, Fault(f"{name}: {fault.what}", fault.fix)
+            yield _WRONG, Fault(f"{name}: {card.why_not.what}", card.why_not.fix)
         if card.free_bytes is None and not card.unified:
             yield _NOTE, Fault(f"{name}: its driver does not tell how much memory is free", "see nvidia-smi or amd-smi")
         if card.drives_display:
@@ -151,20 +142,15 @@ def _llama_server(facts: Facts) -> Found:
     if facts.build.path is None:
         yield _WRONG, Fault(f"no llama-server found; looked for: {'; '.join(facts.tried)}", BUILD_COMMAND)
         return
-    for device in facts.machine.devices:
-        card = facts.cards.get(device.name)
-        if device.kind is DeviceKind.RPC or device.usable or device.why_not is None:
-            continue
-        if card is None or card.why_not is None:
-            fault = _halves(device.why_not)
-            wrong = device.pool != HOST_POOL and not (card is not None and card.part_of)
-            yield wrong, Fault(f"{device.name} ({device.description}) is left idle: {fault.what}", fault.fix)
+    for name, fault in facts.left_idle.items():
+        device, card = facts.machine.device(name), facts.cards.get(name)
+        wrong = device.pool != HOST_POOL and not (card is not None and card.part_of)
+        yield wrong, Fault(f"{name} ({device.description}) is left idle: {fault.what}", fault.fix)
     if facts.workers and "rpc" not in facts.build.backends:
         yield _WRONG, Fault(f"{facts.build.path} was built without RPC, so no worker can be used", BUILD_COMMAND)
-    for line in facts.tried:
-        if "ended with status" in line or "cannot be started" in line:
-            fix = f"build one for this machine with: {BUILD_COMMAND}, or take it away"
-            yield _NOTE, Fault(f"a llama-server does not run: {line}", fix)
+    for line in facts.failed:
+        fix = f"build one for this machine with: {BUILD_COMMAND}, or take it away"
+        yield _NOTE, Fault(f"a llama-server does not run: {line}", fix)
 
 
 def _variables(facts: Facts) -> Found:
@@ -255,23 +241,12 @@ def _runner(holder: Holder, what: str, facts: Facts) -> Found:
 
 
 def _workers(facts: Facts) -> Found:
-    fixes = {
-        WorkerState.BUSY: "end its other client, or start one worker for each",
-        WorkerState.UNREACHABLE: "start ggml-rpc-server there, open its port, or take it out of RPC_SERVERS",
-    }
-    another_build = "run ggml-rpc-server of the same llama.cpp build as llama-server"
     serves = len(facts.services) > 1
     for worker in facts.workers:
-        if worker.state is not WorkerState.READY:
-            why, _, fix = (worker.why_not or worker.endpoint).partition(": ")
-            # A worker that our own service uses is busy too.
-            yield (
-                not (serves and worker.state is WorkerState.BUSY),
-                Fault(
-                    f"RPC worker {worker.endpoint} is {worker.state}: {why}",
-                    fixes.get(worker.state, fix or another_build),
-                ),
-            )
+        if worker.why_not is not None:
+            wrong = not (serves and worker.state is WorkerState.BUSY)  # a worker that our own service uses is busy too
+            what = f"RPC worker {worker.endpoint} is {worker.state}: {worker.why_not.what}"
+            yield wrong, Fault(what, worker.why_not.fix)
     for device in facts.machine.devices:
         if device.kind is DeviceKind.RPC and device.usable and _is_uncapped_cpu(device, facts):
             what = f"RPC worker {device.endpoint} is a CPU and calls all RAM there free, in use or not"

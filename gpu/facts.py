@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Final
 
 from gpu import control_groups, host
-from gpu.card import Card, Probe
+from gpu.card import Card, Fault, Probe
 from gpu.control_groups import ThreadLimit
 from gpu.detect import Detected
 from gpu.host import HostMemory
@@ -77,9 +77,11 @@ class Facts:
     machine: Machine
     build: LlamaBuild
     tried: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
     nvidia: Probe = field(default_factory=Probe)
     amd: Probe = field(default_factory=Probe)
     cards: Mapping[str, Card] = field(default_factory=lambda: MappingProxyType({}))
+    left_idle: Mapping[str, Fault] = field(default_factory=lambda: MappingProxyType({}))
     workers: tuple[Worker, ...] = ()
     memory: HostMemory | None = None
     pci: tuple[PciGpu, ...] = ()
@@ -101,9 +103,11 @@ def gather(detected: Detected, environ: Mapping[str, str], root: Path = Path("/"
         machine=detected.machine,
         build=detected.llama.build,
         tried=detected.llama.tried,
+        failed=detected.llama.failed,
         nvidia=detected.nvidia,
         amd=detected.amd,
         cards=detected.cards,
+        left_idle=detected.left_idle,
         workers=detected.workers,
         memory=detected.memory,
         pci=_pci(root),

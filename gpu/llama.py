@@ -93,10 +93,14 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The server that was chosen, if any, and one line for each place that was looked at."""
+    """The server that was chosen, if any, and one line for each place that was looked at.
+
+    ``failed`` are those of the lines that tell of a llama-server which is there and does not run.
+    """
 
     server: Server | None
     tried: tuple[str, ...]
+    failed: tuple[str, ...] = ()
 
     @property
     def build(self) -> LlamaBuild:
@@ -119,6 +123,7 @@ def find(
     holds for them alone. ``root`` is for tests.
     """
     tried: list[str] = []
+    failed: list[str] = []
     servers: list[Server] = []
     for label, path in candidates(environ, configured, root):
         if path is None or not os.path.isfile(path):  # noqa: PTH113 - a folder we may not enter is no error here
@@ -126,14 +131,15 @@ def find(
             continue
         server = ask(path, environ, machine_key=machine_key)
         if isinstance(server, str):
-            tried.append(f"{label} {path} ({server})")
+            failed.append(f"{label} {path} ({server})")
+            tried.append(failed[-1])
             continue
         tried.append(f"{label} {path} (version {server.build.version}, {len(server.listed)} devices)")
         servers.append(server)
         if len(server.listed) >= n_gpus:
             break
     # max keeps the first of equals, which is the search order.
-    return Search(max(servers, key=lambda server: len(server.listed), default=None), tuple(tried))
+    return Search(max(servers, key=lambda server: len(server.listed), default=None), tuple(tried), tuple(failed))
 
 
 def candidates(environ: Environ, configured: Path | None, root: Path = Path("/")) -> Iterator[tuple[str, Path | None]]:

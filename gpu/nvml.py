@@ -59,6 +59,7 @@ EXCLUSIVE: Final = "exclusive"  # one process at a time
 _PROHIBITED: Final = "prohibited"
 _COMPUTE_MODES: Final = {0: "default", 2: _PROHIBITED, 3: EXCLUSIVE}  # nvml.h, nvmlComputeMode_t
 _TO_DEFAULT: Final = "sudo nvidia-smi -c DEFAULT"
+_CLOSED_TO_ALL: Final = Fault("its compute mode is prohibited, so no program can use it", _TO_DEFAULT)
 _MIG_ENABLED: Final = 1
 _MAX_NVLINKS: Final = 18  # NVML_NVLINK_MAX_LINKS
 
@@ -239,9 +240,7 @@ def _card(pynvml: Any, handle: Any, *, divided: bool) -> Card:
         numa_node=_or_none(pynvml, lambda: pynvml.nvmlDeviceGetNumaNodeId(handle)),
         link=_link(pynvml, handle),
         processes=_processes(pynvml, handle),
-        why_not=f"its compute mode is prohibited, so no program can use it: {_TO_DEFAULT}"
-        if mode == _PROHIBITED
-        else None,
+        why_not=_CLOSED_TO_ALL if mode == _PROHIBITED else None,
     )
 
 
@@ -250,8 +249,8 @@ def unless_taken(card: Card, ours: frozenset[int]) -> Card:
     holder = next((process for process in card.processes if process.pid not in ours), None)
     if card.compute_mode != EXCLUSIVE or holder is None:
         return card
-    who = f"process {holder.pid} ({holder.name or 'unknown'})"
-    return replace(card, why_not=f"its compute mode is exclusive and {who} has it: end that, or {_TO_DEFAULT}")
+    what = f"its compute mode is exclusive and process {holder.pid} ({holder.name or 'unknown'}) has it"
+    return replace(card, why_not=Fault(what, f"end that, or {_TO_DEFAULT}"))
 
 
 def _or_none(pynvml: Any, call: Callable[[], T]) -> T | None:

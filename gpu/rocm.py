@@ -147,12 +147,12 @@ def _is_unified(device: Path, properties: dict[str, int], vram: int | None, gtt:
     return vram <= _APU_MAX_VRAM and gtt >= _APU_MIN_GTT and gtt >= _APU_GTT_PER_VRAM * vram
 
 
-def _why_not(root: Path, minor: int, *, can_open: bool | None) -> str | None:
+def _why_not(root: Path, minor: int, *, can_open: bool | None) -> Fault | None:
     files = (root / "dev/kfd", root / f"dev/dri/renderD{minor}")
     refused = [f"/{file.relative_to(root)}" for file in files if not os.access(file, os.R_OK | os.W_OK)]
     if can_open or (can_open is None and not refused):
         return None
-    return f"this process may not open {' and '.join(refused)}: add its user to the groups render and video"
+    return Fault(f"this process may not open {' and '.join(refused)}", "add its user to the groups render and video")
 
 
 def _gfx(properties: dict[str, int]) -> str | None:

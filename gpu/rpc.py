@@ -19,6 +19,7 @@ from enum import StrEnum
 from typing import Final
 
 from gpu import bounded
+from gpu.card import Fault
 
 PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
 _RESOLVER_SLACK_S: Final = 0.1  # beyond the probe's own limit, so that its own reason is the one that is told
@@ -33,6 +34,7 @@ _HELLO: Final = 14
 _DEVICE_COUNT: Final = 15
 _CAPABILITIES_BYTES: Final = 24  # RPC_CONN_CAPS_SIZE; all zero: plain TCP. Protocols before 4.0 have none
 _NUMBERED_DEVICES: Final = 3  # the major version from which a worker has several devices and is asked by number
+_ONE_BUILD: Final = "run ggml-rpc-server of the same llama.cpp build as llama-server"
 _CPU_ALIGNMENT: Final = 32  # TENSOR_ALIGNMENT, ggml/src/ggml-impl.h; CUDA, HIP and SYCL use 128
 
 
@@ -61,7 +63,7 @@ class WorkerDevice:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker's answer. ``why_not`` is one line wherever it is not ready. ``is_here``: it runs on this machine.
+    """A worker's answer. ``why_not`` is there wherever it is not ready. ``is_here``: it runs on this machine.
 
     ``address`` is where it was reached, in numbers: of two names for one worker it is the same.
     """
@@ -70,7 +72,7 @@ class Worker:
     state: WorkerState
     protocol: str | None = None
     devices: tuple[WorkerDevice, ...] = ()
-    why_not: str | None = None
+    why_not: Fault | None = None
     is_here: bool = False
     address: str | None = None
 
@@ -104,8 +106,8 @@ def probe(endpoint: str, *, protocol: str | None, timeout_s: float = PROBE_TIMEO
     found = bounded.ask(f"rpc {endpoint}", lambda: _probe(endpoint, protocol, deadline), timeout_s + _RESOLVER_SLACK_S)
     if found is not None:
         return found
-    why = f"cannot connect to {endpoint} (its name is not resolved in time): name it by its address in RPC_SERVERS"
-    return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why)
+    what = f"cannot connect to {endpoint} (its name is not resolved in time)"
+    return Worker(endpoint, WorkerState.UNREACHABLE, why_not=Fault(what, "name it by its address in RPC_SERVERS"))
 
 
 def _probe(endpoint: str, protocol: str | None, deadline: float) -> Worker:
@@ -122,8 +124,8 @@ def _probe(endpoint: str, protocol: str | None, deadline: float) -> Worker:
 
 
 def _not_a_worker(endpoint: str, error: Exception) -> Worker:
-    why = f"{endpoint} does not speak llama.cpp's RPC protocol ({error}): run ggml-rpc-server of one build there"
-    return Worker(endpoint, WorkerState.INCOMPATIBLE, why_not=why)
+    why_not = Fault(f"{endpoint} does not speak llama.cpp's RPC protocol ({error})", _ONE_BUILD)
+    return Worker(endpoint, WorkerState.INCOMPATIBLE, why_not=why_not)
 
 
 def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities: int) -> Worker:
@@ -133,8 +135,8 @@ def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities
         connection = socket.create_connection((host, int(port)), timeout=max(deadline - time.monotonic(), _SHORTEST_S))
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        why = f"cannot connect to {endpoint} ({reason}): start ggml-rpc-server there or take it out of RPC_SERVERS"
-        return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why)
+        fix = "start ggml-rpc-server there or take it out of RPC_SERVERS"
+        return Worker(endpoint, WorkerState.UNREACHABLE, why_not=Fault(f"cannot connect to {endpoint} ({reason})", fix))
     with connection:
         # Close with a reset: a busy worker would later write to a socket that was closed in good order, and die.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -142,8 +144,8 @@ def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities
             ours, theirs = connection.getsockname()[0], connection.getpeername()[0]
             worker = _ask(_Connection(connection, deadline), endpoint, protocol, capabilities)
         except TimeoutError:
-            why = f"{endpoint} does not answer: it serves another client, and a worker serves one at a time"
-            return Worker(endpoint, WorkerState.BUSY, why_not=why)
+            what = f"{endpoint} does not answer, as a worker does that serves another client"
+            return Worker(endpoint, WorkerState.BUSY, why_not=Fault(what, "end that, or start one worker for each"))
         except OSError as error:
             raise _HungUpError(error.strerror or str(error)) from None
         is_here = ours == theirs or theirs.startswith(_LOOPBACK)
@@ -155,14 +157,15 @@ def _ask(connection: _Connection, endpoint: str, protocol: str | None, capabilit
     hello = connection.request(_HELLO, bytes(capabilities), answer_bytes=padding + capabilities)
     theirs = f"{hello[0]}.{hello[1]}.{hello[2]}"
     if protocol is not None and not _speaks(theirs, protocol):
-        why = f"{endpoint} speaks RPC protocol {theirs}, our llama-server {protocol}: run ggml-rpc-server of one build"
-        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why)
+        why_not = Fault(f"{endpoint} speaks RPC protocol {theirs}, our llama-server {protocol}", _ONE_BUILD)
+        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why_not)
     if hello[0] < _NUMBERED_DEVICES:
         return Worker(endpoint, WorkerState.READY, theirs, (_device(connection, b""),))
     (count,) = struct.unpack("<I", connection.request(_DEVICE_COUNT, b"", answer_bytes=4))
     if not 0 < count <= MAX_DEVICES:
-        why = f"{endpoint} offers {count} devices, where 1 to {MAX_DEVICES} belong: start it with -d and their names"
-        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why)
+        what = f"{endpoint} offers {count} devices, where 1 to {MAX_DEVICES} belong"
+        why_not = Fault(what, "start it with -d and their names")
+        return Worker(endpoint, WorkerState.INCOMPATIBLE, theirs, why_not=why_not)
     devices = tuple(_device(connection, struct.pack("<I", index)) for index in range(count))
     return Worker(endpoint, WorkerState.READY, theirs, devices)
 

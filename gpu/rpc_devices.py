@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
+from gpu.card import Fault
 from gpu.host import HostMemory
 from gpu.rpc import Worker, WorkerState, probe_all
 from planner.types import HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
@@ -111,8 +112,8 @@ def _told_apart(workers: Sequence[Worker]) -> tuple[Worker, ...]:
         if same == worker.endpoint:
             told.append(worker)
         else:
-            why = f"{worker.endpoint} is the same worker as {same}: take one of them out of RPC_SERVERS"
-            told.append(replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why))
+            why_not = Fault(f"{worker.endpoint} is the same worker as {same}", "take one of them out of RPC_SERVERS")
+            told.append(replace(worker, state=WorkerState.INCOMPATIBLE, devices=(), why_not=why_not))
     return tuple(told)
 
 
@@ -180,5 +181,5 @@ def _placeholder(worker: Worker) -> Device:
         endpoint=worker.endpoint,
         overhead_bytes=0,
         usable=False,
-        why_not=worker.why_not,
+        why_not=str(worker.why_not),
     )

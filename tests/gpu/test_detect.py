@@ -80,7 +80,7 @@ def test_a_card_that_the_server_cannot_use_is_named_with_the_command_that_would_
     card = found["devices"][0]
     assert not card["usable"]
     assert card["name"] == "CUDA0"
-    assert card["why_not"] == f"{server} was built without CUDA; build one with: make llama BACKEND=cuda"
+    assert card["why_not"] == f"{server} was built without CUDA: build one with make llama BACKEND=cuda"
     assert found["warnings"] == [f"CUDA0 (NVIDIA GeForce RTX 4090) is left idle: {card['why_not']}"]
 
 
@@ -164,7 +164,7 @@ def test_a_card_that_its_compute_mode_closes_is_listed_and_not_used(
     closed, other, _ = found["devices"]
     assert (closed["usable"], other["usable"]) == (False, True)
     assert "nvidia-smi -c DEFAULT" in closed["why_not"]
-    assert found["warnings"] == [f"CUDA0 (NVIDIA GeForce RTX 3060): {closed['why_not']}"]
+    assert found["warnings"] == [f"CUDA0 (NVIDIA GeForce RTX 3060) is left idle: {closed['why_not']}"]
 
 
 def test_memory_that_changes_between_two_looks_is_seen(nvidia: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

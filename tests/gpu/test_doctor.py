@@ -29,9 +29,12 @@ GIB = 1024**3
 
 CARD = Card(Vendor.NVIDIA, "NVIDIA GeForce RTX 4090", "0000:01:00.0", "GPU-1", 24 * GIB, 23 * GIB)
 OTHER = replace(CARD, name="NVIDIA GeForce RTX 3060", pci_bus_id="0000:02:00.0", uuid="GPU-2")
+CLOSED = Fault("its compute mode is prohibited", "sudo nvidia-smi -c DEFAULT")
+NOT_OURS = Fault("this process may not open /dev/kfd", "add its user to render")
 AMD_CARD = Card(Vendor.AMD, "AMD gfx1100", "0000:03:00.0", None, 24 * GIB, 23 * GIB)
 DEVICE = Device(DeviceName("CUDA0"), DeviceKind.CUDA, 24 * GIB, 23 * GIB, PoolId("p"), "NVIDIA GeForce RTX 4090")
 WORKER = Device(DeviceName("RPC0"), DeviceKind.RPC, 64 * GIB, 64 * GIB, PoolId("w"), endpoint="10.0.0.2:50052")
+BUSY = Worker("h:1", WorkerState.BUSY, why_not=Fault("it does not answer", "end its other client"))
 MEMORY = HostMemory(64 * GIB, 48 * GIB)
 HOST = MEMORY.device()
 BUILD = LlamaBuild("/bin/llama-server", "0.5.0", "0c1e570", frozenset({"cpu", "cuda", "rpc"}))
@@ -106,12 +109,12 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "--device /dev/kfd",
     ),
     "AMD without permission": (
-        {"amd": Probe((replace(AMD_CARD, why_not="this process may not open /dev/kfd: add its user to render"),))},
+        {"amd": Probe((replace(AMD_CARD, why_not=NOT_OURS),))},
         "may not open /dev/kfd",
         "add its user to render",
     ),
     "compute mode": (
-        {"cards": {"CUDA0": replace(CARD, why_not="its compute mode is prohibited: sudo nvidia-smi -c DEFAULT")}},
+        {"cards": {"CUDA0": replace(CARD, why_not=CLOSED)}},
         "compute mode is prohibited",
         "nvidia-smi -c DEFAULT",
     ),
@@ -121,7 +124,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "make llama",
     ),
     "llama-server without the backend": (
-        {"machine": with_device(usable=False, why_not="/bin/l was built without CUDA; build one with: make llama")},
+        {"left_idle": {"CUDA0": Fault("/bin/l was built without CUDA", "build one with make llama")}},
         "CUDA0 (NVIDIA GeForce RTX 4090) is left idle: /bin/l was built without CUDA",
         "make llama",
     ),
@@ -153,15 +156,15 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
         "kill 77",
     ),
     "worker unreachable": (
-        {"workers": (Worker("h:1", WorkerState.UNREACHABLE, why_not="cannot connect to h:1 (refused): start it"),)},
-        "RPC worker h:1 is unreachable",
-        "start ggml-rpc-server there",
+        {"workers": (Worker("h:1", WorkerState.UNREACHABLE, why_not=Fault("refused", "start ggml-rpc-server")),)},
+        "RPC worker h:1 is unreachable: refused",
+        "start ggml-rpc-server",
     ),
-    "worker busy": ({"workers": (Worker("h:1", WorkerState.BUSY),)}, "RPC worker h:1 is busy", "other client"),
+    "worker busy": ({"workers": (BUSY,)}, "RPC worker h:1 is busy", "end its other client"),
     "worker incompatible": (
-        {"workers": (Worker("h:1", WorkerState.INCOMPATIBLE),)},
-        "RPC worker h:1 is incompatible",
-        "same llama.cpp build",
+        {"workers": (Worker("h:1", WorkerState.INCOMPATIBLE, why_not=Fault("protocol 1.0.0", "run the same build")),)},
+        "RPC worker h:1 is incompatible: protocol 1.0.0",
+        "run the same build",
     ),
     "a control group that leaves nothing": (
         {"memory": HostMemory(GIB, GIB, limited_by="control group /a")},
@@ -194,12 +197,15 @@ NOTES: dict[str, tuple[dict[str, Any], str, str]] = {
     "an odd variable": ({"environ": {"HSA_OVERRIDE_GFX_VERSION": "10.3.0"}}, "another card", "unset"),
     "the shim": ({"pynvml_shim": "/x.py"}, "deprecated pynvml", "pip uninstall pynvml"),
     "an integrated GPU left out": (
-        {"machine": with_device(usable=False, pool=HOST_POOL, why_not="it shares the host's memory: name it")},
+        {
+            "machine": with_device(usable=False, pool=HOST_POOL),
+            "left_idle": {"CUDA0": Fault("it shares the host's memory", "name it")},
+        },
         "is left idle",
         "name it",
     ),
     "a server that does not run": (
-        {"tried": ("PATH /l (--version ended with status -4: no output)",)},
+        {"failed": ("PATH /l (--version ended with status -4: no output)",)},
         "status -4",
         "make llama",
     ),
@@ -219,11 +225,11 @@ NOTES: dict[str, tuple[dict[str, Any], str, str]] = {
     "little locked memory": ({"services": (Service("this process", 8 * MIB, 65536),)}, "8.0 MiB", "LimitMEMLOCK="),
     "a worker that the service may use": (
         {
-            "workers": (Worker("h:1", WorkerState.BUSY),),
+            "workers": (BUSY,),
             "services": (*HEALTHY.services, Service("planner serve (process 9)", None, 65536)),
         },
         "RPC worker h:1 is busy",
-        "other client",
+        "end its other client",
     ),
     "few threads": (
         {"services": (Service("this process", None, 65536, threads=ThreadLimit(60, "control group /a")),)},

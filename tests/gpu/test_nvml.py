@@ -203,7 +203,7 @@ def test_how_a_card_is_connected_and_used_is_told(ask: Ask) -> None:
 @pytest.mark.parametrize("mode,why", [(0, None), (2, "prohibited"), (3, None)])
 def test_a_card_that_a_setting_closes_to_us_says_which(ask: Ask, mode: int, why: str | None) -> None:
     (card,) = ask(RTX4090 + f"compute_mode {mode}\n")["cards"]
-    assert card["why_not"] is None if why is None else why in card["why_not"]
+    assert card["why_not"] is None if why is None else why in card["why_not"]["what"]
 
 
 def test_an_exclusive_card_is_closed_to_us_while_another_program_has_it_and_not_while_our_own_runner_has() -> None:
