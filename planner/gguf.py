@@ -57,8 +57,8 @@ class TensorInfo:
 class Header:
     """What one GGUF file says of itself.
 
-    ``metadata`` holds scalars and arrays of up to ``MAX_KEPT_ARRAY`` entries, ``array_lengths`` the length of every
-    array, kept or not.
+    ``metadata`` holds scalars and arrays of up to ``MAX_KEPT_ARRAY`` entries, or all of them where it was read whole,
+    ``array_lengths`` the length of every array, kept or not.
     """
 
     version: int
@@ -70,22 +70,23 @@ class Header:
     file_bytes: int
 
 
-def read_header(file: BinaryIO, path: str) -> Header:
+def read_header(file: BinaryIO, path: str, *, whole: bool = False) -> Header:
     """Return the header of the GGUF file opened in binary mode; ``path`` is for messages only.
 
-    Raises ModelFileError with what is wrong, be it a stray byte or a download that broke off.
+    Vocabularies are left out unless it is read ``whole``, which takes ten times as long. Raises ModelFileError with what
+    is wrong, be it a stray byte or a download that broke off.
     """
     try:
-        return _read_header(file)
+        return _read_header(file, whole=whole)
     except _BadHeader as error:
         raise ModelFileError(path, str(error), error.remedy) from error
     except OSError as error:
         raise ModelFileError(path, f"cannot be read ({error.strerror or error})") from error
 
 
-def _read_header(file: BinaryIO) -> Header:
+def _read_header(file: BinaryIO, *, whole: bool) -> Header:
     file_bytes = os.fstat(file.fileno()).st_size
-    cursor = _Cursor(file, file_bytes)
+    cursor = _Cursor(file, file_bytes, max_kept_array=MAX_HEADER_BYTES if whole else MAX_KEPT_ARRAY)
     version = _read_preamble(cursor)
     n_tensors = cursor.count(MAX_TENSORS, "tensors")
     n_metadata = cursor.count(MAX_METADATA, "metadata entries")
@@ -131,7 +132,7 @@ def _read_value(cursor: _Cursor, key: str, metadata: dict[str, MetadataValue], a
         kind, array_lengths[key] = int(cursor.scalar("I")), int(cursor.scalar("Q"))
         if kind != _STRING and kind not in _SCALARS:
             raise _BadHeader(f"metadata key {key[:80]!r} is an array of the unknown type {kind}")
-        if array_lengths[key] <= MAX_KEPT_ARRAY:
+        if array_lengths[key] <= cursor.max_kept_array:
             metadata[key] = _read_array(cursor, kind, array_lengths[key])
         else:
             _skip_array(cursor, kind, array_lengths[key])
@@ -201,7 +202,8 @@ class _BadHeader(Exception):
 class _Cursor:
     """A position in a file that is read ahead in growing pieces, never past its end or the header's bound."""
 
-    def __init__(self, file: BinaryIO, file_bytes: int) -> None:
+    def __init__(self, file: BinaryIO, file_bytes: int, *, max_kept_array: int) -> None:
+        self.max_kept_array = max_kept_array
         self.order = "<"
         self.position = 0
         self.file_bytes = file_bytes

@@ -343,6 +343,13 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
+class JsonText:
+    """A value that is JSON already: one so long that writing it takes time in which others would have to wait."""
+
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCounters:
     """What happened to one model since the service started. ``unloads`` counts ``evictions`` too."""
 
@@ -429,10 +436,11 @@ class Runtime(Protocol):
         """Read the models again, now."""
         ...
 
-    async def details(self, model: str) -> Mapping[str, Any]:
-        """Return ``{"metadata": {...}, "tensors": [{"name", "type", "shape"}]}`` of the model's header.
+    async def details(self, model: str, *, whole: bool = False) -> Mapping[str, Any]:
+        """Return ``{"metadata": {...}, "tensors": [{"name", "type", "shape"}], "projector": metadata or None}``.
 
-        Arrays too long to be kept (vocabularies) are None. Raises UnknownModel, BadModel, PlannerFailed.
+        So say the headers of the model and of its projector. Arrays too long to be kept (vocabularies) are None, or
+        ``JsonText`` where the ``whole`` is wanted. Raises UnknownModel, BadModel, PlannerFailed.
         """
         ...
 

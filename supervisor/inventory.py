@@ -260,13 +260,13 @@ class Inventory:
             raise WrongRole(f"{entry.id} is served for {entry.role} requests, not for {role}: ask another model")
         return entry
 
-    async def details(self, name: str) -> Details:
+    async def details(self, name: str, *, whole: bool) -> Details:
         """Return what the model's header says. Raises UnknownModel, BadModel, PlannerFailed."""
         entry = await self.resolve(name)
         if entry.external is not None:
             raise BadModel(f"{entry.id} is a program and has no header")
         try:
-            answer = await self._planning.ask(ReadDetails(entry.path))
+            answer = await self._planning.ask(ReadDetails(entry.path, entry.mmproj, whole))
         except PlanningFailed as error:
             raise PlannerFailed(str(error)) from error
         if not isinstance(answer, Details):

@@ -67,17 +67,23 @@ class ScanModels:
 
 @dataclass(frozen=True, slots=True)
 class ReadDetails:
-    """Ask for everything that a model's header says; answered by ``Details``, or by ``Failed``."""
+    """Ask for what the headers of a model and of its projector say; answered by ``Details``, or by ``Failed``.
+
+    ``whole``: vocabularies too.
+    """
 
     path: str
+    mmproj: str | None
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Metadata, arrays too long to be kept as None, and the tensors as name, type and shape."""
+    """Metadata as ``supervisor.api.Runtime.details`` has them, and the tensors as name, type and shape."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    projector: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,19 +22,19 @@ from config.model_settings import ExternalRunner
 from gpu.detect import Detected, detect
 from gpu.llama import Search
 from gpu.rpc import WorkerState
-from planner import companions, gguf, oracle
+from planner import companions, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.search import placement
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
+from supervisor import header_details
 from supervisor.catalogue import scan
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
 from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import (
     Answer,
-    Details,
     Failed,
     LookAround,
     MakePlan,
@@ -74,8 +74,8 @@ class Worker:
                 return _surroundings(self._look(situation))
             case ScanModels():
                 return self._scan(question)
-            case ReadDetails(path):
-                return _details(path)
+            case ReadDetails():
+                return self._details(question)
             case MakePlan():
                 return self._plan(question)
 
@@ -104,6 +104,17 @@ class Worker:
                 self._headers.pop(next(iter(self._headers)))
             self._headers[key] = facts
         return self._headers[key]
+
+    def _details(self, question: ReadDetails) -> Answer:
+        paths: tuple[str, ...] = (question.path,)
+        with suppress(PlannerError):  # what no plan can be made of has a header all the same
+            paths = self._read(question.path).paths
+        try:
+            return header_details.read(paths, question.mmproj, whole=question.whole)
+        except PlannerError as error:
+            return Failed(str(error))
+        except OSError as error:
+            return Failed(f"{error.filename} cannot be read ({error.strerror}): scan the folder again")
 
     def _detect(self, situation: Situation, *, lightly: bool = False) -> Detected:
         previous = self._detected
@@ -185,21 +196,6 @@ def _reading(machine: Machine, situation: Situation) -> Reading:
     }
     held = {name: held_bytes - situation.promised.get(name, 0) for name, held_bytes in situation.held.items()}
     return Reading(free_bytes, held)
-
-
-def _details(path: str) -> Answer:
-    """Read a header again, whole: what a plan needs of it is kept, the rest is asked for seldom."""
-    try:
-        with Path(path).open("rb") as file:
-            header = gguf.read_header(file, path)
-    except PlannerError as error:
-        return Failed(str(error))
-    except OSError as error:
-        return Failed(f"{path} cannot be read ({error.strerror}): scan the folder again")
-    return Details(
-        {**dict.fromkeys(header.array_lengths), **header.metadata},
-        tuple((tensor.name, tensor.type.name, tensor.shape) for tensor in header.tensors),
-    )
 
 
 def _surroundings(detected: Detected) -> Surroundings:

@@ -229,11 +229,11 @@ class Supervisor:
         """Read the models again, now."""
         await self._inventory.scan(forced=True)
 
-    async def details(self, model: str) -> Mapping[str, Any]:
+    async def details(self, model: str, *, whole: bool = False) -> Mapping[str, Any]:
         """Return what the model's header says. Raises UnknownModel, BadModel, PlannerFailed."""
-        found = await self._inventory.details(model)
+        found = await self._inventory.details(model, whole=whole)
         tensors = [{"name": name, "type": type_, "shape": list(shape)} for name, type_, shape in found.tensors]
-        return {"metadata": found.metadata, "tensors": tensors}
+        return {"metadata": found.metadata, "tensors": tensors, "projector": found.projector}
 
     async def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.

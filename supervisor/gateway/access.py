@@ -189,10 +189,10 @@ class PermittedRuntime:
         """Read the models again."""
         await self._runtime.rescan()
 
-    async def details(self, model: str) -> Mapping[str, Any]:
+    async def details(self, model: str, *, whole: bool = False) -> Mapping[str, Any]:
         """Return what the model's header says. Raises UnknownModel."""
         self._check(model)
-        return await self._runtime.details(model)
+        return await self._runtime.details(model, whole=whole)
 
     def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the runner's log. Raises NotPermitted, UnknownModel."""

@@ -246,8 +246,9 @@ class FakeRuntime:
         """Count how often it was asked."""
         self.scans += 1
 
-    async def details(self, model: str) -> Mapping[str, Any]:
+    async def details(self, model: str, *, whole: bool = False) -> Mapping[str, Any]:
         """Return what was put there for this model."""
+        del whole
         return self.headers[await self.resolve(model)]
 
     async def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:

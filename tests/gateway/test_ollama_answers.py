@@ -292,7 +292,8 @@ def test_a_model_is_shown_with_its_modelfile_and_its_header() -> None:
         "a.long": list(range(6)),
         "a.nan": float("nan"),
     }
-    details = {"metadata": metadata, "tensors": [{"name": "t", "type": "F16", "shape": [2, 3]}]}
+    tensors = [{"name": "t", "type": "F16", "shape": [2, 3]}]
+    details = {"metadata": metadata, "tensors": tensors, "projector": None}
     told = models.described(replace(MODEL, preset=PRESET), details, verbose=False)
     assert (told["template"], told["system"], told["license"]) == ("{{ .Prompt }}\n", 'Say "hi".', "MIT\nand\nmore")
     assert told["parameters"].splitlines() == [
@@ -309,7 +310,7 @@ def test_a_model_is_shown_with_its_modelfile_and_its_header() -> None:
         "a.long": [],
         "a.nan": None,
     }
-    assert told["tensors"] == details["tensors"]
+    assert told["tensors"] == tensors
     assert told["capabilities"] == ["completion", "vision"]
     assert models.described(MODEL, details, verbose=True)["model_info"]["a.long"] == [0, 1, 2, 3, 4, 5]
     assert models.described(MODEL, details, verbose=False)["template"] == "jinja"

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import companion_models
 import pytest
+import tiny_models
 from docker_registry import registry_server
 from running_service import Serve, Service
 from store_layout import HOST, put_model, tree
+
+from planner.model import read_model
 
 pytestmark = pytest.mark.llama
 
@@ -146,6 +151,30 @@ def test_a_model_that_became_another_is_loaded_anew_and_one_of_other_words_is_no
     service.request("POST", "/manage/rescan", {})
     service.read_log("model.changed")
     assert pid(file.stem) != before
+
+
+def test_a_split_model_is_made_from_its_first_part_asked_shown_and_deleted(
+    serve: Serve, chat_model: Path, llama_tools: Path, environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "parts").mkdir()
+    parts = tiny_models.split(chat_model, tmp_path / "parts", llama_tools / "llama-gguf-split", 3)
+    (tmp_path / "Modelfile").write_text(f"FROM ./parts/{parts[0].name}\nSYSTEM Be kind.\n")
+    service = serve()
+
+    def create() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "planner", "create", "big", "-f", str(tmp_path / "Modelfile")]
+        at = {**environ, "PLANNER_HOST": f"127.0.0.1:{service.port}"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=at)
+
+    made = create()
+    assert (made.returncode, made.stderr) == (0, "")
+    assert json.loads(service.chat("big").read())["choices"][0]["message"]["content"] == tiny_models.TEXT
+    shown = json.loads(service.request("POST", "/api/show", {"model": "big"}).read())
+    assert len(shown["tensors"]) == len(read_model(str(chat_model)).tensors)
+    assert service.request("DELETE", "/api/delete", {"model": "big"}).status == 200
+    assert [path for name in ("split", "blobs") for path in (tmp_path / "store" / name).iterdir()] == []
+    parts[1].unlink()
+    assert parts[1].name in create().stderr
 
 
 def test_a_user_who_has_only_a_store_needs_no_folder_of_files(serve: Serve, chat_model: Path, tmp_path: Path) -> None:

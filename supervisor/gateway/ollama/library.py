@@ -7,7 +7,7 @@ from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from supervisor.api import Runtime, UnknownModel
 from supervisor.gateway.errors import BadRequest
@@ -20,6 +20,8 @@ from supervisor.store_api import FOR_OLLAMA, CreateRequest, NotInStore, Progress
 
 # Clients compare it with the version in which Ollama got what they need: it is that of the API that is spoken here.
 API_VERSION: Final = "0.17.4"
+# It calls a model what its header does, which nobody knows it by: so Ollama tells it the name that it asked for.
+COPILOT: Final = "GitHubCopilotChat/"
 SUCCESS: Final = "success"
 NO_PUSH: Final = "push is not supported: this service fetches models and serves them, it does not publish any"
 NOT_STORED: Final = " in the store: it is a file of the models folder, which is changed there"
@@ -54,9 +56,14 @@ class Library:
     async def show(self, request: web.Request) -> web.Response:
         """Answer ``POST /api/show``."""
         fields = await read_fields(request, "ShowRequest")
-        model = await self._granting.model(request, _name(fields))
-        details = await self._runtime.details(model.id)
-        return send_whole(request, models.described(model, details, verbose=bool(fields.flag("verbose"))))
+        name, verbose = _name(fields), bool(fields.flag("verbose"))
+        model = await self._granting.model(request, name)
+        told = models.described(model, await self._runtime.details(model.id, whole=verbose), verbose=verbose)
+        if system := fields.text("system"):
+            told["system"] = system
+        if request.headers.get(hdrs.USER_AGENT, "").startswith(COPILOT):
+            told["model_info"]["general.basename"] = name
+        return send_whole(request, told)
 
     async def pull(self, request: web.Request) -> web.StreamResponse:
         """Answer ``POST /api/pull``."""

@@ -45,7 +45,7 @@ def running(snapshot: Snapshot) -> Json:
 
 def described(model: ModelView, details: Mapping[str, Any], *, verbose: bool) -> Json:
     """Return the answer to ``POST /api/show``. ``details`` are the header's metadata and tensors."""
-    metadata, preset = details["metadata"], model.preset
+    metadata, projector, preset = details["metadata"], details["projector"], model.preset
     return {
         "license": "\n".join(preset.licenses),
         "modelfile": modelfile(model),
@@ -55,6 +55,7 @@ def described(model: ModelView, details: Mapping[str, Any], *, verbose: bool) ->
         "details": _details(model),
         "messages": [dict(message) for message in preset.messages],
         "model_info": _info(model, metadata, verbose=verbose),
+        **({} if projector is None else {"projector_info": _values(projector, verbose=verbose)}),
         "tensors": [dict(tensor) for tensor in details["tensors"]],
         "capabilities": _capabilities(model),
         "modified_at": timestamp(model.modified_at),
@@ -149,16 +150,18 @@ def _template(preset: Preset, metadata: Mapping[str, Any]) -> str:
 
 def _info(model: ModelView, metadata: Mapping[str, Any], *, verbose: bool) -> Json:
     info = {"general.parameter_count": model.n_params} if model.n_params is not None else {}
-    for key, value in metadata.items():
-        if key not in NOT_INFO:
-            info[key] = _value(value, verbose=verbose)
-    return info
+    told = {key: value for key, value in metadata.items() if key not in NOT_INFO}
+    return info | _values(told, verbose=verbose)
+
+
+def _values(metadata: Mapping[str, Any], *, verbose: bool) -> Json:
+    return {key: _value(value, verbose=verbose) for key, value in metadata.items()}
 
 
 def _value(value: Any, *, verbose: bool) -> Any:
-    """Return a metadata value as JSON can tell it. An array that was too long to be kept is None."""
+    """Return a metadata value as JSON can tell it. An array that was too long to be kept is empty."""
     if value is None:
-        return None if verbose else []
+        return []
     if isinstance(value, list | tuple):
         return [_value(one, verbose=verbose) for one in value] if verbose or len(value) <= SHORT_ARRAY else []
     return None if isinstance(value, float) and not math.isfinite(value) else value

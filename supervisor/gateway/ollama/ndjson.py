@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -11,6 +12,7 @@ from urllib.parse import quote
 import structlog
 from aiohttp import web
 
+from supervisor.api import JsonText
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.proxy import MODEL_HEADER
 
@@ -51,7 +53,7 @@ async def send_lines(request: web.Request, lines: AsyncIterator[Json]) -> web.St
 def send_whole(request: web.Request, answer: Json) -> web.Response:
     """Return one object as the whole answer."""
     return web.Response(
-        body=json.dumps(answer).encode(),
+        body=_encoded(answer),
         content_type="application/json",
         charset="utf-8",
         headers=model_header(request),
@@ -68,6 +70,20 @@ def timestamp(seconds: float | None = None) -> str:
     """Return a moment since the epoch (default: now) as Ollama writes it."""
     moment = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(seconds, UTC)
     return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _encoded(answer: Json) -> bytes:
+    """Return the answer's JSON, with what is JSON already put in its places."""
+    place, written = secrets.token_hex(16), []
+
+    def hold(value: object) -> str:
+        if not isinstance(value, JsonText):
+            raise TypeError(f"{type(value).__name__} is nothing that JSON has")
+        written.append(value.text)
+        return place
+
+    first, *others = json.dumps(answer, default=hold).encode().split(f'"{place}"'.encode())
+    return b"".join([first, *(part for pair in zip(written, others, strict=True) for part in pair)])
 
 
 def _line(value: Json) -> bytes:
