@@ -17,14 +17,12 @@ from planner import budget, explain, launch
 from planner.errors import PlannerError
 from planner.types import (
     HOST,
-    Device,
     DeviceKind,
     DeviceUsage,
     HostDetail,
     LaunchSpec,
     Machine,
     NoFit,
-    PerDevice,
     Plan,
     Policy,
     Refused,
@@ -36,6 +34,7 @@ from supervisor.api import LoadOptions
 from supervisor.core import eviction
 from supervisor.core.pinning import PinnedDevice
 from supervisor.core.types import (
+    Cap,
     DoesNotFit,
     LoadPlan,
     ModelId,
@@ -45,7 +44,7 @@ from supervisor.core.types import (
     PlanProblem,
     Program,
 )
-from supervisor.planned_machine import emptied, occupied, without
+from supervisor.planned_machine import capped, emptied, occupied, with_margins, without
 from supervisor.planning_messages import MakePlan
 
 # A context that was left to the planner is worth an idle runner up to here: the instructions and tools of an agent take
@@ -146,8 +145,8 @@ class Placing:
         )
         held, promised = _sum(staying), _sum(one for one in staying if one.loading)
         policy = replace(self.policy, held=held, promised=promised)
-        caps = {**self.question.caps, **{name: held.get(name, 0) for name in taken}}
-        return leased, _reserved(policy, leased, caps, self.question.margins)
+        caps = (*self.question.caps, *(Cap(frozenset({name}), held.get(name, 0)) for name in taken))
+        return capped(leased, with_margins(policy, leased, self.question.margins), caps)
 
     def _whole(self, staying: Sequence[Neighbour]) -> set[str]:
         """Return the devices that these have for themselves: all of a worker, since it serves one client at a time."""
@@ -223,34 +222,6 @@ def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
         pairs = pairs[request.main_gpu or 0 :][:1]
     devices = [(machine.device(name), child_name) for name, child_name in pairs]
     return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
-
-
-def _reserved(policy: Policy, machine: Machine, caps: Mapping[str, int], margins: Mapping[str, int]) -> Policy:
-    """Return the policy that keeps our runners below these caps, and leaves these margins free."""
-    overhead, most = dict(policy.gpu_overhead.by_name), dict(policy.max_vram.by_name)
-    for device in machine.devices:
-        name = device.name
-        if name in margins:
-            overhead[name] = (policy.gpu_overhead.of(name) or 0) + margins[name]
-        if name in caps:
-            cap = policy.max_vram.of(name)
-            most[name] = caps[name] if cap is None else min(cap, caps[name])
-    promised = dict(policy.promised)
-    promised[HOST] = promised.get(HOST, 0) + margins.get(HOST, 0) + _beyond_cap(policy, machine.host, caps)
-    return replace(
-        policy,
-        gpu_overhead=PerDevice(policy.gpu_overhead.default, overhead),
-        max_vram=PerDevice(policy.max_vram.default, most),
-        promised=promised,
-    )
-
-
-def _beyond_cap(policy: Policy, host: Device, caps: Mapping[str, int]) -> int:
-    """Return how much of the host's free memory is not for our runners."""
-    if HOST not in caps or host.free_bytes is None:
-        return 0
-    ours = caps[HOST] - policy.held.get(HOST, 0) + policy.promised.get(HOST, 0)
-    return max(0, host.free_bytes - ours)
 
 
 def _sum(neighbours: Iterable[Neighbour]) -> dict[str, int]:

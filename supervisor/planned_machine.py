@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from planner.types import Device, DeviceKind, Machine, MemoryPool, PoolId
+from planner.types import HOST, Device, DeviceKind, Machine, MemoryPool, PerDevice, Policy, PoolId
+from supervisor.core.types import Cap
 
 Memory = TypeVar("Memory", Device, MemoryPool)
 
@@ -76,3 +77,75 @@ def without(machine: Machine, leaves_out: Callable[[Device], bool], why_not: str
             for device in machine.devices
         ),
     )
+
+
+def with_margins(policy: Policy, machine: Machine, margins: Mapping[str, int]) -> Policy:
+    """Return the policy that leaves these margins free beside what it leaves free already."""
+    names = [str(device.name) for device in machine.devices if device.name in margins]
+    overhead = {name: (policy.gpu_overhead.of(name) or 0) + margins[name] for name in names}
+    promised = {**policy.promised, HOST: policy.promised.get(HOST, 0) + margins.get(HOST, 0)}
+    return replace(
+        policy,
+        gpu_overhead=PerDevice(policy.gpu_overhead.default, {**policy.gpu_overhead.by_name, **overhead}),
+        promised=promised,
+    )
+
+
+def capped(machine: Machine, policy: Policy, caps: Iterable[Cap]) -> tuple[Machine, Policy]:
+    """Return the machine and the policy with which our runners stay below these caps."""
+    for cap in caps:
+        machine, policy = _below(machine, policy, cap)
+    return machine, policy
+
+
+def _below(machine: Machine, policy: Policy, cap: Cap) -> tuple[Machine, Policy]:
+    """Return both with room for what the cap leaves: on each of its devices, and in the memory that they share.
+
+    Where the host is among them that is the host's, of which what is beyond the cap counts as promised.
+    """
+    room = cap.most_bytes - sum(policy.held.get(name, 0) for name in cap.devices)
+    promised = sum(policy.promised.get(name, 0) for name in cap.devices)
+    most = dict(policy.max_vram.by_name)
+    for name in {device.name for device in machine.devices} & cap.devices:
+        here, before = room + policy.held.get(name, 0), policy.max_vram.of(name)
+        most[name] = here if before is None else min(here, before)
+    policy = replace(policy, max_vram=PerDevice(policy.max_vram.default, most))
+    if HOST in cap.devices:
+        beyond = max(0, (machine.host.free_bytes or 0) - room - promised)
+        return machine, replace(policy, promised={**policy.promised, HOST: policy.promised.get(HOST, 0) + beyond})
+    shared = {device.pool for device in machine.devices if device.name in cap.devices} if len(cap.devices) > 1 else ()
+    return _with_at_most(machine, frozenset(shared), room + promised), policy
+
+
+def _with_at_most(machine: Machine, shared: frozenset[PoolId], free_bytes: int) -> Machine:
+    """Return the machine with no more than this free in these pools."""
+    pools = (
+        replace(pool, free_bytes=min(pool.free_bytes, free_bytes))
+        if pool.id in shared and pool.free_bytes is not None
+        else pool
+        for pool in machine.pools
+    )
+    return replace(machine, pools=tuple(pools))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What is free for some devices together, None where that is not known."""
+
+    devices: frozenset[str]
+    free_bytes: int | None
+
+
+def shares(machine: Machine, name: str) -> tuple[Share, ...]:
+    """Return what has to be free where a program wants memory of a device: there, and for all that share its memory.
+
+    Where a device may have all of the memory that it shares, that alone decides. Raises KeyError.
+    """
+    device = machine.device(name)
+    own = Share(frozenset({name}), device.free_bytes)
+    behind = next((pool for pool in machine.pools if pool.id == device.pool), None)
+    sharing = frozenset(str(one.name) for one in (*machine.devices, machine.host) if one.pool == device.pool)
+    if behind is None or len(sharing) == 1:
+        return (own,)
+    is_part = None not in {device.total_bytes, behind.total_bytes} and device.total_bytes != behind.total_bytes
+    return (*((own,) if is_part else ()), Share(sharing, behind.free_bytes))

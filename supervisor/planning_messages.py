@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 from config.model_settings import ExternalRunner
 from planner.types import LearnedOverhead, LlamaBuild, Machine, PlanRequest
 from supervisor.catalogue import ModelEntry
-from supervisor.core.types import ModelId, Neighbour, PlanOutcome
+from supervisor.core.types import Cap, ModelId, Neighbour, PlanOutcome
 from supervisor.store.folder import StoreFolder
 
 LENGTH_BYTES: Final = 8
@@ -99,7 +99,7 @@ class MakePlan:
     situation: Situation
     neighbours: tuple[Neighbour, ...]
     surplus: int
-    caps: Mapping[str, int]
+    caps: tuple[Cap, ...]
     margins: Mapping[str, int]
     learned: Mapping[str, LearnedOverhead]
 

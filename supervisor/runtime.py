@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,15 +38,18 @@ from supervisor.core.events import (
     StopRequested,
     YieldRequested,
 )
+from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
 from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease
+from supervisor.planned_machine import Share, shares
 from supervisor.writer import Writer
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")
 
+STEADY_TRIES: Final = 3  # to find a device at rest: loads come seconds apart, and reading it takes milliseconds
 LEAST_CTX: Final = 4  # as in Ollama; with a single token llama-server's own warm-up aborts
 
 
@@ -191,39 +195,56 @@ class Supervisor:
         Returns once those that were idle are gone, and does not wait for those in use. Raises UnknownDevice.
         """
         writer = self._writer
-        await writer.until(lambda pool: not any(one.held_bytes().get(device) for one in pool.loading))
-        before = ledger.held_bytes(writer.pool).get(device, 0)
-        free_bytes = await self._free_now(device)
-        promised_since = ledger.held_bytes(writer.pool).get(device, 0) - before
-        now = anyio.current_time()
+        found = await self._steady_shares(device)
+        everywhere, mostly = _all_of(found), found[0].devices
+        before, now = ledger.held_on(writer.pool, mostly), anyio.current_time()
         self._clock.follow(now)
-        writer.post(YieldRequested(device, wanted_bytes, (free_bytes or 0) - promised_since, now + for_s))
-        await writer.until(lambda pool: not any(_is_stopping_on(one, device) for one in pool.leaving))
-        free_bytes = await self._free_now(device)
-        after = ledger.held_bytes(writer.pool).get(device, 0)
-        awaited = yielding.awaited_bytes(writer.pool, device, now)
+        for share in found:
+            writer.post(YieldRequested(share.devices, wanted_bytes, share.free_bytes or 0, now + for_s))
+        await writer.until(lambda pool: not any(_is_stopping_on(one, everywhere) for one in pool.leaving))
+        await self._read_machine()
+        free_bytes = min((one.free_bytes for one in self._shares(device) if one.free_bytes is not None), default=None)
         return YieldResult(
             device=device,
-            freed_bytes=max(0, before - after),
+            freed_bytes=max(0, before - ledger.held_on(writer.pool, mostly)),
             free_bytes=free_bytes,
             short_bytes=None if free_bytes is None else max(0, wanted_bytes - free_bytes),
-            awaited_bytes={str(model): size for model, size in awaited.items()},
+            awaited_bytes={
+                str(model): size for model, size in yielding.awaited_bytes(writer.pool, mostly, now).items()
+            },
             until=self._clock.at(now + for_s),
         )
 
-    async def _free_now(self, device: str) -> int | None:
-        """Return what is free once the driver shows what runners that have just gone gave back."""
-        await self._inventory.refresh(ledger.gone_bytes(self._writer.pool, anyio.current_time()))
-        return self._free_bytes(device)
+    async def _steady_shares(self, device: str) -> tuple[Share, ...]:
+        """Return what is free for a device, read while no load was under way there, began or ended.
 
-    def _free_bytes(self, device: str) -> int | None:
+        Where loads leave it no rest, what they took or gave back meanwhile counts as used. Raises UnknownDevice.
+        """
+        if self._inventory.machine is None:
+            await self._read_machine()
+        found, changed = self._shares(device), 0
+        for _ in range(STEADY_TRIES):
+            devices = _all_of(found)
+            await self._writer.until(partial(_is_at_rest, devices))
+            held = ledger.held_on(self._writer.pool, devices)
+            await self._read_machine()
+            found, changed = self._shares(device), abs(ledger.held_on(self._writer.pool, devices) - held)
+            if not changed:
+                break
+        return tuple(replace(share, free_bytes=(share.free_bytes or 0) - changed) for share in found)
+
+    async def _read_machine(self) -> None:
+        """Read it once the drivers show what runners that have just gone gave back."""
+        await self._inventory.refresh(ledger.gone_bytes(self._writer.pool, anyio.current_time()))
+
+    def _shares(self, device: str) -> tuple[Share, ...]:
         machine = self._inventory.machine
         names = [] if machine is None else [str(one.name) for one in (*machine.devices, machine.host)]
         if machine is None or device not in names:
             raise UnknownDevice(
                 f"there is no device {device!r} here; there are: {', '.join(names) or 'none known yet'}"
             )
-        return machine.device(device).free_bytes
+        return shares(machine, device)
 
     async def rescan(self) -> None:
         """Read the models again, now."""
@@ -251,9 +272,19 @@ class Supervisor:
             raise UnknownModel(f"no runner of {runner.model} has said anything yet")
 
 
-def _is_stopping_on(runner: Runner, device: str) -> bool:
+def _all_of(found: Iterable[Share]) -> frozenset[str]:
+    """Return the devices that share any of these."""
+    return frozenset(name for share in found for name in share.devices)
+
+
+def _is_at_rest(devices: frozenset[str], pool: Pool) -> bool:
+    """Say whether nothing loads on these devices."""
+    return not any(one.held_on(devices) for one in pool.loading)
+
+
+def _is_stopping_on(runner: Runner, devices: frozenset[str]) -> bool:
     """Say whether the child stops, no more in use, and still holds memory there."""
-    return runner.state is RunnerState.STOPPING and bool(runner.held_bytes().get(device))
+    return runner.state is RunnerState.STOPPING and runner.held_on(devices) > 0
 
 
 def _is_gone(runner: Runner, generation: int) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from supervisor.api import LoadOptions
-from supervisor.core.types import NO_OPTIONS, Failure, LoadPlan, ModelId, Neighbour, Refusal, RunnerId, TicketId
+from supervisor.core.types import NO_OPTIONS, Cap, Failure, LoadPlan, ModelId, Neighbour, Refusal, RunnerId, TicketId
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class PlanModel:
 
     ``options`` is what the request asks of the load, ``launch`` what the settings of the model say. At least
     ``surplus`` neighbours have to go. ``gone`` is what runners held that have just gone: a driver may still show it as
-    used. ``caps`` is the most that all our runners may hold on a device, ``margins`` what this model has to leave free.
+    used. ``caps`` is what all our runners together are held to, ``margins`` what this model has to leave free.
     """
 
     model: ModelId
@@ -27,7 +27,7 @@ class PlanModel:
     neighbours: tuple[Neighbour, ...] = ()
     surplus: int = 0
     gone: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    caps: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    caps: tuple[Cap, ...] = ()
     margins: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def held_bytes(self, *, loading: bool = False) -> dict[str, int]:

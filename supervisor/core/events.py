@@ -47,9 +47,12 @@ class SettingsChanged:
 
 @dataclass(frozen=True, slots=True)
 class YieldRequested:
-    """``wanted_bytes`` of a device, of which ``free_bytes`` are free now, are another program's until that moment."""
+    """``wanted_bytes`` of a device, of which ``free_bytes`` are free now, are another program's until that moment.
 
-    device: str
+    ``devices`` is that device, or all that share its memory.
+    """
+
+    devices: frozenset[str]
     wanted_bytes: int
     free_bytes: int
     until: float

@@ -77,12 +77,13 @@ def choose(
     )
 
 
-def cheapest_for(neighbours: Iterable[Neighbour], device: str, wanted_bytes: int) -> frozenset[ModelId]:
-    """Return the cheapest set of runners that gives so much back on one device; all that may go, where none does."""
-    movable = [one for one in neighbours if one.standing is not Standing.FIXED and one.held_bytes.get(device, 0) > 0]
+def cheapest_for(neighbours: Sequence[Neighbour], devices: frozenset[str], wanted_bytes: int) -> frozenset[ModelId]:
+    """Return the cheapest set of runners that gives so much back on these devices; all that may go, where none does."""
+    gives = {one.model: sum(one.held_bytes.get(device, 0) for device in devices) for one in neighbours}
+    movable = [one for one in neighbours if one.standing is not Standing.FIXED and gives[one.model] > 0]
     movable = sorted(movable, key=lambda one: _cost((one,)))
     for some in _by_cost(movable[:MAX_CANDIDATES]):
-        if sum(one.held_bytes[device] for one in some) >= wanted_bytes:
+        if sum(gives[one.model] for one in some) >= wanted_bytes:
             return frozenset(one.model for one in some)
     return frozenset(one.model for one in movable)
 

@@ -15,7 +15,7 @@ from typing import Final
 from supervisor.core.pool import Pool
 from supervisor.core.runner import IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
-from supervisor.core.types import Neighbour, Standing
+from supervisor.core.types import Cap, Neighbour, Standing
 
 # A runner that nobody used for so long is half as likely to be asked for soon; short beside KEEP_ALIVE's five minutes.
 RECENT_S: Final = 60.0
@@ -28,7 +28,8 @@ class Row:
     """One device's account. ``free_bytes`` is what its driver said last, None where it does not say.
 
     ``difference_bytes`` is what ready runners turned out to hold beyond their plans, None where one was not measured.
-    ``cap_bytes`` is the most that our runners may hold there at the moment, None: no limit.
+    ``cap_bytes`` is the most that our runners may hold at the moment, there or of the memory that it shares with other
+    devices; None: no limit.
     """
 
     device: str
@@ -50,7 +51,7 @@ def rows(pool: Pool, free_bytes: Mapping[str, int | None], now: float) -> tuple[
             held.get(device, 0),
             promised.get(device, 0),
             settling.get(device, 0),
-            capped.get(device),
+            min((cap.most_bytes for cap in capped if device in cap.devices), default=None),
             _difference_bytes(pool, device),
         )
         for device, free in free_bytes.items()
@@ -72,13 +73,15 @@ def gone_bytes(pool: Pool, now: float) -> dict[str, int]:
     return _sum_by_device(one.held_bytes for one in pool.gone if one.at > now - SETTLE_WITHIN_S)
 
 
-def caps(pool: Pool, now: float) -> dict[str, int]:
+def caps(pool: Pool, now: float) -> tuple[Cap, ...]:
     """Return the most that our runners may hold on devices of which memory is another program's for now."""
-    least: dict[str, int] = {}
-    for one in pool.yields:
-        if one.until > now:
-            least[one.device] = min(one.cap_bytes, least.get(one.device, one.cap_bytes))
-    return least
+    return tuple(one.cap for one in pool.yields if one.until > now)
+
+
+def held_on(pool: Pool, devices: Iterable[str]) -> int:
+    """Return what our runners hold on these devices together, promises among it."""
+    held = held_bytes(pool)
+    return sum(held.get(device, 0) for device in devices)
 
 
 def neighbour(pool: Pool, runner: Runner, now: float) -> Neighbour:

@@ -12,7 +12,17 @@ from typing import Any
 from supervisor.api import LoadOptions
 from supervisor.core.runner import HAS_CHILD, IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
-from supervisor.core.types import AS_FOR_ALL, NO_OPTIONS, Limits, ModelId, ModelSettings, RunnerId, Ticket, TicketId
+from supervisor.core.types import (
+    AS_FOR_ALL,
+    NO_OPTIONS,
+    Cap,
+    Limits,
+    ModelId,
+    ModelSettings,
+    RunnerId,
+    Ticket,
+    TicketId,
+)
 
 
 class LoadPhase(StrEnum):
@@ -54,10 +64,9 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Yielded:
-    """Memory that is another program's for a while: our runners together may hold ``cap_bytes`` of the device."""
+    """Memory that is another program's for a while: our runners are held to this cap."""
 
-    device: str
-    cap_bytes: int
+    cap: Cap
     since: float
     until: float
 

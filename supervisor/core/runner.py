@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -123,3 +123,8 @@ class Runner:
         return {
             device: max(planned.get(device, 0), measured.get(device, 0)) for device in planned.keys() | measured.keys()
         }
+
+    def held_on(self, devices: Iterable[str]) -> int:
+        """Return what its child holds on these devices together."""
+        held = self.held_bytes()
+        return sum(held.get(device, 0) for device in devices)

@@ -170,6 +170,14 @@ class PlanProblem:
 PlanOutcome = LoadPlan | MakeRoom | DoesNotFit | PlanProblem
 
 
+@dataclass(frozen=True, slots=True)
+class Cap:
+    """The most that all our runners together may hold of a device, or of all the devices that share one memory."""
+
+    devices: frozenset[str]
+    most_bytes: int
+
+
 class Standing(StrEnum):
     """Whether a runner's memory can be had."""
 

@@ -1,7 +1,8 @@
 """Memory that is another program's for a while: what our runners may hold meanwhile, and which of them go for it.
 
 1. From when it is asked for until its time is over, our runners together may hold no more of the device than leaves the
-   other program what it wants: a cap on what is loaded there.
+   other program what it wants: a cap on what is loaded there, or in the memory that it shares with other devices.
+   Whoever asks again asks for the same memory: the lowest cap holds.
 2. As long as they hold more, the cheapest set of them that is enough goes. Idle ones go at once. One in use takes up no
    new request and goes when it has served those that it serves, however long they take: nobody is cut short.
 3. One that has just been loaded serves first who waited for it. Pinned runners stay.
@@ -19,15 +20,15 @@ from supervisor.core.events import StopRequested, YieldRequested
 from supervisor.core.pool import Pool, Yielded
 from supervisor.core.runner import STAYS, Runner, RunnerState
 from supervisor.core.stepping import Outcome, step_runner
-from supervisor.core.types import ModelId
+from supervisor.core.types import Cap, ModelId
 
 FOR_OTHERS: Final = "its memory is another program's for now"
 
 
 def begin(pool: Pool, event: YieldRequested, now: float) -> Pool:
     """Return the pool in which this memory is another program's (case 1)."""
-    cap_bytes = ledger.held_bytes(pool).get(event.device, 0) + event.free_bytes - event.wanted_bytes
-    return replace(pool, yields=(*pool.yields, Yielded(event.device, cap_bytes, now, event.until)))
+    most_bytes = ledger.held_on(pool, event.devices) + event.free_bytes - event.wanted_bytes
+    return replace(pool, yields=(*pool.yields, Yielded(Cap(event.devices, most_bytes), now, event.until)))
 
 
 def advance(pool: Pool, now: float) -> Outcome:
@@ -41,15 +42,15 @@ def advance(pool: Pool, now: float) -> Outcome:
     return pool, commands
 
 
-def awaited_bytes(pool: Pool, device: str, now: float) -> dict[ModelId, int]:
-    """Return what each runner in use will give back on a device once it has finished, because it goes."""
+def awaited_bytes(pool: Pool, devices: frozenset[str], now: float) -> dict[ModelId, int]:
+    """Return what each runner in use will give back on these devices once it has finished, because it goes."""
     draining = (one for one in pool.leaving if one.state is RunnerState.DRAINING)
-    awaited = {one.model: one.held_bytes().get(device, 0) for one in (*draining, *_going(pool, now))}
+    awaited = {one.model: one.held_on(devices) for one in (*draining, *_going(pool, now))}
     return {model: size for model, size in awaited.items() if size > 0}
 
 
 def _going(pool: Pool, now: float) -> tuple[Runner, ...]:
-    """Return the runners that have to go and were not told so yet.
+    """Return the runners that have to go and were not told so yet: who goes for one cap need not go for another.
 
     What was loaded since was planned below the cap. Should it turn out a little larger, it is not loaded over and over.
     """
@@ -57,9 +58,10 @@ def _going(pool: Pool, now: float) -> tuple[Runner, ...]:
         return ()
     staying = [one for one in pool.runners.values() if one.state in STAYS]
     going: frozenset[ModelId] = frozenset()
-    for hold in pool.yields:
-        excess_bytes = sum(one.held_bytes().get(hold.device, 0) for one in staying) - hold.cap_bytes
+    for hold in sorted(pool.yields, key=lambda one: (len(one.cap.devices), one.cap.most_bytes)):
+        left = [one for one in staying if one.model not in going]
+        excess_bytes = sum(one.held_on(hold.cap.devices) for one in left) - hold.cap.most_bytes
         if excess_bytes > 0:
-            earlier = [ledger.neighbour(pool, one, now) for one in staying if one.load_started_at <= hold.since]
-            going |= eviction.cheapest_for(earlier, hold.device, excess_bytes)
+            earlier = [ledger.neighbour(pool, one, now) for one in left if one.load_started_at <= hold.since]
+            going |= eviction.cheapest_for(earlier, hold.cap.devices, excess_bytes)
     return tuple(one for one in staying if one.model in going)

@@ -35,6 +35,7 @@ from supervisor.core.types import (
 )
 
 T = TypeVar("T")
+CUDA0 = frozenset({"CUDA0"})
 LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=10.0)
 
 

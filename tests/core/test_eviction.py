@@ -203,9 +203,9 @@ def test_memory_for_others_comes_from_the_cheapest_runners_on_that_device_those_
         runner("d", on={"CUDA0": 12}, cost=0.1, standing=Standing.BUSY),
         runner("e", on={"CUDA0": 12}, cost=0.1, standing=Standing.FIXED),
     ]
-    assert cheapest_for(neighbours, "CUDA0", 5) == {"a"}
-    assert cheapest_for(neighbours, "CUDA0", 10) == {"b"}
-    assert cheapest_for(neighbours, "CUDA0", 18) == {"a", "b"}
-    assert cheapest_for(neighbours, "CUDA0", 19) == {"b", "d"}
-    assert cheapest_for(neighbours, "CUDA0", 100) == {"a", "b", "d"}
-    assert cheapest_for(neighbours, "CUDA0", 0) == frozenset()
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 5) == {"a"}
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 10) == {"b"}
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 18) == {"a", "b"}
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 19) == {"b", "d"}
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 100) == {"a", "b", "d"}
+    assert cheapest_for(neighbours, frozenset({"CUDA0"}), 0) == frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from making_plans import Bench, make_plan
+from making_plans import CUDA0, Bench, make_plan
 
 from supervisor.core import ledger
 from supervisor.core.events import BecameReady, YieldRequested
@@ -54,8 +54,8 @@ def test_what_was_not_measured_makes_the_difference_unknown_and_not_nothing() ->
 
 def test_yielded_memory_caps_what_our_runners_may_hold_until_its_time_is_over_signed() -> None:
     bench = Bench()
-    bench.post(YieldRequested("CUDA0", wanted_bytes=60, free_bytes=50, until=9.0))
-    bench.post(YieldRequested("CUDA0", wanted_bytes=20, free_bytes=50, until=20.0))
+    bench.post(YieldRequested(CUDA0, wanted_bytes=60, free_bytes=50, until=9.0))
+    bench.post(YieldRequested(CUDA0, wanted_bytes=20, free_bytes=50, until=20.0))
     assert row(bench, "CUDA0").cap_bytes == -10
     bench.wait(9.0)
     assert row(bench, "CUDA0").cap_bytes == 30
@@ -67,5 +67,5 @@ def test_memory_that_a_load_was_promised_counts_when_other_memory_is_yielded() -
     bench = Bench()
     bench.arrive(A)
     bench.answer(make_plan())
-    bench.post(YieldRequested("CUDA0", wanted_bytes=20, free_bytes=50, until=9.0))
+    bench.post(YieldRequested(CUDA0, wanted_bytes=20, free_bytes=50, until=9.0))
     assert row(bench, "CUDA0").cap_bytes == 40

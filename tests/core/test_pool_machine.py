@@ -219,7 +219,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(device=st.sampled_from(["CUDA0", "Host"]), wanted_bytes=st.integers(1, 30))
     def yield_memory(self, device: str, wanted_bytes: int) -> None:
         free_bytes = CAPACITY[device] - ledger.held_bytes(self.pool).get(device, 0)
-        self.post(YieldRequested(device, wanted_bytes, free_bytes, self.now + 20.0))
+        self.post(YieldRequested(frozenset({device}), wanted_bytes, free_bytes, self.now + 20.0))
 
     @rule()
     def shut_down(self) -> None:

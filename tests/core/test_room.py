@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from making_plans import LIMITS, Bench, granted, make_plan, refusals
+from making_plans import CUDA0, LIMITS, Bench, granted, make_plan, refusals
 
 from supervisor.api import LoadOptions
 from supervisor.core import scheduler
 from supervisor.core.commands import PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import BecameReady, RequestAbandoned, SettingsChanged, TimePassed, YieldRequested
 from supervisor.core.runner import RunnerState
-from supervisor.core.types import DoesNotFit, MakeRoom, ModelId, ModelSettings, RefusalKind, Standing
+from supervisor.core.types import Cap, DoesNotFit, MakeRoom, ModelId, ModelSettings, RefusalKind, Standing
 
 A, B, C, D = ModelId("a"), ModelId("b"), ModelId("c"), ModelId("d")
 MANY = replace(LIMITS, max_loaded_models=None)
@@ -330,32 +330,32 @@ def test_memory_is_yielded_by_the_cheapest_idle_runners_and_given_to_no_load_for
     bench.now = 30.0
     bench.arrive(B)
     bench.finish(B)
-    bench.post(YieldRequested("CUDA0", wanted_bytes=12, free_bytes=5, until=100.0))
+    bench.post(YieldRequested(CUDA0, wanted_bytes=12, free_bytes=5, until=100.0))
     assert bench.one(StopProcess).model == A
     bench.exit(A)
     bench.arrive(A)
-    assert bench.one(PlanModel).caps == {"CUDA0": 23}
+    assert bench.one(PlanModel).caps == (Cap(CUDA0, 23),)
     bench.answer(DoesNotFit("Does not fit"))
     assert bench.one(Reject).refusal.retry_after_s == 70.0
     bench.wait(70.0)
     bench.arrive(A)
-    assert bench.one(PlanModel).caps == {}
+    assert bench.one(PlanModel).caps == ()
 
 
 def test_a_plan_that_was_being_made_when_memory_was_yielded_is_made_again() -> None:
     bench = Bench(MANY)
     bench.arrive(A)
     stale = bench.one(PlanModel)
-    bench.post(YieldRequested("CUDA0", 12, 50, until=100.0))
+    bench.post(YieldRequested(CUDA0, 12, 50, until=100.0))
     fresh = bench.one(PlanModel)
-    assert (fresh.revision > stale.revision, fresh.caps) == (True, {"CUDA0": 38})
+    assert (fresh.revision > stale.revision, fresh.caps) == (True, (Cap(CUDA0, 38),))
 
 
 def test_the_shell_is_told_when_the_next_deadline_is() -> None:
     bench = Bench(replace(MANY, queue_timeout_s=20.0))
     bench.arrive(A)
     assert scheduler.next_deadline(bench.pool) == 20.0
-    bench.post(YieldRequested("CUDA0", 1, 1, until=7.0))
+    bench.post(YieldRequested(CUDA0, 1, 1, until=7.0))
     assert scheduler.next_deadline(bench.pool) == 7.0
     assert bench.pool.runner(A).options == LoadOptions()
     bench.post(TimePassed())

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from making_plans import LIMITS, Bench, granted, make_plan, refusals
+from making_plans import CUDA0, LIMITS, Bench, granted, make_plan, refusals
 
 from supervisor.core import ledger, yielding
 from supervisor.core.commands import LoseLeases, PlanModel, Reject, StopProcess
 from supervisor.core.events import BecameReady, SettingsChanged, ShutdownRequested, StopRequested, YieldRequested
 from supervisor.core.runner import RunnerState
-from supervisor.core.types import DoesNotFit, ModelId, ModelSettings, RefusalKind
+from supervisor.core.types import Cap, DoesNotFit, ModelId, ModelSettings, RefusalKind
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 MANY = replace(LIMITS, max_loaded_models=None)
-ALL = YieldRequested("CUDA0", wanted_bytes=20, free_bytes=10, until=100.0)  # of which one runner's 10 have to go
+ALL = YieldRequested(CUDA0, wanted_bytes=20, free_bytes=10, until=100.0)  # of which one runner's 10 have to go
 
 
 def awaited(bench: Bench) -> dict[ModelId, int]:
-    return yielding.awaited_bytes(bench.pool, "CUDA0", bench.now)
+    return yielding.awaited_bytes(bench.pool, CUDA0, bench.now)
 
 
 def test_a_runner_in_use_takes_no_new_request_goes_when_it_has_finished_and_is_loaded_below_the_cap_only() -> None:
@@ -32,7 +32,7 @@ def test_a_runner_in_use_takes_no_new_request_goes_when_it_has_finished_and_is_l
     bench.finish(A)
     assert bench.one(StopProcess).model == A
     bench.exit(A)
-    assert (awaited(bench), bench.one(PlanModel).caps) == ({}, {"CUDA0": 0})
+    assert (awaited(bench), bench.one(PlanModel).caps) == ({}, (Cap(CUDA0, 0),))
     bench.answer(DoesNotFit("Does not fit"))
     assert refusals(bench.commands) == [(late, RefusalKind.CANNOT_FIT)]
     assert bench.one(Reject).refusal.retry_after_s == 100.0
@@ -110,6 +110,37 @@ def test_one_that_goes_when_it_has_finished_may_be_hurried() -> None:
     assert [bench.pool.runner(model).deadline for model in (A, B)] == [5.0, 10.0]
     bench.wait(5.0)
     assert bench.one(LoseLeases).story.startswith("it was unloaded")
+
+
+def test_runners_on_any_device_go_for_memory_that_devices_share_and_one_set_of_them_for_all_that_want_some() -> None:
+    """As the host's, of which an integrated GPU takes its own: the cheapest that is enough goes, wherever it lies."""
+    shared = frozenset({"Host", "Vulkan0"})
+    bench = Bench(MANY)
+    bench.load_idle(A, make_plan(on={"Vulkan0": 10}, host_bytes=2))
+    bench.load_idle(B, make_plan(on={"Vulkan0": 40}))
+    bench.load_idle(C, make_plan(on={}, host_bytes=8))
+    bench.post(YieldRequested(shared, wanted_bytes=15, free_bytes=5, until=100.0))
+    assert [one.model for one in bench.all(StopProcess)] == [A]
+    assert ledger.caps(bench.pool, bench.now) == (Cap(shared, 50),)
+    assert {row.device: row.cap_bytes for row in ledger.rows(bench.pool, {"Host": 5, "CUDA0": 5}, bench.now)} == {
+        "Host": 50,
+        "CUDA0": None,
+    }
+
+
+def test_who_has_to_go_for_one_program_is_enough_for_the_next() -> None:
+    """One that has to serve first who waited for it: meanwhile nobody else goes in its place."""
+    everything = YieldRequested(frozenset({"RPC0", "RPC1", "Host"}), wanted_bytes=20, free_bytes=12, until=100.0)
+    for first in ((), (YieldRequested(frozenset({"RPC0"}), wanted_bytes=40, free_bytes=12, until=100.0),)):
+        bench = Bench(MANY)
+        bench.load_idle(B, make_plan(on={"RPC1": 10}))
+        bench.arrive(A)
+        bench.answer_to(A, make_plan(on={"RPC0": 30}))
+        for event in (*first, everything):
+            bench.post(event)
+        assert (bench.state(B), set(yielding.awaited_bytes(bench.pool, everything.devices, bench.now))) == (
+            (RunnerState.READY, {A}) if first else (RunnerState.STOPPING, set())
+        )
 
 
 def test_memory_on_another_device_is_left_alone() -> None:

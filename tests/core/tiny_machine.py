@@ -50,8 +50,9 @@ def _free(question: PlanModel, left: list[Neighbour]) -> dict[str, int]:
     for one in left:
         held.update(one.held_bytes)
     free = {device: size - held[device] for device, size in CAPACITY.items()}
-    for device, cap in question.caps.items():
-        free[device] = min(free[device], cap - held[device])
+    for cap in question.caps:
+        room = cap.most_bytes - sum(held[device] for device in cap.devices)
+        free |= {device: min(free[device], room) for device in cap.devices}
     for device, margin in question.margins.items():
         free[device] -= margin
     return free

@@ -66,6 +66,30 @@ def test_what_a_held_worker_has_left_is_its_declared_size_without_what_our_runne
     assert account(service, "RPC0")["free_bytes"] == DECLARED
 
 
+def test_a_runner_on_a_worker_of_this_machine_goes_for_the_host_s_memory_that_it_has_there(
+    serve: Serve, chat_model: Path, embedding_model: Path, rpc_workers: Workers
+) -> None:
+    """And one on another worker stays where only what the one has of its own size is wanted."""
+    first, second = rpc_workers(2)
+    servers = f"{first.endpoint}={DECLARED},{second.endpoint}={DECLARED}"
+    service = serve(PLANNER_RPC_SERVERS=servers, PLANNER_CACHE_RAM="0")
+    service.chat("tiny-chat", max_tokens=1).read()
+    service.request("POST", "/v1/embeddings", {"model": "tiny-embedding", "input": "hello"}).read()
+    held = {one["model"]: {use["device"] for use in one["devices"]} for one in service.get("/status")["runners"]}
+    assert sorted(map(len, held.values())) == [2, 2], held
+    given = yielded(service, "RPC0", DECLARED)
+    assert (given["free_bytes"], given["short_bytes"]) == (DECLARED, 0)
+    (left,) = service.get("/status")["runners"]
+    assert {use["device"] for use in left["devices"]} == {"RPC1", "Host"}
+    held_there = sum(account(service, name)["held_bytes"] for name in ("RPC1", "Host"))
+    assert held_there > account(service, "Host")["held_bytes"]
+    assert yielded(service, "Host", 1 << 60)["freed_bytes"] == held_there
+    assert service.get("/status")["runners"] == []
+    refused = service.chat("tiny-chat", max_tokens=1)
+    assert refused.status == 503
+    assert int(refused.headers["Retry-After"]) <= 60
+
+
 def planning_process() -> psutil.Process:
     """Return the planning process of this test."""
     (found,) = (one for one in psutil.Process().children() if "supervisor.planning_worker" in one.cmdline())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -27,6 +28,7 @@ from planner.types import (
 )
 from planner.units import MIB
 from supervisor.core.types import (
+    Cap,
     DoesNotFit,
     LoadPlan,
     MakeRoom,
@@ -38,6 +40,7 @@ from supervisor.core.types import (
 from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import MakePlan, Situation
 
+CUDA0 = frozenset({"CUDA0"})
 REQUEST = PlanRequest(n_ctx_per_slot=512, cache_ram_mib=0)
 
 
@@ -69,7 +72,7 @@ def neighbour(name: str, held_mib: Mapping[str, int], *, loading: bool = False) 
 @pytest.fixture
 def question(chat_model: Path) -> MakePlan:
     situation = Situation(None, {}, {}, {})
-    return MakePlan(ModelId("tiny-chat"), str(chat_model), REQUEST, situation, (), 0, {}, {}, {})
+    return MakePlan(ModelId("tiny-chat"), str(chat_model), REQUEST, situation, (), 0, (), {}, {})
 
 
 def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour, request: PlanRequest = REQUEST) -> PlanOutcome:
@@ -176,14 +179,34 @@ def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePla
 def test_a_margin_and_a_cap_keep_it_from_a_card_that_has_the_memory(question: MakePlan) -> None:
     there = machine(CUDA0=90, CUDA1=50)
     assert devices_of(outcome(replace(question, margins={"CUDA0": 89 * MIB}), there)) == {"CUDA1"}
-    assert devices_of(outcome(replace(question, caps={"CUDA0": MIB}), there)) == {"CUDA1"}
+    assert devices_of(outcome(replace(question, caps=(Cap(CUDA0, MIB),)), there)) == {"CUDA1"}
     held = neighbour("pinned", {"CUDA0": 10})
-    assert devices_of(outcome(replace(question, caps={"CUDA0": 11 * MIB}), there, held)) == {"CUDA1"}
+    assert devices_of(outcome(replace(question, caps=(Cap(CUDA0, 11 * MIB),)), there, held)) == {"CUDA1"}
 
 
-@pytest.mark.parametrize("reserved", [{"margins": {HOST: 7_999 * MIB}}, {"caps": {HOST: 0}}])
-def test_the_host_s_memory_is_kept_free_likewise(question: MakePlan, reserved: dict[str, dict[str, int]]) -> None:
-    assert isinstance(outcome(replace(question, **reserved), machine()), DoesNotFit)  # type: ignore[arg-type]
+@pytest.mark.parametrize("reserved", [{"margins": {HOST: 7_999 * MIB}}, {"caps": (Cap(frozenset({HOST}), 0),)}])
+def test_the_host_s_memory_is_kept_free_likewise(question: MakePlan, reserved: dict[str, Any]) -> None:
+    assert isinstance(outcome(replace(question, **reserved), machine()), DoesNotFit)
+
+
+@pytest.mark.parametrize("names", [("Vulkan0", HOST), ("CUDA0", "CUDA1")])
+def test_a_cap_on_memory_that_devices_share_holds_for_all_of_them_together(
+    question: MakePlan, names: tuple[str, str]
+) -> None:
+    """What others hold on any of them counts, and a program gets no more of both than of one."""
+    pool = HOST_POOL if HOST in names else PoolId("card")
+    kinds = {"Vulkan0": DeviceKind.VULKAN}
+    there = machine()
+    devices = (Device(DeviceName(one), kinds.get(one, DeviceKind.CUDA), 900 * MIB, 900 * MIB, pool) for one in names)
+    there = replace(there, devices=tuple(one for one in devices if one.name != HOST))
+    there = replace(there, pools=(*there.pools, MemoryPool(PoolId("card"), 900 * MIB, 900 * MIB)))
+    below = replace(question, caps=(Cap(frozenset(names), 100 * MIB),))
+    other = replace(neighbour("a", {names[0]: 40}), standing=Standing.FIXED)
+    assert devices_of(program(below, there, {names[0]: 30, names[1]: 30}, other))
+    assert isinstance(program(below, there, {names[0]: 30, names[1]: 31}, other), DoesNotFit)
+    loading = replace(neighbour("a", {names[0]: 40}, loading=True), standing=Standing.FIXED)
+    assert devices_of(program(below, there, {names[0]: 30, names[1]: 30}, loading))
+    assert isinstance(program(below, there, {names[1]: 61}, loading), DoesNotFit)
 
 
 def test_a_card_that_takes_one_process_is_left_to_the_runner_that_has_it_until_that_has_gone(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
-from supervisor.planned_machine import emptied, occupied, without
+from supervisor.planned_machine import Share, emptied, occupied, shares, without
 
 HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
 
@@ -73,6 +73,19 @@ def test_what_is_not_known_stays_unknown() -> None:
     silent = Device(DeviceName("RPC0"), DeviceKind.RPC, None, None, PoolId("far"), endpoint="10.0.0.2:1")
     assert emptied(machine_of(card), {"Vulkan0": 5}).devices == (card,)
     assert occupied(machine_of(card, silent), {"Vulkan0": 5, "RPC0": 5}).devices == (card, silent)
+
+
+def test_who_wants_memory_of_a_device_wants_it_of_all_that_share_it_and_of_the_device_where_that_is_a_part() -> None:
+    card = Device(DeviceName("CUDA0"), DeviceKind.CUDA, 100, 50, PoolId("card"))
+    whole = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, 1000, 300, HOST_POOL)
+    part = Device(DeviceName("RPC0"), DeviceKind.RPC, 200, 130, HOST_POOL, endpoint="127.0.0.1:1")
+    there = machine_of(card, whole, part)
+    all_of_it = Share(frozenset({"Vulkan0", "RPC0", HOST}), 400)
+    assert shares(there, "CUDA0") == (Share(frozenset({"CUDA0"}), 50),)
+    assert shares(there, "RPC0") == (Share(frozenset({"RPC0"}), 130), all_of_it)
+    assert shares(there, "Vulkan0") == shares(there, HOST) == (all_of_it,)
+    with pytest.raises(KeyError):
+        shares(there, "CUDA7")
 
 
 def test_a_device_that_is_not_to_be_used_is_left_out_and_said_so() -> None:
