@@ -22,6 +22,7 @@ CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
 MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 
+_LORA_UNAPPLIED: Final = "--lora-init-without-apply"  # adapters are loaded, and in no graph until a request asks
 _POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_pooling_type, from 0
 
 
@@ -61,6 +62,7 @@ class ContextParams:
     pooling: str | None = None  # of embeddings; None: the model's own
     loads_draft_head: bool = False  # the NextN layers (load_mtp)
     n_rs_seq: int = 0  # older recurrent states that each sequence keeps
+    applies_adapters: bool = True
     of_draft_head: bool = False  # this is the context of the NextN layers (LLAMA_CONTEXT_TYPE_MTP)
     not_built: tuple[str, ...] = ()
 
@@ -120,6 +122,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         pooling=_pooling(request),
         loads_draft_head=speculation.uses_own_head(request),
         n_rs_seq=speculation.n_rs_seq(model, request),
+        applies_adapters=_LORA_UNAPPLIED not in request.passthrough,
         not_built=_not_built(model, request),
     )
 

@@ -130,7 +130,7 @@ class _Replay:
         self._backends = backends
         self._places = _places(model, params, placement, homes)
         # Latest first: llama.cpp keeps them in a hash map, and libstdc++'s yields them so (src/llama-adapter.h).
-        self._adapters = tuple(map(pairs, reversed(model.adapters)))
+        self._adapters = tuple(map(pairs, reversed(model.adapters))) if params.applies_adapters else ()
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
 

@@ -245,9 +245,11 @@ class Parts:
         return graph.same("mul", graph.same("clamp", graph.same("unary", gate)), graph.same("clamp", up))
 
     def sequential_ffn(self, x: Node, il: int, activations: tuple[str, ...]) -> Node:
-        """Return a feed-forward part without a gate of its own: up, activation, down."""
+        """Return a feed-forward part without a gate of its own: up, activation, divided where the file says, down."""
         prefix = f"blk.{il}.ffn_"
         x = self.biased(self.project(x, f"{prefix}up"), f"{prefix}up")
         for op in activations:
             x = self.graph.glu(x) if op == "glu" else self.graph.same(op, x)
+        if divisors := self.weight(f"blk.{il}.ffn.act.scales"):
+            x = self.graph.same("div", x, divisors)
         return self.biased(self.project(x, f"{prefix}down"), f"{prefix}down")
