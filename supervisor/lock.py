@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,7 +15,7 @@ class AlreadyRunning(Exception):
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises AlreadyRunning with the holder's process id, OSError where it cannot be written.
+    """Hold the folder's lock. Raises AlreadyRunning with the holder's process id, OSError where it cannot be made.
 
     The kernel drops the lock with the process, however that ends; the file stays, with the last holder's id in it.
     """
@@ -32,6 +32,6 @@ def held(folder: Path) -> Iterator[None]:
                 "devices of its own (PLANNER_STATE_DIR)"
             ) from error
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with suppress(OSError):  # a full disk: the lock holds all the same, only the holder's name is not told
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -25,6 +26,16 @@ def test_a_second_service_is_refused_and_told_who_is_first(tmp_path: Path) -> No
         pass
     with lock.held(tmp_path):
         pass
+
+
+def test_a_disk_without_room_for_a_word_is_no_reason_to_serve_nobody(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with lock.held(tmp_path), pytest.raises(lock.AlreadyRunning, match="process unknown"), lock.held(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("abstract", [False, True])
