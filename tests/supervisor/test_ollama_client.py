@@ -274,6 +274,13 @@ def test_a_model_is_loaded_told_of_and_unloaded(client: ollama.Client) -> None:
     assert client.chat("chat", [], keep_alive=0).done_reason == "unload"
 
 
+def test_an_answer_ends_where_the_context_is_full(client: ollama.Client) -> None:
+    """Whatever the client says of shifting: nothing of a conversation is forgotten while it is answered."""
+    answer = client.generate("endless", "x " * (N_CTX // 2 - 50), raw=True)
+    assert answer.done_reason == "length"
+    assert (answer.prompt_eval_count or 0) + (answer.eval_count or 0) == N_CTX
+
+
 def test_a_larger_context_is_loaded_where_one_is_asked_for_and_serves_smaller_ones(client: ollama.Client) -> None:
     client.chat("endless", [], options={"num_ctx": 4096})
     (entry,) = (model for model in client.ps().models if model.model == "endless:latest")
