@@ -30,7 +30,7 @@ from planner.search import placement
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
 from supervisor import header_details
 from supervisor.catalogue import scan
-from supervisor.core.settling import SETTLE_WITHIN_S, Reading, unsettled
+from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
 from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import (
@@ -143,7 +143,7 @@ class Worker:
             if self._reading is not None:
                 lagging |= set(unsettled(self._reading, now, situation.gone))
             if not lagging or time.monotonic() > give_up_at:
-                self._reading = now
+                self._reading = latest(self._reading, now)
                 return detected
             time.sleep(SETTLE_POLL_S)
 
@@ -195,7 +195,7 @@ def _reading(machine: Machine, situation: Situation) -> Reading:
         if device.free_bytes is not None and device.kind is not DeviceKind.RPC and device.pool != machine.host.pool
     }
     held = {name: held_bytes - situation.promised.get(name, 0) for name, held_bytes in situation.held.items()}
-    return Reading(free_bytes, held)
+    return Reading(free_bytes, held, situation.promised)
 
 
 def _surroundings(detected: Detected) -> Surroundings:

@@ -10,7 +10,8 @@ next client only after it has freed what the last one held.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 SETTLE_WITHIN_S: Final = 5.0  # then the figure is believed: somebody else has taken what was given back
@@ -19,10 +20,14 @@ ENOUGH: Final = 0.75  # of what a runner held: its plan is no measurement of the
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a driver called free, by device, and what runners of ours that had finished loading held at that moment."""
+    """What a driver called free, by device, what runners of ours that had finished loading held, and what others load.
+
+    Of what is ``promised`` to those a driver shows something between nothing and all.
+    """
 
     free_bytes: Mapping[str, int]
     held_bytes: Mapping[str, int]
+    promised_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def unsettled(before: Reading, now: Reading, gone_bytes: Mapping[str, int]) -> tuple[str, ...]:
@@ -38,6 +43,19 @@ def unsettled(before: Reading, now: Reading, gone_bytes: Mapping[str, int]) -> t
     )
 
 
+def latest(before: Reading | None, now: Reading) -> Reading:
+    """Return the reading to compare later ones with: now's, and before's where something loads at present.
+
+    Nobody could tell later how much of a load that failed the driver showed already.
+    """
+    free, held = dict(now.free_bytes), dict(now.held_bytes)
+    for device in (one for one, size in now.promised_bytes.items() if size):
+        free.pop(device, None)
+        if before is not None and device in before.free_bytes:
+            free[device], held[device] = before.free_bytes[device], before.held_bytes.get(device, 0)
+    return Reading(free, held)
+
+
 def _expected(device: str, before: Reading, now: Reading) -> int:
     given_back = before.held_bytes.get(device, 0) - now.held_bytes.get(device, 0)
-    return before.free_bytes[device] + given_back
+    return before.free_bytes[device] + given_back - now.promised_bytes.get(device, 0)

@@ -196,6 +196,26 @@ def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_
     assert done.stdout.split() == ["50", str(believed_mib)]
 
 
+@pytest.mark.anyio
+async def test_a_load_that_fails_before_it_took_anything_is_not_waited_for(
+    tmp_path: Path, stubbed: dict[str, str]
+) -> None:
+    """At rest, while it loads and once it has failed the driver calls the same free; nobody asks a fourth time."""
+    card, _ = CARD.splitlines()
+    memory = (f"memory {100 * MIB} 0 {(100 - free_mib) * MIB}" for free_mib in (50, 50, 50, 77))
+    (tmp_path / "nvml.txt").write_text("\n".join((card, *memory)) + "\n")
+    async with PlanningProcess(stubbed) as planning:
+        inventory = Inventory(tmp_path, planning)
+        await inventory.look_around()
+        load = {"CUDA0": 40 * MIB}
+        inventory.held_now = inventory.promised_now = lambda: load
+        await inventory.refresh({})
+        inventory.held_now = inventory.promised_now = dict
+        await inventory.refresh(load)
+        assert inventory.machine is not None
+        assert inventory.machine.device("CUDA0").free_bytes == 50 * MIB
+
+
 async def seen(inventory: Inventory) -> list[tuple[str, int]]:
     """Look at what is shown, let it be followed, and return each device with what is free there."""
     inventory.was_shown()
