@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     models_file: Path
     store: Path
     registry: str | None
+    registry_logins: Path
     host: Address
     api_keys: tuple[str, ...]
     keys_file: Path

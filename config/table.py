@@ -112,6 +112,12 @@ def _store(environ: Environ) -> Path:
     return theirs if theirs.is_dir() else _xdg("XDG_DATA_HOME", ".local/share", "loadmaster/store")(environ)
 
 
+def _docker_config(environ: Environ) -> Path:
+    """Return where docker and its like keep the logins that somebody made."""
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111 - as above
+    return Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json"
+
+
 def _state_dir(environ: Environ) -> Path:
     """Return systemd's state folder where it made one for us (``StateDirectory=``), else the user's."""
     given = environ.get("STATE_DIRECTORY", "").split(":")[0]
@@ -147,6 +153,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         optional(registry(), none="auto", meaning="the one that the store's models came from"),
         None,
         "Host that pull asks for a model whose name carries none; plain HTTP only where http:// says so.",
+    ),
+    Setting(
+        "REGISTRY_LOGINS",
+        path(),
+        _docker_config,
+        "Logins for private registries and hubs, as docker login writes them; read at each pull, it need not be there.",
+        default_text="$DOCKER_CONFIG/config.json, else ~/.docker/config.json",
     ),
     Setting(
         "HOST",

@@ -31,6 +31,7 @@ from supervisor.operator_files import OperatorFiles
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 from supervisor.store.folder import StoreFolder
+from supervisor.store.logins import Logins
 from supervisor.store.store import ModelStore
 
 EXIT_OK: Final = 0
@@ -86,7 +87,7 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
         folder_optional=models_origin == DEFAULT_ORIGIN,
         learned=Learned(settings.state_dir),
     )
-    store = ModelStore(folder, files_of=inventory.files_of)
+    store = ModelStore(folder, logins=Logins(settings.registry_logins), files_of=inventory.files_of)
     async with planning, store, anyio.create_task_group() as tasks:
         supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)

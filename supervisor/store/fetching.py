@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from multidict import CIMultiDict
@@ -31,10 +32,13 @@ _HEADERS: Final = {"Accept-Encoding": "identity", "User-Agent": "loadmaster"}
 
 
 def open_session(stall_s: float = STALL_S) -> aiohttp.ClientSession:
-    """Return a session for fetchers: proxies of the environment count, and a server may be silent for so long."""
+    """Return a session for fetchers. A server may be silent for so long.
+
+    What aiohttp takes from the environment by itself is more than the proxies: it would send a user's ``.netrc`` along.
+    """
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_WITHIN_S, sock_read=stall_s)
     connector = aiohttp.TCPConnector(socket_factory=_socket_to, force_close=True)  # each address is looked at anew
-    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=READ_AHEAD_BYTES, trust_env=True)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=READ_AHEAD_BYTES)
 
 
 class Transient(Exception):
@@ -73,7 +77,9 @@ class Fetcher:
                 _asking.set(self)
                 if url.origin() != origin:
                     sent.pop("Authorization", None)
-                async with self._session.get(url, headers=sent, allow_redirects=False) as response:
+                async with self._session.get(
+                    url, headers=sent, allow_redirects=False, proxy=_proxy_of(url)
+                ) as response:
                     self._has_answered = True
                     location = response.headers.get("Location")
                     if response.status not in _REDIRECTS or location is None:
@@ -113,6 +119,11 @@ def _socket_to(info: tuple[int, int, int, str, tuple[str, int]]) -> socket.socke
     address = ipaddress.ip_address(host)
     _asking.get().admit(getattr(address, "ipv4_mapped", None) or address)
     return socket.socket(family, kind, protocol)
+
+
+def _proxy_of(url: URL) -> str | None:
+    """Return the proxy that the environment has for this address, if any."""
+    return None if proxy_bypass(str(url.host)) else getproxies().get(url.scheme)
 
 
 def _joined(url: URL, location: str) -> URL:

@@ -9,7 +9,7 @@ file's sha256 the file is verified by it; elsewhere TLS and the length are all t
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +22,7 @@ from supervisor.store import building, manifests, names, parts, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Fetcher, Transient
 from supervisor.store.folder import StoreFolder
+from supervisor.store.logins import Login
 from supervisor.store.names import ModelName
 from supervisor.store.registry import check
 from supervisor.store_api import Progress, RegistryFailed
@@ -80,12 +81,16 @@ class _File:
     sha256: str | None
 
 
-async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, tell: Tell) -> None:
-    """Return once the file is in the store as a model, whole, with its other parts. Raises StoreError, OSError."""
+async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, login: Login | None, tell: Tell) -> None:
+    """Return once the file is in the store as a model, whole, with its other parts. Raises StoreError, OSError.
+
+    ``login`` is shown at once: a hub that wants one does not say so in a way that all of them share.
+    """
+    shown = {} if login is None else {"Authorization": login.value}
     name = name_of(url)
     tell(Progress("pulling manifest"))
     try:
-        wanted = [await _wanted(fetcher, file) for file in files_of(url)]
+        wanted = [await _wanted(fetcher, file, shown) for file in files_of(url)]
     except Transient as error:
         raise RegistryFailed(str(error)) from error
     async with Fetch(folder, tell) as fetch:
@@ -96,26 +101,26 @@ async def pull_file(folder: StoreFolder, fetcher: Fetcher, url: URL, tell: Tell)
     tell(Progress("success"))
 
 
-async def _wanted(fetcher: Fetcher, url: URL) -> Wanted:
+async def _wanted(fetcher: Fetcher, url: URL, shown: Mapping[str, str]) -> Wanted:
     """Return what there is to get at an address. Raises Transient, RegistryFailed."""
-    file = await _ask(fetcher, url)
+    file = await _ask(fetcher, url, shown)
 
     @asynccontextmanager
     async def source(span: str) -> AsyncIterator[aiohttp.ClientResponse]:
         same = {} if not file.etag or file.etag.startswith("W/") else {"If-Range": file.etag}
-        async with fetcher.get(url, {"Range": span, **same}) as answer:
-            await check(answer.response, _shown(url))
+        async with fetcher.get(url, {"Range": span, **same, **shown}) as answer:
+            await check(answer.response, _shown(url), logged_in=bool(shown))
             yield answer.response
 
     digest = None if file.sha256 is None else f"sha256:{file.sha256}"
     return Wanted(file.size_bytes, source, digest, f"{url}?{file.etag}?{file.size_bytes}")
 
 
-async def _ask(fetcher: Fetcher, url: URL) -> _File:
+async def _ask(fetcher: Fetcher, url: URL, shown: Mapping[str, str]) -> _File:
     """Ask for the first byte, which tells how many there are. Raises Transient, RegistryFailed."""
-    async with fetcher.get(url, {"Range": "bytes=0-0"}) as answer:
+    async with fetcher.get(url, {"Range": "bytes=0-0", **shown}) as answer:
         response = answer.response
-        await check(response, _shown(url))
+        await check(response, _shown(url), logged_in=bool(shown))
         ranged = _LENGTH.fullmatch(response.headers.get("Content-Range", ""))
         size_bytes = int(ranged[1]) if ranged is not None else response.content_length
         etag = response.headers.get("ETag", "")

@@ -1,4 +1,4 @@
-"""A registry as Docker's protocol speaks it (version 2): manifests and blobs by name, behind anonymous tokens."""
+"""A registry as Docker's protocol speaks it (version 2): manifests and blobs by name, behind tokens or a login."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from yarl import URL
 from supervisor.store import names
 from supervisor.store.fetching import Answer, Fetcher, Transient, read_answer
 from supervisor.store.folder import StoreFolder
+from supervisor.store.logins import Login
 from supervisor.store.manifests import MANIFEST_TYPE
 from supervisor.store.names import ModelName
 from supervisor.store_api import BadModelName, RegistryFailed
 
+HOW_TO_LOG_IN: Final = "docker login HOST writes one into the file of PLANNER_REGISTRY_LOGINS, which is shown over TLS"
 SHOWN_ERROR: Final = 200  # characters of what a registry says of its failure
 OK: Final = frozenset({200, 206})
 _NOT_FOUND: Final = 404
 _UNAUTHORIZED: Final = 401
+_FORBIDDEN: Final = frozenset({401, 403})
 _TRY_AGAIN: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CHALLENGE: Final = re.compile(r'(\w+)="([^"]*)"')
 
@@ -51,13 +54,14 @@ def base_url(folder: StoreFolder, text: str, name: ModelName, *, insecure: bool)
 
 
 class Registry:
-    """One registry, asked for one model."""
+    """One registry, asked for one model. ``login`` is shown where it asks for one."""
 
-    def __init__(self, fetcher: Fetcher, base: URL, name: ModelName) -> None:
+    def __init__(self, fetcher: Fetcher, base: URL, name: ModelName, login: Login | None = None) -> None:
         self._fetcher = fetcher
         self._of_model = base / "v2" / name.namespace / name.model
         self._name = name
-        self._token: str | None = None
+        self._login = login
+        self._shown: Mapping[str, str] = {}  # the headers that it last wanted to see
 
     async def manifest(self) -> bytes:
         """Return the model's manifest as the registry has it. Raises RegistryFailed, Transient."""
@@ -73,30 +77,37 @@ class Registry:
 
     @asynccontextmanager
     async def _get(self, url: URL, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """Ask, with a token where one is wanted: a new one where the last has run out."""
+        """Ask, with a login or a token where one is wanted: a new one where the last has run out."""
         for attempt in range(2):
-            authorization = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-            async with self._fetcher.get(url, {**headers, **authorization}) as answer:
+            async with self._fetcher.get(url, {**headers, **self._shown}) as answer:
                 if answer.response.status != _UNAUTHORIZED or attempt:
-                    await check(answer.response, str(self._name))
+                    await check(answer.response, str(self._name), logged_in=self._login is not None)
                     yield answer
                     return
                 challenge = answer.response.headers.get("WWW-Authenticate", "")
-            self._token = await self._new_token(challenge)
+            self._shown = {"Authorization": await self._wanted(challenge)}
 
-    async def _new_token(self, challenge: str) -> str:
+    async def _wanted(self, challenge: str) -> str:
+        """Return what the registry asks to be shown. Raises RegistryFailed, Transient."""
         scheme, _, rest = challenge.partition(" ")
         asked = dict(_CHALLENGE.findall(rest))
+        if self._login is not None and (self._login.is_token or scheme.lower() == "basic"):
+            return self._login.value
         if scheme.lower() != "bearer" or "realm" not in asked:
-            raise RegistryFailed(f"{self._name.host} asks for a login ({scheme or 'of no kind'}), which pull has not")
+            raise RegistryFailed(f"{self._name.host} asks for a login ({scheme or 'of no kind'}): {HOW_TO_LOG_IN}")
+        return f"Bearer {await self._new_token(asked)}"
+
+    async def _new_token(self, asked: dict[str, str]) -> str:
+        """Return the token that the registry's own service hands out for this model, to us where we have a login."""
         try:
             url = URL(asked.pop("realm")).update_query(
                 {key: asked[key] for key in ("service", "scope") if key in asked}
             )
         except ValueError as error:
             raise RegistryFailed(f"{self._name.host} names a token service that is no address") from error
-        async with self._fetcher.get(url, {}) as answer:
-            await check(answer.response, str(self._name))
+        shown = {} if self._login is None else {"Authorization": self._login.value}
+        async with self._fetcher.get(url, shown) as answer:
+            await check(answer.response, str(self._name), logged_in=self._login is not None)
             document = _document(await read_answer(answer.response))
         token = document.get("token") or document.get("access_token")
         if not isinstance(token, str):
@@ -104,7 +115,7 @@ class Registry:
         return token
 
 
-async def check(response: aiohttp.ClientResponse, what: str) -> None:
+async def check(response: aiohttp.ClientResponse, what: str, *, logged_in: bool) -> None:
     """Return where the answer is what was asked for. Raises Transient where that may change, else RegistryFailed."""
     if response.status in OK:
         return
@@ -114,6 +125,8 @@ async def check(response: aiohttp.ClientResponse, what: str) -> None:
     reason = f"{response.url.host} answers {response.status} for {what}{said}"
     if response.status in _TRY_AGAIN:
         raise Transient(reason)
+    if response.status in _FORBIDDEN:
+        reason += "; the login was shown" if logged_in else f"; if it wants a login: {HOW_TO_LOG_IN}"
     raise RegistryFailed(reason)
 
 

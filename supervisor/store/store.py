@@ -13,10 +13,12 @@ import aiohttp
 import anyio
 from anyio import from_thread, to_thread
 from anyio.abc import TaskGroup
+from yarl import URL
 
 from supervisor.store import create, hub, names, parts, writing
 from supervisor.store.fetching import STALL_S, Fetcher, open_session
 from supervisor.store.folder import StoreFolder
+from supervisor.store.logins import Login, Logins
 from supervisor.store.pull import pull
 from supervisor.store.registry import Registry, base_url, is_plain
 from supervisor.store.sharing import Shared, Tell, Work
@@ -29,18 +31,21 @@ MAX_PULLS: Final = 16  # different models at once; more only slow each other dow
 class ModelStore:
     """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way.
 
-    ``stall_s`` is how long a server may be silent before it is asked anew. ``files_of`` returns the files of a model
-    that is served from elsewhere, of which one can be made here too; nothing where there is none of that name.
+    ``logins`` are for registries and hubs. ``stall_s`` is how long a server may be silent before it is asked anew.
+    ``files_of`` returns the files of a model that is served from elsewhere, of which one can be made here too; nothing
+    where there is none of that name.
     """
 
     def __init__(
         self,
         folder: StoreFolder,
         *,
+        logins: Logins | None = None,
         stall_s: float = STALL_S,
         files_of: Callable[[str], tuple[str, ...]] = lambda _name: (),
     ) -> None:
         self._folder = folder
+        self._logins = logins
         self._files_of = files_of
         self._stall_s = stall_s
         self._pulls: dict[tuple[str, bool], Shared] = {}
@@ -79,11 +84,21 @@ class ModelStore:
         if hub.is_address(name):
             is_plain(name, insecure=insecure)
             url = hub.address(name)
-            return self._guarded(bind(hub.pull_file, self._folder, fetcher, url)), (str(url), insecure)
+            login = self._login(url, url.host_port_subcomponent or "")
+            return self._guarded(bind(hub.pull_file, self._folder, fetcher, url, login)), (str(url), insecure)
         full = self._folder.target(name)
         base = base_url(self._folder, name, full, insecure=insecure)
-        registry = Registry(Fetcher(self._session, insecure=base.scheme == "http"), base, full)
+        login = self._login(base, full.host)
+        registry = Registry(Fetcher(self._session, insecure=base.scheme == "http"), base, full, login)
         return self._guarded(bind(pull, self._folder, registry, full)), (str(full), insecure)
+
+    def _login(self, url: URL, host: str) -> Login | None:
+        """Return our login for this host; none where it would go through the network for everybody to read.
+
+        Plain HTTP is what a client allows by asking for it, and that is not enough: the operator's setting has to.
+        """
+        by_setting = self._folder.registry == f"http://{host}"
+        return self._logins.of(host) if self._logins is not None and (url.scheme == "https" or by_setting) else None
 
     def _guarded(self, work: Work) -> Work:
         async def run(tell: Tell) -> None:
