@@ -238,7 +238,7 @@ def _unknown_device(listed: ListedDevice, memory: host.HostMemory) -> Device:
     return Device(
         name=DeviceName(listed.name),
         kind=listed.kind,
-        total_bytes=min(listed.total_bytes, memory.total_bytes) if unified else listed.total_bytes,
+        total_bytes=_smallest(listed.total_bytes, memory.total_bytes) if unified else listed.total_bytes,
         free_bytes=_smallest(listed.free_bytes, memory.available_bytes) if unified else listed.free_bytes,
         pool=HOST_POOL if unified else PoolId(listed.name),
         description=listed.description,

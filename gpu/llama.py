@@ -70,12 +70,15 @@ _DEVICE_VARIABLES: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ListedDevice:
-    """One line of ``--list-devices``; sizes have MiB resolution. ``free_bytes`` None: the answer is an old one."""
+    """One line of ``--list-devices``; sizes have MiB resolution.
+
+    ``total_bytes`` None: the device told none, as a full card does. ``free_bytes`` None: the answer is an old one.
+    """
 
     name: str
     kind: DeviceKind
     description: str
-    total_bytes: int
+    total_bytes: int | None
     free_bytes: int | None
 
 
@@ -221,9 +224,10 @@ def parse_list(text: str) -> tuple[ListedDevice, ...]:
     devices: dict[str, ListedDevice] = {}
     for name, description, total, free in _LISTED.findall(text):
         free_mib = min(int(free), int(total))
-        device = ListedDevice(name, kind_of(name), description, int(total) * MIB, free_mib * MIB)
+        device = ListedDevice(name, kind_of(name), description, int(total) * MIB or None, free_mib * MIB)
         # An accelerator without memory of its own (BLAS) is listed with 0 MiB and takes no layers.
-        if device.total_bytes and device.kind is not DeviceKind.RPC:
+        is_idle = device.kind is DeviceKind.OTHER and device.total_bytes is None
+        if not is_idle and device.kind is not DeviceKind.RPC:
             devices.setdefault(name, device)
     return tuple(devices.values())
 

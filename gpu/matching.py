@@ -58,6 +58,8 @@ def match(listed: Sequence[ListedDevice], cards: Sequence[Card], environ: Mappin
 def _is_one(first: ListedDevice, second: ListedDevice) -> bool:
     """Say whether two backends mean one card."""
     ours, theirs = first.description.lower(), second.description.lower()
+    if first.total_bytes is None or second.total_bytes is None:
+        return False
     alike = abs(first.total_bytes - second.total_bytes) <= _SAME_SIZE * first.total_bytes
     return first.kind is not second.kind and alike and (ours in theirs or theirs in ours)
 

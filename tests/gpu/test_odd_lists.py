@@ -28,7 +28,7 @@ SHORT_S = 0.3  # for what never answers
         ("  Foo0: A backend of tomorrow (100 MiB, 50 MiB free)", ("Foo0", "A backend of tomorrow", 100, 50)),
         ("\tCUDA0: x (100 MiB, 0 MiB free)   ", ("CUDA0", "x", 100, 0)),
         ("  CUDA0: x (100 MiB, 200 MiB free)", ("CUDA0", "x", 100, 100)),
-        ("  CUDA0: x (0 MiB, 0 MiB free)", None),
+        ("  CUDA0: x (0 MiB, 0 MiB free)", ("CUDA0", "x", None, 0)),
         ("  BLAS: OpenBLAS (0 MiB, 0 MiB free)", None),
         ("  CUDA0: x (24.080 MiB, 23.600 MiB free)", None),
         ("  CUDA0: x (-1 MiB, 5 MiB free)", None),
@@ -40,7 +40,10 @@ SHORT_S = 0.3  # for what never answers
 )
 def test_a_line_of_the_list_is_a_device_or_it_is_passed_over(line: str, expected: tuple[Any, ...] | None) -> None:
     text = f"W: some warning: of a driver (1)\nAvailable devices:\n{line}\nW: and another\n"
-    found = [(one.name, one.description, one.total_bytes // MIB, one.free_bytes) for one in parse_list(text)]
+    found = [
+        (one.name, one.description, one.total_bytes and one.total_bytes // MIB, one.free_bytes)
+        for one in parse_list(text)
+    ]
     assert found == ([] if expected is None else [(*expected[:3], expected[3] * MIB)])
 
 

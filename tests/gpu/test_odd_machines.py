@@ -105,6 +105,21 @@ def test_nine_cards_of_which_four_may_be_opened_are_four_and_one_line(look: Call
     assert warning.startswith("NVIDIA cards 4, 5, 6, 7, 8 are left out, this service may not open the card")
 
 
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_card_too_full_to_be_asked_by_llama_server_keeps_its_place_and_is_not_used(
+    look: Callable[..., dict[str, Any]], full: int
+) -> None:
+    """Its memory is listed as nothing then (ggml_backend_cuda_device_get_memory); each is still taken for itself."""
+    lines = listing(2).splitlines()
+    lines[1 + full] = f"  CUDA{full}: NVIDIA GeForce RTX 3060 (0 MiB, 0 MiB free)"
+    found = look(alike(0) + alike(1), "\n".join(lines))
+    assert uuids(found) == ["GPU-0000", "GPU-0001"]
+    there = found["devices"][full]
+    assert (there["name"], there["free_bytes"]) == (f"CUDA{full}", 0)
+    assert there["total_bytes"] == 12160 * MIB
+    assert found["devices"][1 - full]["free_bytes"] == 12000 * MIB
+
+
 def test_a_name_that_is_no_text_loses_no_card(look: Callable[..., dict[str, Any]]) -> None:
     found = look(RTX4090.replace("memory 25757220864", "bad_text\nmemory 25757220864"), listing(1, "NVIDIA X"))
     assert uuids(found) == ["GPU-aaaa"]
