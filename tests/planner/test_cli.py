@@ -215,6 +215,7 @@ def test_an_interrupt_ends_it_quietly(free_environment: dict[str, str], tmp_path
     [
         (("--help",), "planner explain MODEL"),
         (("explain", "--help"), "--n-gpu-layers"),
+        (("serve", "--help"), "PLANNER_MODELS"),
         (("--version",), "exact for llama.cpp 0.5.0-dev (commit 0c1e570)"),
         (("config",), "PLANNER_KEEP_ALIVE"),
         (("devices",), "Host"),
