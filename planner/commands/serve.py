@@ -13,8 +13,8 @@ USAGE: Final = """\
 planner serve
 
 Serves the models of PLANNER_MODELS and PLANNER_STORE on PLANNER_HOST until it is told to stop. It takes no flags:
-`planner config` shows every setting, `planner check` proves them. A HUP has it read its files again; a TERM lets answers
-finish, for DRAIN_TIMEOUT at most, a second one does not.
+`planner config` shows every setting, `planner check` proves them. A HUP has it read its files again; a TERM lets
+answers finish, for DRAIN_TIMEOUT at most, a second one does not.
 Exit status: 0 stopped, 1 it cannot run, 2 a setting or a file is wrong.
 """
 
