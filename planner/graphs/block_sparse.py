@@ -181,7 +181,5 @@ class BlockSparseDecoder(Decoder):
         """Return a feed-forward part, whose scales are not read."""
         blocks = self.blocks
         if il < self.settings.number("leading_dense_block_count"):
-            return blocks.gated_ffn(x, il, scaled=False)
-        return self.graph.same(
-            "add", moe(blocks, x, il, _MOE, self.settings), blocks.gated_ffn(x, il, "_shexp", scaled=False)
-        )
+            return blocks.gated_ffn(x, il)
+        return self.graph.same("add", moe(blocks, x, il, _MOE, self.settings), blocks.gated_ffn(x, il, "_shexp"))

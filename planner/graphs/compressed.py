@@ -105,7 +105,7 @@ class CompressedDecoder(FusedHyperDecoder):
             chosen = graph.get_rows(blocks.needed(f"blk.{il}.ffn_gate_tid2eid.weight"), blocks.tokens)
         chosen, weights = route(blocks, x, il, _MOE, self.settings, None, chosen)
         routed = mixed(blocks, x, il, _MOE, chosen, weights)
-        return graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp", scaled=False))
+        return graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp"))
 
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, projected by groups of heads (``build_attention_impl``)."""

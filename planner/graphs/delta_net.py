@@ -9,6 +9,8 @@ from planner.graphs.recurrent import UNIT_BYTES, RecurrentDecoder
 class DeltaNetDecoder(RecurrentDecoder):
     """The Qwen 3.5 family (src/models/qwen35.cpp, qwen35moe.cpp)."""
 
+    _reads_scales = True  # in recurrent layers, in files that have them
+
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, or its delta net, projected."""
         self.graph.expand(x)
@@ -51,13 +53,14 @@ class DeltaNetDecoder(RecurrentDecoder):
         normed = blocks.norm(result, f"{prefix}ssm_norm", il)
         normed = graph.same("mul", normed, graph.same("unary", graph.reshape(z, head_v, n_v, n_tokens, n_seqs)))
         flat = graph.reshape(normed, head_v * n_v, n_tokens, n_seqs)
-        return graph.reshape(blocks.project(flat, f"{prefix}ssm_out"), self.hparams.n_embd, n_tokens * n_seqs)
+        out = blocks.project(flat, f"{prefix}ssm_out", scaled=self._reads_scales)
+        return graph.reshape(out, self.hparams.n_embd, n_tokens * n_seqs)
 
     def mixed(self, x: Node, il: int) -> tuple[Node, Node]:
         """Return query, key and value in one tensor, and the output's gate. Raises KeyError for older files."""
-        mixed = self.blocks.project(x, f"blk.{il}.attn_qkv")
+        mixed = self.blocks.project(x, f"blk.{il}.attn_qkv", scaled=self._reads_scales)
         mixed = self.graph.reshape(mixed, mixed.ne[0], self.n_seq_tokens, self.n_seqs)
-        return mixed, self.blocks.project(x, f"blk.{il}.attn_gate")
+        return mixed, self.blocks.project(x, f"blk.{il}.attn_gate", scaled=self._reads_scales)
 
     def rates(self, x: Node, il: int) -> tuple[Node, Node]:
         """Return how much of a state is written and how much is kept, per head."""
@@ -93,6 +96,8 @@ class DeltaNetDecoder(RecurrentDecoder):
 
 class SpreadDeltaNetDecoder(DeltaNetDecoder):
     """Qwen3-Next (src/models/qwen3next.cpp): both rates in one product, heads repeated beforehand."""
+
+    _reads_scales = False
 
     def rates(self, x: Node, il: int) -> tuple[Node, Node]:
         """Return how much of a state is written and how much is kept, per head."""

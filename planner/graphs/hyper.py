@@ -39,7 +39,7 @@ class HyperSparseDecoder(SparseDecoder):
         """Return what the heads saw, weighed per element and projected."""
         gate = self.graph.mul_mat(self.blocks.needed(f"blk.{il}.attn_gate.weight"), x)
         gated = self.graph.same("mul", out, self.graph.same("unary", gate))
-        return self.blocks.project(gated, f"blk.{il}.attn_output")
+        return self.blocks.project(gated, f"blk.{il}.attn_output", scaled=False)
 
     def _mixes(self, streams: Node, name: str) -> Node:
         flat = self.graph.reshape(streams, streams.ne[0] * streams.ne[1], streams.ne[2])

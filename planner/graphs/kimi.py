@@ -116,7 +116,7 @@ class SafeDeltaAttentionDecoder(DeltaAttentionDecoder):
         gate = graph.mul_mat(blocks.needed(f"blk.{il}.attn_gate.weight"), x)
         gate = graph.same("unary", graph.reshape(gate, 1, n_head, n_tokens))
         gated = graph.same("mul", graph.reshape(out, width // n_head, n_head, n_tokens), gate)
-        return blocks.project(graph.cont(gated, width, n_tokens), f"blk.{il}.attn_output")
+        return blocks.product(graph.cont(gated, width, n_tokens), f"blk.{il}.attn_output")
 
 
 class BoundedDeltaAttentionDecoder(DeltaAttentionDecoder):
@@ -175,28 +175,28 @@ class ResidualAttentionDecoder(BoundedDeltaAttentionDecoder):
         """Return what the heads saw, weighed per element and projected."""
         if gate := self.blocks.weight(f"blk.{il}.attn_gate.weight"):
             out = self.graph.same("mul", out, self.graph.same("unary", self.graph.mul_mat(gate, x)))
-        return self.blocks.project(out, f"blk.{il}.attn_output")
+        return self.blocks.product(out, f"blk.{il}.attn_output")
 
     def feed_forward(self, x: Node, il: int) -> Node:
         """Return a dense part, or experts that read and write a latent space beside shared ones that do not."""
         blocks, prefix = self.blocks, f"blk.{il}.ffn_"
         if not blocks.has(f"{prefix}gate_inp.weight"):
             return self._dense(x, prefix, "")
-        inner = blocks.project(x, f"{prefix}routed_down") if blocks.has(f"{prefix}routed_down.weight") else x
+        inner = blocks.product(x, f"{prefix}routed_down") if blocks.has(f"{prefix}routed_down.weight") else x
         chosen, weights = route(blocks, inner, il, _HEADER_MOE, self.settings, router_scores(blocks, x, il))
         routed = mixed(blocks, inner, il, _HEADER_MOE, chosen, weights, activate=self._situ)
         if blocks.has(f"{prefix}routed_norm.weight"):
             routed = blocks.norm(routed, f"{prefix}routed_norm", il)
         if blocks.has(f"{prefix}routed_up.weight"):
-            routed = blocks.project(routed, f"{prefix}routed_up")
+            routed = blocks.product(routed, f"{prefix}routed_up")
         if not blocks.has(f"{prefix}gate_shexp.weight"):
             return routed
         return self.graph.same("add", routed, self._dense(x, prefix, "_shexp"))
 
     def _dense(self, x: Node, prefix: str, suffix: str) -> Node:
         blocks = self.blocks
-        gate, up = blocks.project(x, f"{prefix}gate{suffix}"), blocks.project(x, f"{prefix}up{suffix}")
-        return blocks.project(self._situ(gate, up), f"{prefix}down{suffix}")
+        gate, up = blocks.product(x, f"{prefix}gate{suffix}"), blocks.product(x, f"{prefix}up{suffix}")
+        return blocks.product(self._situ(gate, up), f"{prefix}down{suffix}")
 
     def _situ(self, gate: Node | None, up: Node) -> Node:
         """Return a gated activation that levels off on both sides (``LLM_FFN_SITU``)."""

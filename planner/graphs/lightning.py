@@ -41,7 +41,7 @@ class LightningDecoder(RecurrentDecoder):
         self.states(self.state_cache(self.hparams.n_embd_r, il))
         slope = graph.same("scale", self._slopes)
         x = graph.reshape(x, x.ne[0], self.n_seq_tokens, 1, self.n_seqs)
-        fused = graph.same("unary", blocks.project(x, f"{prefix}attn_qkv"))
+        fused = graph.same("unary", blocks.project(x, f"{prefix}attn_qkv", scaled=False))
         fused = graph.reshape(fused, 3 * head, n_head, *tail)
         q, k, v = (graph.view(fused, (head, n_head, *tail), fused.nb[1:]) for _ in range(3))
         cache = self.state_cache(self.hparams.n_embd_s, il)
@@ -57,7 +57,7 @@ class LightningDecoder(RecurrentDecoder):
         out = graph.reshape(out, out.ne[0] * out.ne[1], out.ne[2], 1, out.ne[3])
         gate = graph.same("unary", blocks.project(x, f"{prefix}attn_gate"))
         out = graph.same("mul", gate, blocks.norm(out, f"{prefix}attn_norm_2", il))
-        out = blocks.project(out, f"{prefix}attn_output")
+        out = blocks.project(out, f"{prefix}attn_output", scaled=False)
         return graph.reshape(out, out.ne[0], self.n_seq_tokens * self.n_seqs)
 
     def _of_states(self, q: Node, old: Node) -> Node:

@@ -6,6 +6,7 @@ that llama.cpp reserves memory for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,21 @@ from planner.model import HParams, Tensor
 # Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
 # (src/llama-context.cpp, graph_get_cb).
 PIN_BELOW_TOKENS: Final = 32
+
+# Whose feed-forward parts read scales where the file has them, and whose shared experts (src/models, build_ffn).
+_FFN_SCALES: Final = """
+    bitnet cohere2 cohere2moe deepseek32 dots3note gemma4 glm-dsa hy_v3 llama llama-embed mistral3 nanbeige nemotron_h
+    nemotron_h_moe qwen3 qwen35
+"""
+_SHARED_SCALES: Final = """
+    cohere2moe deepseek32 dots3note glm-dsa hy_v3 nemotron_h nemotron_h_moe qwen35moe qwen3next qwen4exp
+"""
+_READ_FFN_SCALES: Final = frozenset(_FFN_SCALES.split())
+_READ_SHARED_SCALES: Final = frozenset(_SHARED_SCALES.split())
+
+# Who reads biases of query, key and value only, whatever the file has.
+_READ_FEW_BIASES: Final = frozenset({"ernie4_5", "ernie4_5-moe", "llada", "refact"})
+_QKV: Final = re.compile(r"attn_(?:q|k|v|qkv)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,10 @@ class Parts:
             product = graph.same("add", product, graph.same("scale", graph.mul_mat(b, graph.mul_mat(a, x))))
         return product
 
+    def product(self, x: Node, name: str) -> Node:
+        """Return a plain product with a weight, which neither scales nor adapters change (``ggml_mul_mat``)."""
+        return self.graph.mul_mat(self.needed(f"{name}.weight"), x)
+
     def project_chosen(self, x: Node, name: str, chosen: Node, *, scaled: bool) -> Node:
         """Return the products with the weights of the chosen experts (``build_lora_mm_id``)."""
         graph = self.graph
@@ -182,8 +202,9 @@ class Parts:
                 yield nodes[0], nodes[1]
 
     def biased(self, x: Node, name: str) -> Node:
-        """Return the tensor with a bias added, where the file has one."""
-        bias = self.weight(f"{name}.bias")
+        """Return the tensor with a bias added, where the file has one and it is read."""
+        few = self.hparams.architecture in _READ_FEW_BIASES
+        bias = None if few and not _QKV.search(name) else self.weight(f"{name}.bias")
         return self.graph.same("add", x, bias) if bias else x
 
     def qkv(
@@ -227,13 +248,19 @@ class Parts:
         home = self.places.layers[il]
         return self.weight("rope_freqs.weight", home) or self.weight("rope_factors_long.weight", home)
 
-    def gated_ffn(self, x: Node, il: int, suffix: str = "", *, limited: bool = False, scaled: bool = True) -> Node:
+    def gated_ffn(self, x: Node, il: int, suffix: str = "", *, limited: bool = False) -> Node:
         """Return a feed-forward part with gate and up in parallel (``build_ffn``, LLM_FFN_PAR)."""
         prefix = f"blk.{il}.ffn_"
-        up = self.biased(self.project(x, f"{prefix}up{suffix}", scaled=scaled), f"{prefix}up{suffix}")
-        gate = self.biased(self.project(x, f"{prefix}gate{suffix}", scaled=scaled), f"{prefix}gate{suffix}")
-        hidden = self.activated(gate, up, limited=limited)
-        return self.biased(self.project(hidden, f"{prefix}down{suffix}", scaled=scaled), f"{prefix}down{suffix}")
+        up = self._ffn_product(x, f"{prefix}up{suffix}")
+        gate = self._ffn_product(x, f"{prefix}gate{suffix}")
+        return self._ffn_product(self.activated(gate, up, limited=limited), f"{prefix}down{suffix}")
+
+    def _ffn_product(self, x: Node, name: str) -> Node:
+        """Return a feed-forward part's product: shifted and then scaled, where the file says so and it is read."""
+        product = self.biased(self.project(x, name, scaled=False), name)
+        readers = _READ_SHARED_SCALES if name.endswith("_shexp") else _READ_FFN_SCALES
+        scale = self.weight(f"{name}.scale") if self.hparams.architecture in readers else None
+        return self.graph.same("mul", product, scale) if scale else product
 
     def activated(self, gate: Node | None, up: Node, *, limited: bool = False) -> Node:
         """Return a gated activation, with both sides clamped where limited, or a plain one where there is no gate."""
@@ -247,9 +274,9 @@ class Parts:
     def sequential_ffn(self, x: Node, il: int, activations: tuple[str, ...]) -> Node:
         """Return a feed-forward part without a gate of its own: up, activation, divided where the file says, down."""
         prefix = f"blk.{il}.ffn_"
-        x = self.biased(self.project(x, f"{prefix}up"), f"{prefix}up")
+        x = self._ffn_product(x, f"{prefix}up")
         for op in activations:
             x = self.graph.glu(x) if op == "glu" else self.graph.same(op, x)
         if divisors := self.weight(f"blk.{il}.ffn.act.scales"):
             x = self.graph.same("div", x, divisors)
-        return self.biased(self.project(x, f"{prefix}down"), f"{prefix}down")
+        return self._ffn_product(x, f"{prefix}down")

@@ -102,9 +102,9 @@ class PoolSparseDecoder(FusedHyperDecoder, BoundedDeltaAttentionDecoder):
         """Return a feed-forward part, whose scales are not read."""
         blocks = self.blocks
         if il < self.settings.number("leading_dense_block_count"):
-            return blocks.gated_ffn(x, il, scaled=False)
+            return blocks.gated_ffn(x, il)
         routed = moe(blocks, x, il, _MOE, self.settings)
-        return self.graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp", scaled=False))
+        return self.graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp"))
 
     def _sparse_attention(self, x: Node, il: int) -> Node:
         """Return latent attention without positions over what the indexer chose (``build_dsa_layer``)."""

@@ -106,7 +106,7 @@ class Plamo2Decoder(Mamba2Decoder):
         graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.ssm_"
         n_head, tail, d_state = self.dt_rank, (self.n_seq_tokens, self.n_seqs), self.d_state
         head, d_inner = self.d_inner // n_head, self.d_inner
-        both = blocks.project(graph.reshape(x, x.ne[0], *tail), f"{prefix}in")
+        both = blocks.project(graph.reshape(x, x.ne[0], *tail), f"{prefix}in", scaled=False)
         both = graph.cont(graph.permute_heads(both), 2 * head, n_head, *tail)
         z, x = (graph.view(both, (head, n_head, *tail), both.nb[1:]) for _ in range(2))
         kernel = blocks.needed(f"{prefix}conv1d.weight")
@@ -125,7 +125,7 @@ class Plamo2Decoder(Mamba2Decoder):
         y = graph.view(self._scanned(x, dt, b, c, il), x.ne, x.nb[1:])
         direct = graph.same("mul", x, graph.reshape(blocks.needed(f"{prefix}d"), 1, n_head))
         y = graph.glu(graph.cont(z), graph.same("add", y, direct))
-        out = blocks.project(graph.view(y, (d_inner, *tail), y.nb[2:4]), f"{prefix}out")
+        out = blocks.project(graph.view(y, (d_inner, *tail), y.nb[2:4]), f"{prefix}out", scaled=False)
         return graph.reshape(out, out.ne[0], self.n_seq_tokens * self.n_seqs)
 
     def decay(self, il: int) -> Node:

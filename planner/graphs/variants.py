@@ -71,6 +71,11 @@ class TalkieDecoder(Decoder):
             "add", x, graph.same("mul", skipped, self.blocks.needed(f"blk.{il}.layer_output_scale.weight"))
         )
 
+    def feed_forward(self, x: Node, il: int) -> Node:
+        """Return a feed-forward part, its result scaled where the file says so."""
+        x, scale = super().feed_forward(x, il), self.blocks.weight(f"blk.{il}.ffn_down.scale")
+        return self.graph.same("mul", x, scale) if scale else x
+
     def normed_heads(self, q: Node, k: Node, prefix: str, il: int, *, skip: bool) -> tuple[Node, Node]:
         """Return query and key with each head normalized, the key without weights."""
         del skip
@@ -152,7 +157,8 @@ class OpenElmDecoder(Decoder):
         """Return query, key and value."""
         graph, blocks, hparams, prefix = self.graph, self.blocks, self.hparams, f"blk.{il}.attn_"
         head, n_head, n_kv, n_tokens = hparams.head_k, hparams.n_head[il], hparams.n_head_kv[il], x.ne[1]
-        fused = graph.reshape(blocks.project(x, f"{prefix}qkv"), head, n_head + 2 * n_kv, n_tokens)
+        fused = blocks.project(x, f"{prefix}qkv", scaled=False)
+        fused = graph.reshape(fused, head, n_head + 2 * n_kv, n_tokens)
         q, k, v = (graph.view(fused, (head, n, n_tokens), fused.nb[1:3]) for n in (n_head, n_kv, n_kv))
         return *self.turned(*self.normed_heads(q, k, prefix, il, skip=False), il), v
 
