@@ -117,7 +117,7 @@ def create(folder: StoreFolder, name: ModelName, made: Recipe, tell: Callable[[P
         layers = (*layers, _new(folder, manifests.LICENSE, text, tell))
     facts = building.facts_of(folder, layers)
     config = building.config_layer(folder, facts, layers, for_ollama)
-    for line in not_heeded(for_ollama, facts.metadata):
+    for line in not_heeded(listing.read_preset(folder, layers, config), facts.metadata):
         tell(Progress(line))
     tell(Progress("writing manifest"))
     return writing.write_manifest(folder, name, manifests.build(layers, config))
@@ -138,7 +138,7 @@ def _base(
     for layer in manifest.layers:
         tell(Progress(f"using existing layer {layer.digest}"))
     layers = tuple(replace(one, parent=shown) if one.kind == manifests.MODEL else one for one in manifest.layers)
-    inherited = listing.read_for_ollama(folder, manifest)
+    inherited = listing.read_preset(folder, manifest.layers, manifest.config).for_ollama
     if made.template:
         inherited = {name: value for name, value in inherited.items() if name not in FORMS}
     return layers, {**inherited, **made.for_ollama}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -61,9 +60,7 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
         facts = read(str(model))
         _check_parts(facts, manifest)
         projected = read(str(projector)) if projector is not None else None
-        preset = replace(
-            read_preset(folder, manifest.layers), for_ollama=MappingProxyType(read_for_ollama(folder, manifest))
-        )
+        preset = read_preset(folder, manifest.layers, manifest.config)
     except (_Unfit, PlannerError) as error:
         return ModelEntry(model_id, str(path), size_bytes, problem=str(error), **known)
     return described(
@@ -111,8 +108,11 @@ def _missing(path: Path, blob: Layer) -> str | None:
     return None
 
 
-def read_preset(folder: StoreFolder, layers: tuple[Layer, ...]) -> Preset:
-    """Return what the small ones among these layers say; one that cannot be understood counts as not there."""
+def read_preset(folder: StoreFolder, layers: tuple[Layer, ...], config: Layer | None = None) -> Preset:
+    """Return what the small ones among these layers say; one that cannot be understood counts as not there.
+
+    ``config`` is the model's description, which says what Ollama's own service alone heeds.
+    """
 
     def texts(*kinds: str) -> list[str]:
         found = (_text(folder, layer) for layer in layers if layer.kind in kinds)
@@ -123,6 +123,7 @@ def read_preset(folder: StoreFolder, layers: tuple[Layer, ...]) -> Preset:
 
     parameters = _json(last(manifests.PARAMS), dict)
     messages = _json(last(manifests.MESSAGES), list)
+    description = _json(None if config is None else _text(folder, config), dict) or {}
     return Preset(
         template=last(manifests.TEMPLATE, manifests.PROMPT),
         system=last(manifests.SYSTEM),
@@ -130,14 +131,10 @@ def read_preset(folder: StoreFolder, layers: tuple[Layer, ...]) -> Preset:
         messages=tuple(_message(one) for one in messages or () if isinstance(one, dict)),
         licenses=tuple(texts(manifests.LICENSE)),
         parent=next((layer.parent for layer in layers if layer.kind == manifests.MODEL), None),
+        for_ollama=MappingProxyType(
+            {name: value for name in FOR_OLLAMA if isinstance(value := description.get(name), str) and value}
+        ),
     )
-
-
-def read_for_ollama(folder: StoreFolder, manifest: Manifest) -> dict[str, str]:
-    """Return what the model's description says to Ollama's own service alone."""
-    config = None if manifest.config is None else _text(folder, manifest.config)
-    document = _json(config, dict) or {}
-    return {name: value for name in FOR_OLLAMA if isinstance(value := document.get(name), str) and value}
 
 
 def _message(entry: Mapping[str, Any]) -> Mapping[str, str]:

@@ -53,11 +53,9 @@ def _keep(folder: StoreFolder, name: ModelName, manifest: Manifest) -> set[str]:
 
 
 def _not_heeded(folder: StoreFolder, manifest: Manifest) -> tuple[str, ...]:
-    """Return a line for each thing that the model says to Ollama alone; nothing of a model that cannot be read."""
-    for_ollama = listing.read_for_ollama(folder, manifest)
-    if not for_ollama:
-        return ()
+    """Return a line for each thing that is not heeded; none of a model that cannot be read."""
+    preset = listing.read_preset(folder, manifest.layers, manifest.config)
     with suppress(PlannerError):
         header = read_attachment(str(folder.blob(manifest.of_kind(manifests.MODEL)[0].digest)))
-        return tuple(not_heeded(for_ollama, header.metadata))
+        return tuple(not_heeded(preset, header.metadata))
     return ()

@@ -28,8 +28,8 @@ from supervisor.gateway.errors import RunnerLost, Unauthorized
 from supervisor.gateway.ollama import models
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader, Piece, call_json
 from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused, ollama_answer_to
-from supervisor.gateway.ollama.go_nodes import TemplateError
 from supervisor.gateway.ollama.names import human_number, shown
+from supervisor.go_template.nodes import TemplateError
 from supervisor.store_api import BadCreate, NotInStore, RegistryFailed, StoreFull
 
 MODEL = ModelView(

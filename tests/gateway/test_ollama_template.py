@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from supervisor.gateway.ollama.fields import Fields
-from supervisor.gateway.ollama.go_nodes import TemplateError
-from supervisor.gateway.ollama.go_syntax import MAX_TEMPLATE_CHARS
 from supervisor.gateway.ollama.messages import Message, read_messages
 from supervisor.gateway.ollama.template import read_template
+from supervisor.go_template.nodes import TemplateError
+from supervisor.go_template.syntax import MAX_TEMPLATE_CHARS
 
 GOLDEN: Any = json.loads((Path(__file__).parents[2] / "fixtures/golden/ollama_templates.json").read_text())
 HELLO = (Message("user", "hello"),)

@@ -1,4 +1,4 @@
-"""What a model says to Ollama's own service alone: kept with it, and told to whoever brings such a model in."""
+"""What a model says that is not heeded, to Ollama's own service alone mostly: kept, and told to who brings it in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def test_it_is_kept_and_told_in_a_line_each_where_a_modelfile_or_a_request
     text = f"FROM {digest}\nRENDERER looks\nPARSER reads\nREQUIRES 0.30.0"
     forms, requires = not_heeded(await said(store.create(CreateRequest("own", modelfile=text))))
     assert "RENDERER looks and PARSER reads, which is code within Ollama" in forms
-    assert "the chat template in the model's header is applied instead" in forms
+    assert "TEMPLATE beside it; the chat template in the model's header is applied instead" in forms
     assert "REQUIRES 0.30.0, which is a version of Ollama" in requires
     assert preset(folder, "own:latest").for_ollama == {**BOTH, "requires": "0.30.0"}
     (told,) = not_heeded(await said(store.create(CreateRequest("own", files={"x": digest}, for_ollama=BOTH))))
@@ -67,6 +67,16 @@ async def test_a_child_inherits_it_and_a_template_of_its_own_takes_the_place_of_
     await said(store.create(CreateRequest("child", parent="parent:1", template="<{{ .Prompt }}>")))
     assert preset(folder, "child:latest").for_ollama == {"requires": "0.30.0"}
     assert preset(folder, "child:latest").spoken_template == "<{{ .Prompt }}>"
+
+
+async def test_a_template_that_cannot_be_used_is_told_with_the_reason(
+    gguf: bytes, store: ModelStore, folder: StoreFolder
+) -> None:
+    digest = put_blob(folder.root, gguf)
+    spec = CreateRequest("own", files={"x": digest}, template="{{ toTypeScriptType .Prompt }}")
+    (told,) = not_heeded(await said(store.create(spec)))
+    assert "TEMPLATE, which cannot be used ('toTypeScriptType' is not known" in told
+    assert "the model's header is applied instead" in told
 
 
 async def test_it_is_told_of_a_model_that_is_pulled(

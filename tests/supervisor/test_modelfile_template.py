@@ -102,6 +102,15 @@ def test_what_a_chat_asks_of_its_answers_form_holds(client: openai.OpenAI) -> No
     assert len(several.choices[0].logprobs.content or ()) == 3
 
 
+def test_a_template_of_the_requests_own_that_cannot_be_used_is_refused(service: Service) -> None:
+    """Under Ollama's API, which alone takes one: nobody wants an answer to another prompt than asked for."""
+    for asked in ({"prompt": "hello"}, {"prompt": "hello", "suffix": "x"}):
+        body = {"model": "plain", "template": "{{ .Prompt", "stream": False, **asked}
+        answer = service.request("POST", "/api/generate", body)
+        assert answer.status == 500
+        assert json.loads(answer.read()) == {"error": "template: an action is not closed"}
+
+
 def test_texts_in_parts_and_developers_are_read(client: openai.OpenAI) -> None:
     parts: Any = [
         {"role": "developer", "content": "hello"},

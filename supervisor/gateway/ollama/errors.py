@@ -23,7 +23,7 @@ from supervisor.api import (
     ShuttingDown,
 )
 from supervisor.gateway.errors import ErrorAnswer, RequestError, RunnerLost, answer_to
-from supervisor.gateway.ollama.go_nodes import TemplateError
+from supervisor.go_template.nodes import TemplateError
 from supervisor.store_api import BadCreate, BadModelName, NotInStore, StoreError
 
 # Where these paths begin, Ollama's clients ask.

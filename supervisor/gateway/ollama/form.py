@@ -18,10 +18,10 @@ from supervisor.api import ModelView
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
 from supervisor.gateway.ollama.chat import Common, chat_body
 from supervisor.gateway.ollama.generate import GenerateRequest, completion_body
-from supervisor.gateway.ollama.go_nodes import TemplateError
 from supervisor.gateway.ollama.messages import ASSISTANT, Message
 from supervisor.gateway.ollama.runner import Runner
 from supervisor.gateway.ollama.template import Template, read_template
+from supervisor.go_template.nodes import TemplateError
 
 CHAT_PATH: Final = "/v1/chat/completions"
 COMPLETION_PATH: Final = "/completion"
@@ -154,7 +154,8 @@ async def written_by_modelfile(
 ) -> tuple[Template, str] | None:
     """Return the Modelfile's template and the conversation in it; None where the header's is to be applied.
 
-    A template that cannot be used is logged. ``own`` is as in ``form_of``.
+    A Modelfile's template that cannot be used is logged. ``own`` is as in ``form_of``; for that ``TemplateError`` is
+    raised.
     """
     wanted = own or model.preset.spoken_template
     if not wanted or any(one.images for one in messages):
@@ -165,6 +166,8 @@ async def written_by_modelfile(
         template = read_template(wanted)
         return template, await to_thread.run_sync(partial(template.conversation, messages, think=think))
     except TemplateError as error:
+        if own:
+            raise
         _log_unusable(model, error)
         return None
 
@@ -178,6 +181,8 @@ async def inserted_text(model: ModelView, asked: GenerateRequest) -> str | None:
             return None
         return await to_thread.run_sync(template.infill, asked.prompt, asked.suffix)
     except TemplateError as error:
+        if asked.template:
+            raise
         _log_unusable(model, error)
         return None
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_nodes import DOT, Branch, Lookup, Node, Pipeline, Tree, fields_of
-from supervisor.gateway.ollama.go_render import Budget, render
-from supervisor.gateway.ollama.go_syntax import parse
-from supervisor.gateway.ollama.go_values import Record
 from supervisor.gateway.ollama.messages import ASSISTANT, SYSTEM, TOOL, USER, Message
+from supervisor.go_template.nodes import DOT, Branch, Lookup, Node, Pipeline, Tree, fields_of
+from supervisor.go_template.rendering import Budget, render
+from supervisor.go_template.syntax import parse
+from supervisor.go_template.values import Record
 
 RESPONSE: Final = "Response"
 

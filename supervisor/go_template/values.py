@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_nodes import TemplateError
+from supervisor.go_template.nodes import TemplateError
 
 _VERB: Final = re.compile(r"%([svdq%])")
 

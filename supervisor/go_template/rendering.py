@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any, Final
 
-from supervisor.gateway.ollama.go_nodes import (
+from supervisor.go_template.nodes import (
     DOT,
     Branch,
     Call,
@@ -23,7 +23,7 @@ from supervisor.gateway.ollama.go_nodes import (
     Text,
     Tree,
 )
-from supervisor.gateway.ollama.go_values import FUNCTIONS, below, is_true, pairs, written
+from supervisor.go_template.values import FUNCTIONS, below, is_true, pairs, written
 
 # A conversation of a million tokens is a few megabytes; a template that makes more of it goes round in circles.
 MAX_OUTPUT_CHARS: Final = 64 << 20

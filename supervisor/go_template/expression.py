@@ -6,7 +6,7 @@ import json
 import re
 from typing import Final
 
-from supervisor.gateway.ollama.go_nodes import DOT, Call, Literal, Lookup, Operand, Pipeline, TemplateError
+from supervisor.go_template.nodes import DOT, Call, Literal, Lookup, Operand, Pipeline, TemplateError
 
 MAX_DEPTH: Final = 64  # of parentheses; deeper than this is none that anybody wrote
 

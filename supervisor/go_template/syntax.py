@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from supervisor.gateway.ollama.go_expression import MAX_DEPTH, Expression, unquoted
-from supervisor.gateway.ollama.go_nodes import (
+from supervisor.go_template.expression import MAX_DEPTH, Expression, unquoted
+from supervisor.go_template.nodes import (
     Branch,
     Invocation,
     Jump,

@@ -1,0 +1,1 @@
+"""Go templates, as Modelfiles use them: read and rendered."""
