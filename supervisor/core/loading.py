@@ -5,7 +5,8 @@ A load's way, as numbered cases:
 1. Its model is asked for, or missed (it crashed in use, or is preloaded), and it has no child, or one that was loaded
    for less than is asked: queued. The oldest load is planned first.
 2. llama.cpp or the file rules it out, or it never fits: everybody who waits for it is refused. One that ran out of
-   memory and does not fit with the margins that it needs since has failed.
+   memory and does not fit with the margins that it needs since has failed. One that does not fit beside pinned runners
+   waits for those that load: what they take is not known before.
 3. It fits as well as it would without its neighbours: launched; what it takes is promised from then on. Where it shares
    a device with a load in progress, it waits for that and is planned again: no driver tells how much of what was
    promised to the other it shows already.
@@ -73,16 +74,24 @@ def planned(pool: Pool, event: Planned, now: float) -> Outcome:
             return _launch(pool, load, plan, now)
         case MakeRoom() as room:
             return _want_room(pool, load, room, now), ()
-        case DoesNotFit() if pool.runner(load.model).margins and pool.runner(load.model).state is RunnerState.STOPPED:
-            runner = pool.runner(load.model)
-            return step_runner(pool.without_load(load.model), NoRoomLeft(runner.model, runner.generation), now)
         case DoesNotFit() as no_fit:
-            return give_up(pool, load, _cannot_fit(pool, load.model, no_fit, now))
+            return _has_no_room(pool, load, no_fit, now)
         case PlanProblem(reason=reason, ours=ours):
             kind = RefusalKind.PLANNER_FAILED if ours else RefusalKind.BAD_MODEL
             return give_up(pool, load, Refusal(kind, f"{load.model}: {reason}"))
         case _:
             assert_never(event.outcome)
+
+
+def _has_no_room(pool: Pool, load: Load, no_fit: DoesNotFit, now: float) -> Outcome:
+    """Case 2."""
+    runner = pool.runner(load.model)
+    if runner.margins and runner.state is RunnerState.STOPPED:
+        return step_runner(pool.without_load(load.model), NoRoomLeft(runner.model, runner.generation), now)
+    pinned = frozenset(one.model for one in pool.loading if pool.settings_of(one.model).pinned)
+    if pinned and not no_fit.never:
+        return pool.with_load(load, phase=LoadPhase.WAITING, victims=frozenset(), behind=pinned), ()
+    return give_up(pool, load, _cannot_fit(pool, load.model, no_fit, now))
 
 
 def refuse_late(pool: Pool, now: float) -> Outcome:

@@ -321,6 +321,22 @@ def test_so_many_have_to_go_as_max_loaded_models_says_and_those_that_leave_count
     assert bench.one(PlanModel).surplus == 0
 
 
+def test_nobody_is_refused_for_a_pinned_model_s_sake_before_that_is_loaded_and_known_to_leave_too_little() -> None:
+    """What is promised to it comes off what its driver shows, of which it has taken a part already."""
+    no_room = DoesNotFit("Does not fit; a may not go for it", never=False)
+    bench = Bench(MANY)
+    bench.post(SettingsChanged({A: ModelSettings(pinned=True)}))
+    bench.arrive(A)
+    bench.answer(make_plan())
+    waiting = bench.arrive(B)
+    bench.answer(no_room)
+    assert refusals(bench.commands) == []
+    bench.finish_load(A)
+    assert bench.one(PlanModel).model == B
+    bench.answer(no_room)
+    assert refusals(bench.commands) == [(waiting, RefusalKind.CANNOT_FIT)]
+
+
 def test_memory_is_yielded_by_the_cheapest_idle_runners_and_given_to_no_load_for_a_while() -> None:
     """The long idle one goes, not the one on another device nor the one in use."""
     bench = Bench(MANY)
