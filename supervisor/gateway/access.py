@@ -29,7 +29,7 @@ from supervisor.api import (
 )
 from supervisor.gateway.errors import NotPermitted, Unauthorized
 
-SHARED: Final = "shared key"  # the name of whoever holds a key of API_KEYS, which have none
+SHARED: Final = "shared key"  # how the names begin of those who hold a key of API_KEYS, which have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,15 @@ class Clients:
     def replace(self, named: Mapping[str, Client]) -> None:
         """Let these clients in, and no others but the holders of API_KEYS; requests in work go on."""
         self.named = named
-        self._by_hash = {hash_of(key): Caller(SHARED, ANYBODY) for key in self.api_keys}
+        shared = enumerate(self.api_keys, start=1)
+        self._by_hash = {hash_of(key): Caller(f"{SHARED} {number}", ANYBODY) for number, key in shared}
         self._by_hash |= {client.hash: Caller(name, client) for name, client in named.items()}
         self.needed |= bool(self._by_hash)
 
     def identify(self, headers: Mapping[str, str], remote: str | None) -> Caller:
         """Return who sent these headers from this address. Raises ``Unauthorized``.
 
-        A key comes as a bearer token or in ``X-Api-Key``.
+        A key comes as a bearer token or in ``X-Api-Key``. Those who share a key of API_KEYS are told apart by address.
         """
         if not self.needed:
             return Caller(remote or "", ANYBODY)
@@ -86,7 +87,8 @@ class Clients:
             raise Unauthorized("an API key is needed: send it as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'")
         for key in sent:
             if (caller := self._by_hash.get(hash_of(key))) is not None:
-                return caller
+                is_shared = caller.client is ANYBODY
+                return replace(caller, name=f"{caller.name} from {remote}") if is_shared and remote else caller
         raise Unauthorized("this API key is not one of this service's")
 
     @contextmanager

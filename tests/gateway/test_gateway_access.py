@@ -153,6 +153,18 @@ async def test_without_keys_clients_are_told_apart_by_their_address(
     assert [need.client for need in runtime.needs] == ["127.0.0.1"]
 
 
+async def test_clients_with_keys_that_have_no_name_are_told_apart_by_key_and_address(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime, chat_server: LlamaServer
+) -> None:
+    url = await serve([chat_server], api_keys=("sk-office", "sk-home"), clients=phone())
+    for key in ("sk-office", "sk-home", KEY):
+        headers = {"Authorization": f"Bearer {key}"}
+        async with http.post(url + COMPLETIONS, json=chat(chat_server.model), headers=headers) as answer:
+            assert answer.status == 200
+    office, home, named = (need.client for need in runtime.needs)
+    assert (office, home, named) == ("shared key 1 from 127.0.0.1", "shared key 2 from 127.0.0.1", "phone")
+
+
 async def test_runners_are_unloaded_reset_and_looked_into(
     serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
 ) -> None:
