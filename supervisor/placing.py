@@ -113,6 +113,14 @@ class Placing:
 
     def outcome(self) -> PlanOutcome:
         """Return the plan to launch, who has to go first, or why neither will do."""
+        found = self._chosen()
+        if isinstance(found, DoesNotFit) and self.question.caps:
+            uncapped = replace(self, question=replace(self.question, caps=()))
+            if not isinstance(uncapped.outcome(), DoesNotFit):
+                return replace(found, never=False, yielded=True)
+        return found
+
+    def _chosen(self) -> PlanOutcome:
         others = [self._with_all(one) for one in self.question.neighbours if one.model != self.question.model]
         machine, policy = self._beside(frozenset())
         available = budget.budgets(machine, policy).by_name

@@ -86,7 +86,7 @@ def planned(pool: Pool, event: Planned, now: float) -> Outcome:
 def _has_no_room(pool: Pool, load: Load, no_fit: DoesNotFit, now: float) -> Outcome:
     """Case 2."""
     runner = pool.runner(load.model)
-    if runner.margins and runner.state is RunnerState.STOPPED:
+    if no_fit.never and runner.margins and runner.state is RunnerState.STOPPED:
         return step_runner(pool.without_load(load.model), NoRoomLeft(runner.model, runner.generation), now)
     pinned = frozenset(one.model for one in pool.loading if pool.settings_of(one.model).pinned)
     if pinned and not no_fit.never:
@@ -242,7 +242,7 @@ def _is_passing(runner: Runner) -> bool:
 
 def _cannot_fit(pool: Pool, model: ModelId, no_fit: DoesNotFit, now: float) -> Refusal:
     message, retry_after_s = f"{model}: {no_fit.headline}", None
-    if pool.yields:
+    if no_fit.yielded and pool.yields:
         message += "; memory is another program's for now (planner yield)"
         retry_after_s = max(1.0, min(one.until for one in pool.yields) - now)
     elif not no_fit.never:

@@ -152,11 +152,15 @@ class MakeRoom:
 
 @dataclass(frozen=True, slots=True)
 class DoesNotFit:
-    """No placement fits. ``headline`` is one sentence that says so; ``never``: not on an empty machine either."""
+    """No placement fits. ``headline`` is one sentence that says so; ``never``: not on an empty machine either.
+
+    ``yielded``: it would, were it not for memory that is another program's for now.
+    """
 
     headline: str
     causes: tuple[Shortfall, ...] = ()
     never: bool = True
+    yielded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -351,11 +351,20 @@ def test_memory_is_yielded_by_the_cheapest_idle_runners_and_given_to_no_load_for
     bench.exit(A)
     bench.arrive(A)
     assert bench.one(PlanModel).caps == (Cap(CUDA0, 23),)
-    bench.answer(DoesNotFit("Does not fit"))
+    bench.answer(DoesNotFit("Does not fit", never=False, yielded=True))
     assert bench.one(Reject).refusal.retry_after_s == 70.0
     bench.wait(70.0)
     bench.arrive(A)
     assert bench.one(PlanModel).caps == ()
+
+
+def test_what_never_fits_is_refused_for_good_though_memory_is_another_program_s_for_now() -> None:
+    bench = Bench(MANY)
+    bench.post(YieldRequested(CUDA0, 12, 50, until=100.0))
+    bench.arrive(A)
+    bench.answer(DoesNotFit("Does not fit"))
+    refusal = bench.one(Reject).refusal
+    assert (refusal.retry_after_s, refusal.message) == (None, "a: Does not fit")
 
 
 def test_a_plan_that_was_being_made_when_memory_was_yielded_is_made_again() -> None:

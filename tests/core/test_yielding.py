@@ -33,7 +33,7 @@ def test_a_runner_in_use_takes_no_new_request_goes_when_it_has_finished_and_is_l
     assert bench.one(StopProcess).model == A
     bench.exit(A)
     assert (awaited(bench), bench.one(PlanModel).caps) == ({}, (Cap(CUDA0, 0),))
-    bench.answer(DoesNotFit("Does not fit"))
+    bench.answer(DoesNotFit("Does not fit", never=False, yielded=True))
     assert refusals(bench.commands) == [(late, RefusalKind.CANNOT_FIT)]
     assert bench.one(Reject).refusal.retry_after_s == 100.0
 

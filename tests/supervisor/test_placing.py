@@ -209,6 +209,16 @@ def test_a_cap_on_memory_that_devices_share_holds_for_all_of_them_together(
     assert isinstance(program(below, there, {names[1]: 61}, loading), DoesNotFit)
 
 
+def test_what_would_fit_but_for_memory_that_was_yielded_does_not_fit_for_now_only(question: MakePlan) -> None:
+    yielded = replace(question, caps=(Cap(frozenset({HOST}), 0),))
+    found = outcome(yielded, machine())
+    assert isinstance(found, DoesNotFit), found
+    assert (found.never, found.yielded) == (False, True)
+    found = program(yielded, machine(), {HOST: 8_001})
+    assert isinstance(found, DoesNotFit), found
+    assert (found.never, found.yielded) == (True, False)
+
+
 def test_a_card_that_takes_one_process_is_left_to_the_runner_that_has_it_until_that_has_gone(
     question: MakePlan,
 ) -> None:
