@@ -72,7 +72,7 @@ class OpenAI:
         exchange.model = model = await self._runtime.resolve(wanted.model)
         view = self._runtime.model(model)
         role = PASSED_THROUGH[request.path] or view.role
-        need = replace(need, load=loaded_by(view.preset, need.load))
+        need = replace(need, load=loaded_by(view.preset, need.load, role))
         acquiring = self._runtime.acquire(model, role, need)
         if wants_progress(request):
             acquiring = progress_told(request, self._runtime, model, acquiring)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from planner.types import Role
 from supervisor.api import LoadOptions, Preset
 from supervisor.gateway.ollama.options import RENAMED, load_options, of_preset
 from supervisor.parameters import SAMPLING
@@ -33,11 +34,11 @@ def is_spoken(preset: Preset) -> bool:
     return bool(preset.system or preset.messages or preset.parameters)
 
 
-def loaded_by(preset: Preset, asked: LoadOptions) -> LoadOptions:
+def loaded_by(preset: Preset, asked: LoadOptions, role: Role) -> LoadOptions:
     """Return what the load is to be like: as the request wants it, else as the Modelfile."""
     if not preset.parameters:
         return asked
-    own = load_options(of_preset(preset.parameters))
+    own = load_options(of_preset(preset.parameters), role)
     return own if asked.n_ctx is None else replace(own, n_ctx=asked.n_ctx)
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.types import Role
 from supervisor.api import LoadOptions, Preset
 from supervisor.gateway.errors import RequestError
 from supervisor.gateway.ollama import chat, generate
@@ -121,10 +122,19 @@ def test_no_body_is_answered_with_anything_but_a_refusal_or_a_request(body: byte
 
 
 def test_load_options_go_to_the_planner_and_those_that_leave_it_the_choice_are_none() -> None:
-    asked = checked({"num_ctx": 8192.0, "num_gpu": 0, "main_gpu": 1, "num_batch": 256, "use_mmap": False})
-    assert load_options(asked) == LoadOptions(8192, 0, 1, 256, use_mmap=False)
-    assert load_options(checked({"num_gpu": 999, "main_gpu": 0})) == LoadOptions(n_gpu_layers=999, main_gpu=0)
-    assert load_options(checked({"num_ctx": 0, "num_gpu": -1, "main_gpu": -1, "num_batch": None})) == LoadOptions()
+    def load(**asked: object) -> LoadOptions:
+        return load_options(checked(asked), Role.CHAT)
+
+    assert load(num_ctx=8192.0, num_gpu=0, main_gpu=1, num_batch=256, use_mmap=False) == LoadOptions(
+        8192, 0, 1, 256, use_mmap=False
+    )
+    assert load(num_gpu=999, main_gpu=0) == LoadOptions(n_gpu_layers=999, main_gpu=0)
+    assert load(num_ctx=0, num_gpu=-1, main_gpu=-1, num_batch=None) == LoadOptions()
+
+
+def test_a_batch_is_as_large_as_llama_server_needs_it_and_cuts_no_text_that_is_embedded() -> None:
+    assert load_options({"num_batch": 1}, Role.CHAT).n_batch == 2
+    assert load_options({"num_batch": 1}, Role.EMBEDDING).n_batch is None
 
 
 def test_sampling_options_have_ollamas_defaults_and_llama_servers_names() -> None:

@@ -51,7 +51,7 @@ class Granting:
     ) -> AsyncIterator[Granted]:
         """Wait for a lease on a runner that loads as these options say. Raises an ``AcquireError``."""
         exchange = request[EXCHANGE]
-        need = Need(keep_alive_s=keep_alive_s, load=load_options(options))
+        need = Need(keep_alive_s=keep_alive_s, load=load_options(options, role))
         before_s = exchange.elapsed_s()
         async with self.runtime.acquire(model.id, role, need) as lease:
             load_s = exchange.elapsed_s() - before_s

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 
+from planner.types import Role
 from supervisor.api import LoadOptions
 from supervisor.gateway.errors import BadRequest
 from supervisor.parameters import KINDS, Kind
@@ -41,6 +42,8 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "frequency_penalty": 0.0,
     "stop": (),
 }
+# llama-server's warm-up is a text's beginning and end in one batch (common/common.cpp); with less it aborts.
+LEAST_BATCH: Final = 2
 # What Go's int holds; an infinite number (1e999) is none either.
 MAX_NUMBER: Final = 2**63
 # Where llama-server calls it otherwise (tools/server/server-schema.cpp).
@@ -70,13 +73,17 @@ def of_preset(own: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def load_options(options: Mapping[str, Any]) -> LoadOptions:
-    """Return what these options ask of the load; a value that means "you decide" (num_gpu -1) is None."""
+def load_options(options: Mapping[str, Any], role: Role) -> LoadOptions:
+    """Return what these options ask of the load; a value that means "you decide" (num_gpu -1) is None.
+
+    A model that embeds takes each input in one batch: a smaller one would only cut its inputs short.
+    """
+    n_batch = _positive(options.get("num_batch")) if role is Role.CHAT else None
     return LoadOptions(
         n_ctx=_positive(options.get("num_ctx")),
         n_gpu_layers=_natural(options.get("num_gpu")),
         main_gpu=_natural(options.get("main_gpu")),
-        n_batch=_positive(options.get("num_batch")),
+        n_batch=None if n_batch is None else max(n_batch, LEAST_BATCH),
         use_mmap=options.get("use_mmap"),
     )
 

@@ -1,0 +1,47 @@
+"""What clients of Ollama send that nobody thought of, against the whole service."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_encoders
+import tiny_models
+from running_service import Service, environment, shared
+
+pytestmark = pytest.mark.llama
+
+WORDS = "one two three four five six seven"
+
+
+@pytest.fixture(scope="module")
+def service(llama_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Return one service for all tests of this module."""
+    folder = tmp_path_factory.mktemp("odd-models")
+    tiny_models.write_chat_model(folder / "chat.gguf")
+    tiny_models.write_chat_model(folder / "base.gguf", template="")
+    tiny_encoders.write_embedding_model(folder / "embed.gguf")
+    with shared(environment(os.environ, folder, tmp_path_factory.mktemp("odd"))) as service:
+        yield service
+
+
+def answer(service: Service, path: str, **body: object) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(service.request("POST", path, {"stream": False, **body}).read())
+    return told
+
+
+def test_a_batch_of_one_kills_no_runner(service: Service) -> None:
+    told = answer(service, "/api/generate", model="chat", prompt="hi", options={"num_batch": 1})
+    assert told["response"] == tiny_models.TEXT
+
+
+def test_a_small_batch_cuts_no_text_that_is_embedded(service: Service) -> None:
+    counts = {
+        answer(service, "/api/embed", model="embed", input=WORDS, options=options)["prompt_eval_count"]
+        for options in ({}, {"num_batch": 2})
+    }
+    assert len(counts) == 1
