@@ -62,6 +62,12 @@ def test_one_card_seen_by_two_backends_is_one_device() -> None:
     assert [(device.name, card) for device, card in pairs] == [("CUDA0", ALIKE[0])]
 
 
+def test_a_second_card_of_the_same_name_is_no_second_name_of_the_first() -> None:
+    """Where CUDA shows one of two alike, and no library knows them, Vulkan's second one is the other card."""
+    listed = _listed("CUDA0: NVIDIA X", "Vulkan0: NVIDIA X", "Vulkan1: NVIDIA X")
+    assert [device.name for device, _ in match(listed, [], {})] == ["CUDA0", "Vulkan1"]
+
+
 def test_vulkan_alone_may_use_a_card_of_nvidias() -> None:
     listed = _listed("Vulkan0: NVIDIA GeForce RTX 3090")
     assert match(listed, ALIKE[:1], {}) == ((listed[0], ALIKE[0]),)

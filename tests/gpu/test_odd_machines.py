@@ -291,6 +291,28 @@ def test_an_apu_with_a_small_carve_out_beside_a_card_is_left_out_and_shares_the_
     assert integrated.free_bytes == 32 * GIB, "no more than the host has"
 
 
+@pytest.mark.parametrize(
+    "gtt_gib,meminfo,listed_mib,total_gib,free_gib",
+    [
+        (96, MEMINFO, 98000, 64, 32),
+        (20, MEMINFO, 98000, 20, 16),
+        (96, MEMINFO, 8192, 64, 8),
+        (96, f"{MEMINFO}\nHugePages_Total: 8", 8192, 64, 32),
+    ],
+    ids=["lent more than there is", "lent little", "seen less", "huge pages taken for all memory"],
+)
+def test_an_apu_alone_has_the_least_of_what_is_lent_what_is_there_and_what_llama_server_sees(
+    tmp_path: Path, gtt_gib: int, meminfo: str, listed_mib: int, total_gib: int, free_gib: int
+) -> None:
+    apu = _node(1, 128, 0x600) | _device(128, 512 * MIB, 0, gtt=gtt_gib * GIB, gtt_used=4 * GIB)
+    files: dict[str, str | int] = {"dev/kfd": "", "dev/dri/renderD128": "", "proc/meminfo": meminfo}
+    write_tree(tmp_path / "root", CPU_NODE | apu | files)
+    listed = f"Available devices:\n  ROCm0: AMD Radeon 8060S (98304 MiB, {listed_mib} MiB free)\n"
+    server = write_server(tmp_path / "a", listed, backends=("cpu", "hip"))
+    (device,) = detect(environ_in(tmp_path), llama_server=server, root=tmp_path / "root").machine.devices
+    assert (device.pool, device.total_bytes, device.free_bytes) == (HOST_POOL, total_gib * GIB, free_gib * GIB)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The host
 
