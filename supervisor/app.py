@@ -151,13 +151,15 @@ async def _reload_on_signal(
                 new = operator_files.read(settings)
             except ConfigError as error:
                 _log.error("config.not_reloaded", problems=[str(problem) for problem in error.problems])
+                told = f"not reloaded: {error.problems[0]}"  # the log has the others
             else:
                 clients.replace(new.clients)
                 if files.tls is not None and settings.tls_cert is not None:
                     files.tls.load_cert_chain(settings.tls_cert, settings.tls_key)  # new connections get the new one
                 supervisor.configure(new.models)
                 _log.info("config.reloaded", clients=len(new.clients), models=list(new.models.models))
-            notifier.reloaded()
+                told = f"reloaded, {len(new.models.models)} models have settings of their own"
+            notifier.ready(told)
 
 
 def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptions:

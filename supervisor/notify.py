@@ -27,7 +27,7 @@ class Notifier:
         self.watchdog_interval_s = _watchdog_interval_s(environ)
 
     def ready(self, status: str) -> None:
-        """Say that the service is up."""
+        """Say that the service is up, or that a reload has ended, and in one line how."""
         self._send(f"READY=1\nSTATUS={status}")
 
     def status(self, status: str) -> None:
@@ -43,10 +43,6 @@ class Notifier:
     def reloading(self) -> None:
         """Say that the operator's files are being read again (sd_notify(3): with the time, for Type=notify-reload)."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-
-    def reloaded(self) -> None:
-        """Say that they have been read."""
-        self._send("READY=1")
 
     def stopping(self) -> None:
         """Say that the service winds down."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -292,12 +293,19 @@ def test_who_takes_the_last_key_out_of_the_file_lets_nobody_in(
 def test_a_file_with_a_mistake_changes_nothing_in_a_running_service(
     serve: Serve, planner: Planner, chat_model: Path, tmp_path: Path
 ) -> None:
+    """``systemctl reload`` cannot fail, so ``systemctl status`` says that it did."""
     keys = tmp_path / "keys.toml"
-    service = serve(PLANNER_KEYS_FILE=str(keys), PLANNER_API_KEYS="first")
-    keys.write_text("[clients.laptop]\nhash = 1\n")
-    service.process.send_signal(signal.SIGHUP)
-    (problem,) = service.read_log("config.not_reloaded")["problems"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(WITHIN_S)
+        service = serve(PLANNER_KEYS_FILE=str(keys), PLANNER_API_KEYS="first", NOTIFY_SOCKET=str(tmp_path / "notify"))
+        keys.write_text("[clients.laptop]\nhash = 1\n")
+        service.process.send_signal(signal.SIGHUP)
+        (problem,) = service.read_log("config.not_reloaded")["problems"]
+        heard = [systemd.recv(1000).decode() for _ in range(3)]
     assert "laptop" in problem
+    assert heard[1].startswith("RELOADING=1\n")
+    assert heard[2] == f"READY=1\nSTATUS=not reloaded: {problem}"
     assert planner(service, "list", PLANNER_API_KEYS="first").returncode == 0
 
 
