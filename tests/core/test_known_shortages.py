@@ -14,7 +14,7 @@ from supervisor.core.commands import Learn, PlanModel, StopProcess
 from supervisor.core.events import TimePassed
 from supervisor.core.loglines import Shortage
 from supervisor.core.runner import RunnerState
-from supervisor.core.types import MakeRoom, ModelId, RefusalKind
+from supervisor.core.types import DoesNotFit, MakeRoom, ModelId, RefusalKind
 
 A, B = ModelId("a"), ModelId("b")
 OUT = Shortage("CUDA0")
@@ -51,6 +51,15 @@ def test_a_first_load_that_ran_out_of_memory_succeeds_with_what_the_planner_give
     bench.answer(make_plan(on={"CUDA0": 6}, serves=LoadOptions(n_ctx=32_768)))
     assert granted(bench.finish_load(A)) == [ticket]
     assert [step.step for step in bench.pool.runner(A).remedies] == ["out of memory"]
+
+
+def test_one_that_ran_out_of_memory_and_does_not_fit_for_now_only_has_not_failed() -> None:
+    bench = Bench(ANY)
+    ticket = run_out(bench, LoadOptions())
+    bench.post(TimePassed())
+    bench.answer(DoesNotFit("Does not fit; b may not go for it", never=False))
+    assert refusals(bench.commands) == [(ticket, RefusalKind.CANNOT_FIT)]
+    assert bench.state(A) is RunnerState.STOPPED
 
 
 def test_a_context_that_was_asked_for_is_kept_when_memory_ran_out() -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import psutil
 import pytest
-from rpc_worker import RpcWorker
+from rpc_worker import RpcWorker, start_worker
 from running_service import Serve, Service
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, PoolId
@@ -197,3 +197,19 @@ def test_a_worker_that_still_finishes_with_a_runner_that_has_gone_is_waited_for(
         found = looking.answer(LookAround(Situation(known, {}, {}, {"RPC0": MIB})))
     assert isinstance(found, Surroundings)
     assert found.machine.device("RPC0").usable
+
+
+def test_a_model_is_not_loaded_on_the_other_device_of_a_worker_that_a_runner_has(
+    serve: Serve, chat_model: Path, embedding_model: Path, llama_tools: Path
+) -> None:
+    """It would wait there for as long as that runner lives."""
+    with ExitStack() as stack:
+        worker = start_worker(llama_tools, n_devices=2)
+        stack.callback(worker.stop)
+        service = serve(PLANNER_RPC_SERVERS=f"{worker.endpoint}={DECLARED}")
+        service.chat("tiny-chat", max_tokens=1).read()
+        assert [account(service, name)["usable"] for name in ("RPC0", "RPC1")] == [True, True]
+        asked = {"model": "tiny-embedding", "input": "hello"}
+        assert service.request("POST", "/v1/embeddings", asked).status == 200
+        (runner,) = service.get("/status")["runners"]
+        assert (runner["model"], runner["state"]) == ("tiny-embedding", "ready")
