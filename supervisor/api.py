@@ -321,6 +321,7 @@ class ModelView:
     ``digest`` tells versions of one name apart: the sha256 of a store's manifest, of name, size and time of a file.
     ``capabilities`` are Ollama's words: completion, tools, insert, vision, audio, embedding, thinking.
     ``runner`` is the model under which its runner is listed: itself (empty, too), or another name for the same files.
+    ``has_chat_template``: the header says how a conversation is written; where it does not, llama-server writes ChatML.
     """
 
     id: str
@@ -340,6 +341,7 @@ class ModelView:
     aliases: tuple[str, ...] = ()
     preset: Preset = Preset()
     runner: str = ""
+    has_chat_template: bool = True
 
 
 @dataclass(frozen=True, slots=True)

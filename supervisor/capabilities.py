@@ -8,6 +8,7 @@ from typing import Final
 from planner.model import ModelFacts
 from planner.types import Role
 
+CHAT_TEMPLATE: Final = "tokenizer.chat_template"
 # Keys by which llama.cpp knows a model's fill-in-the-middle tokens (src/llama-vocab.cpp, llama_vocab::impl::load). It
 # also guesses them by the tokens' texts, which a reader of the header's scalars does not see.
 _FILL_IN: Final = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")
@@ -22,7 +23,7 @@ def capabilities(facts: ModelFacts, projector: ModelFacts | None = None) -> tupl
     """
     if facts.role is not Role.CHAT:
         return ("embedding",) if facts.role is Role.EMBEDDING else ()
-    template = facts.metadata.get("tokenizer.chat_template")
+    template = facts.metadata.get(CHAT_TEMPLATE)
     text = template if isinstance(template, str) else ""
     seen = projector.metadata if projector is not None else {}
     held = {

@@ -25,7 +25,7 @@ from planner.errors import InvalidRequest, PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
 from supervisor.api import Preset
-from supervisor.capabilities import capabilities
+from supervisor.capabilities import CHAT_TEMPLATE, capabilities
 from supervisor.core.types import ModelId
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
@@ -65,6 +65,7 @@ class ModelEntry:
     mmproj: str | None = None
     adapters: tuple[str, ...] = ()
     preset: Preset = field(default_factory=Preset)
+    has_chat_template: bool = True
     problem: str | None = None
     aliases: tuple[str, ...] = ()
     settings: ModelSettings = field(default_factory=ModelSettings)
@@ -255,6 +256,7 @@ def described(entry: ModelEntry, facts: ModelFacts, projector: tuple[str, ModelF
         n_embd=facts.hparams.n_embd,
         capabilities=capabilities(facts, None if isinstance(seen, str) else seen),
         mmproj=mmproj,
+        has_chat_template=CHAT_TEMPLATE in facts.metadata,
         problem=None
         if facts.summary.n_layers
         else f"{entry.path} has no layers: a vocabulary or an adapter, not a model",

@@ -151,6 +151,7 @@ def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> Mod
         preset=entry.preset,
         aliases=entry.aliases,
         runner=entry.runner,
+        has_chat_template=entry.has_chat_template,
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from supervisor.api import Preset
+from supervisor.capabilities import CHAT_TEMPLATE
 from supervisor.go_template.nodes import TemplateError
 from supervisor.go_template.syntax import parse
 
-CHAT_TEMPLATE: Final = "tokenizer.chat_template"
 FORMS: Final = ("renderer", "parser")  # how a prompt is written, and how an answer is read
 
 

@@ -45,3 +45,13 @@ def test_a_small_batch_cuts_no_text_that_is_embedded(service: Service) -> None:
         for options in ({}, {"num_batch": 2})
     }
     assert len(counts) == 1
+
+
+def test_a_model_without_any_template_goes_on_from_the_prompt_as_it_is(service: Service) -> None:
+    """As with Ollama, for models that were never taught to chat; under OpenAI's API llama-server writes ChatML."""
+    raw = answer(service, "/api/generate", model="base", prompt="hello", raw=True)["prompt_eval_count"]
+    assert answer(service, "/api/generate", model="base", prompt="hello")["prompt_eval_count"] == raw
+    hello = [{"role": "user", "content": "hello"}]
+    assert answer(service, "/api/chat", model="base", messages=hello)["prompt_eval_count"] == raw
+    assert answer(service, "/v1/chat/completions", model="base", messages=hello)["usage"]["prompt_tokens"] > raw
+    assert answer(service, "/api/show", model="base")["template"] == "{{ .Prompt }}"

@@ -20,7 +20,7 @@ from supervisor.gateway.ollama.chat import Common, chat_body
 from supervisor.gateway.ollama.generate import GenerateRequest, completion_body
 from supervisor.gateway.ollama.messages import ASSISTANT, Message
 from supervisor.gateway.ollama.runner import Runner
-from supervisor.gateway.ollama.template import Template, read_template
+from supervisor.gateway.ollama.template import PLAIN_TEMPLATE, Template, read_template
 from supervisor.go_template.nodes import TemplateError
 
 CHAT_PATH: Final = "/v1/chat/completions"
@@ -142,6 +142,8 @@ async def form_of(
     own: str = "",
 ) -> Form:
     """Return the form for this conversation. ``own`` is the template that the request brought along, if any."""
+    if not (own or model.has_chat_template or model.preset.template or model.preset.for_ollama):
+        own = PLAIN_TEMPLATE
     written = None if tools else await written_by_modelfile(model, messages, think=common.think, own=own)
     if written is None:
         return HeadersForm(common, tools, sampling)

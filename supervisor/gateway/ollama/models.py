@@ -9,8 +9,10 @@ from typing import Any, Final
 
 from planner.types import HOST, Role
 from supervisor.api import ModelView, Preset, RunnerView, Snapshot
+from supervisor.capabilities import CHAT_TEMPLATE
 from supervisor.gateway.ollama.names import human_number, shown
 from supervisor.gateway.ollama.ndjson import timestamp
+from supervisor.gateway.ollama.template import PLAIN_TEMPLATE
 
 Json = dict[str, Any]
 
@@ -23,7 +25,7 @@ LEAVING: Final = frozenset({"draining", "stopping"})
 # Longer arrays (vocabularies) are emptied unless everything is asked for.
 SHORT_ARRAY: Final = 5
 # Told by their own fields of the answer.
-NOT_INFO: Final = frozenset({"general.name", "tokenizer.chat_template"})
+NOT_INFO: Final = frozenset({"general.name", CHAT_TEMPLATE})
 PARAMETER_COLUMN: Final = 30
 _CAPABILITIES: Final[Mapping[Role, tuple[str, ...]]] = {Role.CHAT: ("completion",), Role.EMBEDDING: ("embedding",)}
 
@@ -144,8 +146,8 @@ def _capabilities(model: ModelView) -> list[str]:
 
 
 def _template(preset: Preset, metadata: Mapping[str, Any]) -> str:
-    """Return the Modelfile's template, else the one in the header, which llama-server applies."""
-    return preset.template or str(metadata.get("tokenizer.chat_template") or "")
+    """Return the Modelfile's template, else the header's, which llama-server applies, else Ollama's default."""
+    return preset.template or str(metadata.get(CHAT_TEMPLATE) or PLAIN_TEMPLATE)
 
 
 def _info(model: ModelView, metadata: Mapping[str, Any], *, verbose: bool) -> Json:

@@ -18,6 +18,8 @@ from supervisor.go_template.syntax import parse
 from supervisor.go_template.values import Record
 
 RESPONSE: Final = "Response"
+# Ollama's own for a model that has none: a prompt goes to it as it is, which is what models want that only go on.
+PLAIN_TEMPLATE: Final = "{{ .Prompt }}"
 
 
 @dataclass(frozen=True, slots=True)
