@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,7 +25,7 @@ from supervisor.store.names import ModelName
 from supervisor.store_api import FOR_OLLAMA, StoreError
 
 MAX_TEXT_BYTES: Final = 1 << 20  # a template, a licence; the longest known are 100 KiB
-SHOWN_DIGEST: Final = len("sha256:") + 12
+PLACE_FOR_SUFFIX: Final = ".Suffix"  # in a template that says how text between two others is asked for
 
 Read = Callable[[str], ModelFacts]
 
@@ -63,11 +64,13 @@ def _entry(folder: StoreFolder, name: ModelName, model_id: ModelId, read: Read) 
         preset = read_preset(folder, manifest.layers, manifest.config)
     except (_Unfit, PlannerError) as error:
         return ModelEntry(model_id, str(path), size_bytes, problem=str(error), **known)
-    return described(
+    entry = described(
         ModelEntry(model_id, str(model), size_bytes, adapters=tuple(map(str, adapters)), preset=preset, **known),
         facts,
         None if projected is None else (str(projector), projected),
     )
+    inserts = PLACE_FOR_SUFFIX in (preset.spoken_template or "") and "insert" not in entry.capabilities
+    return replace(entry, capabilities=(*entry.capabilities, "insert")) if inserts else entry
 
 
 def _files(folder: StoreFolder, manifest: Manifest, model_id: str) -> tuple[Path, Path | None, tuple[Path, ...]]:

@@ -146,3 +146,15 @@ def test_the_stamp_changes_with_every_change_and_only_then(tmp_path: Path, gguf:
     assert two != one
     path.unlink()
     assert folder.stamp() not in {empty, one, two}
+
+
+def test_a_template_with_a_place_for_what_comes_after_makes_a_model_that_inserts(tmp_path: Path, gguf: bytes) -> None:
+    config = json.dumps({"renderer": "looks"}).encode()
+    for name, template, description in (
+        ("a", b"{{ .Suffix }}", b"{}"),
+        ("b", b"x", b"{}"),
+        ("c", b"{{ .Suffix }}", config),
+    ):
+        layers = [("model", gguf), ("template", template)]
+        put_model(tmp_path, f"{HOST}/library/{name}/1", layers, description)
+    assert {name for name, entry in by_id(tmp_path).items() if "insert" in entry.capabilities} == {"a:1"}

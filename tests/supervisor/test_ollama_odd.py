@@ -55,3 +55,11 @@ def test_a_model_without_any_template_goes_on_from_the_prompt_as_it_is(service: 
     assert answer(service, "/api/chat", model="base", messages=hello)["prompt_eval_count"] == raw
     assert answer(service, "/v1/chat/completions", model="base", messages=hello)["usage"]["prompt_tokens"] > raw
     assert answer(service, "/api/show", model="base")["template"] == "{{ .Prompt }}"
+
+
+def test_what_the_model_said_in_two_messages_is_gone_on_with_as_one(service: Service) -> None:
+    """As with Ollama; llama-server takes no two of them at the end."""
+    said = [{"role": "assistant", "content": "Hello!"}, {"role": "assistant", "content": "I am"}]
+    messages = [{"role": "user", "content": "hello"}, *said]
+    told = answer(service, "/api/chat", model="chat", messages=messages)
+    assert told["message"]["content"] == tiny_models.TEXT.partition("I am")[2]

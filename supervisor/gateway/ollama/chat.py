@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from supervisor.api import Preset
@@ -80,11 +80,21 @@ def read_chat(fields: Fields) -> ChatRequest:
 
 
 def conversation(asked: ChatRequest, preset: Preset) -> tuple[Message, ...]:
-    """Return the messages with those that the model brings along, and its system prompt unless one was sent."""
+    """Return the messages with those that the model brings along, and its system prompt unless one was sent.
+
+    What the model has said last, in however many messages, is one that it goes on with: llama-server knows no other.
+    """
     messages = (*preset_messages(preset.messages), *asked.messages)
+    while [_is_said(one) for one in messages[-2:]] == [True, True]:
+        *before, first, second = messages
+        messages = (*before, replace(first, content=f"{first.content}\n\n{second.content}"))
     if preset.system and asked.messages[0].role != SYSTEM:
         return (Message(SYSTEM, preset.system), *messages)
     return messages
+
+
+def _is_said(message: Message) -> bool:
+    return message.role == ASSISTANT and not message.tool_calls
 
 
 def chat_body(
