@@ -153,11 +153,17 @@ def _host_detail(model: ModelFacts, params: ContextParams, host: HostShare | Non
     """Return the host's account in detail; what its weights take is open where no rule places them."""
     return HostDetail(
         mapped_bytes=host.mapped_bytes if host else None,
+        resident_bytes=_resident_bytes(params, host) if host else None,
         allocated_bytes=host.allocated_bytes if host else None,
         pinned_bytes=host.pinned_bytes if host else None,
         output_buffer_bytes=None if params.not_built else _output_buffer_bytes(model, params),
         prompt_cache_bytes=None if params.cache_ram_mib < 0 else params.cache_ram_mib * MIB,
     )
+
+
+def _resident_bytes(params: ContextParams, host: HostShare) -> int:
+    """Return what has to stay in memory of the mapped ranges; a range is locked as a whole (``load_all_data``)."""
+    return host.mapped_bytes if params.load_mode == "mmap+mlock" else host.mapped_tensor_bytes
 
 
 def caches(

@@ -11,7 +11,7 @@ from planner.types.machine import Device, DeviceKind, Machine, PoolId
 from planner.types.plan import Placement, Plan, Shortfall
 from planner.types.request import Policy
 from planner.types.usage import DeviceUsage, Figure, HostDetail
-from planner.units import MIB
+from planner.units import GIB, MIB, format_size
 
 if TYPE_CHECKING:
     from planner.accounting import MemoryLedger
@@ -28,6 +28,12 @@ OVERHEAD_BYTES: Final[Mapping[DeviceKind, int]] = MappingProxyType(
         DeviceKind.VULKAN: 256 * MIB,
     }
 )
+
+# What stays free on the host where the search chooses how long a context is: llama-server itself, the drivers, the
+# checkpoints of contexts and whatever else runs there live beside what llama.cpp reports. As much as llama.cpp's own
+# fit leaves free on a device (common/common.h, ``fit_params_target``), but no more than this part of a small machine.
+HOST_RESERVE_BYTES: Final = GIB
+HOST_RESERVE_PART: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,7 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
                 compute=figures.compute,
                 overhead_bytes=overhead_bytes(device),
                 overhead_because=device.overhead_because,
+                needed_bytes=_needed_bytes(ledger) if is_host else None,
             )
         rows.append(row)
     return tuple(rows)
@@ -122,6 +129,44 @@ def host_bytes(context: Figure, compute: Figure, detail: HostDetail) -> int:
     weights = (detail.allocated_bytes, detail.pinned_bytes)
     parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, detail.prompt_cache_bytes)
     return sum(part or 0 for part in parts)
+
+
+def _needed_bytes(ledger: MemoryLedger) -> int | None:
+    """Return what the host's memory has to hold for nothing to be read from the disk again; None: what is planned."""
+    resident_bytes = ledger.host_detail.resident_bytes
+    if resident_bytes is None:
+        return None
+    return host_bytes(ledger.host.context, ledger.host.compute, ledger.host_detail) + resident_bytes
+
+
+def host_reserve_bytes(budget_bytes: int) -> int:
+    """Return what a context that the search chooses leaves free of this budget of the host's."""
+    return min(HOST_RESERVE_BYTES, max(budget_bytes, 0) // HOST_RESERVE_PART)
+
+
+def beyond_reserve(usage: DeviceUsage) -> int | None:
+    """Return a device's headroom; of the host, what it has beyond its reserve."""
+    if usage.headroom_bytes is None or usage.kind is not DeviceKind.HOST:
+        return usage.headroom_bytes
+    return usage.headroom_bytes - host_reserve_bytes(usage.budget_bytes or 0)
+
+
+def host_warning(host: DeviceUsage, detail: HostDetail) -> str | None:
+    """Return what a reader should know where a plan leaves too little of the host's memory, or None."""
+    headroom, beyond = host.headroom_bytes, beyond_reserve(host)
+    if headroom is None or beyond is None or beyond >= 0:
+        return None
+    ways = [("a shorter --ctx-size", host.context.bytes), ("a smaller --cache-ram", detail.prompt_cache_bytes)]
+    remedy = " or ".join(way for way, size_bytes in ways if size_bytes)
+    if headroom < 0:
+        mapped = format_size(detail.resident_bytes or 0)
+        line = (
+            f"the host lacks {format_size(-headroom)}: parts of the {mapped} that it uses of the mapped file are read "
+            "again and again"
+        )
+    else:
+        line = f"no more than {format_size(headroom)} of the host's memory is left for other programs"
+    return f"{line}; {remedy} leaves more" if remedy else line
 
 
 def shortfalls(

@@ -172,6 +172,7 @@ def _device(usage: DeviceUsage, *, is_placed: bool) -> dict[str, Any]:
 def _host(host: HostDetail) -> dict[str, int | None]:
     return {
         "mapped_bytes": host.mapped_bytes,
+        "resident_bytes": host.resident_bytes,
         "allocated_bytes": host.allocated_bytes,
         "pinned_bytes": host.pinned_bytes,
         "output_buffer_bytes": host.output_buffer_bytes,

@@ -10,6 +10,7 @@ from typing import Final
 from planner.explain import headline, overhead_because
 from planner.limits import limits
 from planner.text import BOLD, DIM, GAP, PLAIN, RED, YELLOW, Style, aligned, bounded, columns, ranges, rate, size, wrap
+from planner.types.machine import DeviceKind
 from planner.types.plan import DecodeEstimate, NoFit, Plan, PlanOutcome, Refused
 from planner.types.usage import DeviceUsage, HostDetail
 
@@ -31,7 +32,7 @@ def to_text(outcome: PlanOutcome, width: int = 80, style: Style = PLAIN, more: S
     width = bounded(width)
     blocks = [_title(outcome, width, style)]
     if not isinstance(outcome, Refused):
-        blocks.append(_table(outcome.usages, width, style) + _host_lines(outcome.host, width, style))
+        blocks.append(_table(outcome.usages, outcome.host, width, style) + _host_lines(outcome.host, width, style))
     if isinstance(outcome, NoFit):
         blocks.append(_nearest(outcome, style))
     if isinstance(outcome, Plan) and outcome.decode is not None:
@@ -79,12 +80,12 @@ def _model(outcome: PlanOutcome, width: int, style: Style) -> list[str]:
 # The table
 
 
-def _table(usages: Sequence[DeviceUsage], width: int, style: Style) -> list[str]:
+def _table(usages: Sequence[DeviceUsage], host: HostDetail, width: int, style: Style) -> list[str]:
     """Return a row and a bar for each device; without the parts' columns where they would not fit."""
     headings: tuple[str, ...] = _HEADINGS
-    rows = [_row(usage) for usage in usages]
+    rows = [_row(usage, host) for usage in usages]
     if _width([headings, *((headings[0], *row[1:]) for row in rows)]) > width:
-        headings, rows = _NARROW_HEADINGS, [_narrow_row(usage) for usage in usages]
+        headings, rows = _NARROW_HEADINGS, [_narrow_row(usage, host) for usage in usages]
     widths = columns([headings, *rows])
     excess = _width([headings, *rows]) - width
     if excess > 0:  # a worker that is out of reach is called by its address
@@ -96,7 +97,7 @@ def _table(usages: Sequence[DeviceUsage], width: int, style: Style) -> list[str]
     for usage, row in zip(usages, rows, strict=True):
         over = (usage.headroom_bytes or 0) < 0
         lines.append(style.paint(RED, aligned(row, widths)) if over else aligned(row, widths))
-        lines.append(" " * indent + _bar(usage, room, style))
+        lines.append(" " * indent + _bar(usage, host, room, style))
     return [*lines, _legend(style)]
 
 
@@ -105,31 +106,44 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
     return sum(widths) + len(GAP) * (len(widths) - 1)
 
 
-def _narrow_row(usage: DeviceUsage) -> tuple[str, ...]:
-    name, layers, *_, free, headroom = _row(usage)
-    return (name, layers, size(usage.planned_bytes), free, headroom)
+def _narrow_row(usage: DeviceUsage, host: HostDetail) -> tuple[str, ...]:
+    name, layers, *_, free, headroom = _row(usage, host)
+    return (name, layers, size(usage.occupied_bytes), free, headroom)
 
 
-def _row(usage: DeviceUsage) -> tuple[str, ...]:
+def _parts(usage: DeviceUsage, host: HostDetail) -> tuple[int | None, ...]:
+    """Return what each column of the table shows, in order.
+
+    On the host that is what has to be in memory: the weights without what lies between them in the mapped file, and in
+    place of the overhead what llama-server keeps beside its buffers.
+    """
+    weights, beside = usage.model.bytes, usage.overhead_bytes
+    if usage.kind is DeviceKind.HOST:
+        kept = (host.resident_bytes, host.allocated_bytes, host.pinned_bytes)
+        weights = weights if weights is None or None in kept else sum(each or 0 for each in kept)
+        beside += (host.output_buffer_bytes or 0) + (host.prompt_cache_bytes or 0)
+    return (weights, usage.context.bytes, usage.compute.bytes, beside)
+
+
+def _row(usage: DeviceUsage, host: HostDetail) -> tuple[str, ...]:
     layers = " ".join(part for part in (ranges(usage.layers), "+out" if usage.output else "") if part)
-    figures = (usage.model.bytes, usage.context.bytes, usage.compute.bytes, usage.overhead_bytes, usage.free_bytes)
+    figures = (*_parts(usage, host), usage.free_bytes)
     return (usage.name, layers or "-", *(size(figure) for figure in figures), size(usage.headroom_bytes))
 
 
-def _bar(usage: DeviceUsage, width: int, style: Style) -> str:
+def _bar(usage: DeviceUsage, host: HostDetail, width: int, style: Style) -> str:
     """Draw the parts of the plan on the scale of what is free, or of the plan where that is more."""
-    parts = (usage.model.bytes, usage.context.bytes, usage.compute.bytes, usage.overhead_bytes)
-    planned = usage.planned_bytes
-    if planned is None or usage.free_bytes is None:
+    parts, occupied = _parts(usage, host), usage.occupied_bytes
+    if occupied is None or usage.free_bytes is None:
         return style.paint(DIM, "not known")
-    scale = max(planned, usage.free_bytes, 1)
+    scale = max(occupied, usage.free_bytes, 1)
     room = width - len(_SHARE)
     ends = [round(room * sum(part or 0 for part in parts[: i + 1]) / scale) for i in range(len(parts))]
     cells = [
         style.paint(colour, block * (end - start))
         for colour, block, start, end in zip(_PART_COLOURS, style.blocks, [0, *ends], ends, strict=False)
     ]
-    share = f"{planned / usage.free_bytes:.0%}".replace("%", " %") if usage.free_bytes else ""
+    share = f"{occupied / usage.free_bytes:.0%}".replace("%", " %") if usage.free_bytes else ""
     share = share if len(share) <= len(_SHARE) else _FAR_OVER
     return "".join(cells) + style.paint(DIM, style.rest * (room - ends[-1])) + share.rjust(len(_SHARE))
 
@@ -145,6 +159,7 @@ def _legend(style: Style) -> str:
 def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
     figures = (
         ("mapped from the file", host.mapped_bytes),
+        ("of which in use", None if host.resident_bytes == host.mapped_bytes else host.resident_bytes),
         ("allocated", host.allocated_bytes),
         ("pinned", host.pinned_bytes),
         ("output buffer", host.output_buffer_bytes),
@@ -159,13 +174,13 @@ def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
 
 
 def _nearest(no_fit: NoFit, style: Style) -> list[str]:
-    lines = [style.paint(DIM, "Needed:")]
+    lines = [style.paint(DIM, "Needed:")] if no_fit.causes else []
     lines += [
         f"  {cause.device} needs {size(cause.needed_bytes)} and has {size(cause.available_bytes)}"
         for cause in no_fit.causes
     ]
     if no_fit.nearest:
-        lines += ["", style.paint(DIM, "Tried instead, one change at a time:")]
+        lines += [*([""] if lines else []), style.paint(DIM, "Tried instead, one change at a time:")]
     return lines + [f"  {near.change}: {'fits' if near.fits else 'does not fit either'}" for near in no_fit.nearest]
 
 

@@ -59,9 +59,11 @@ class HostShare:
     """Weights on the host. ``spans`` are the mapped ranges, first and end offset by (lazy, shard).
 
     A mapped range includes whatever lies between two weights of the host (src/llama-model.cpp, ``get_mapping_range``).
+    ``mapped_tensor_bytes`` are the weights alone, without those of which single rows are read on demand.
     """
 
     spans: dict[tuple[bool, int], tuple[int, int]] = field(default_factory=dict)
+    mapped_tensor_bytes: int = 0
     allocated_bytes: int = 0
     pinned_bytes: int = 0
     certain: bool = True
@@ -73,6 +75,7 @@ class HostShare:
 
     def add(self, other: HostShare) -> None:
         """Take in another share: ranges of one file become one."""
+        self.mapped_tensor_bytes += other.mapped_tensor_bytes
         self.allocated_bytes += other.allocated_bytes
         self.pinned_bytes += other.pinned_bytes
         self.certain = self.certain and other.certain
@@ -90,6 +93,8 @@ class HostShare:
         size = HOST_BUFFER.allocation(type_, tensor.shape[0], tensor.nbytes)
         if kept in {Keeping.LAZY, Keeping.MAPPED}:
             self.span((kept is Keeping.LAZY, tensor.shard), tensor.offset, tensor.offset + tensor.nbytes)
+            if kept is Keeping.MAPPED and not weight.tied:  # a tied one is the input's, counted there
+                self.mapped_tensor_bytes += tensor.nbytes
         elif kept is Keeping.PINNED:
             self.pinned_bytes += size
         else:

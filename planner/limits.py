@@ -22,7 +22,7 @@ def limits(plan: Plan) -> Iterator[str]:
     if plan.fit_by_llama:
         return
     if plan.decode is not None and len(plan.decode.parts) > 1:
-        yield from _of_speed(plan, plan.decode)
+        yield from _of_speed(plan.decode)
     if is_short(plan):
         on_devices = [usage for usage in plan.usages if usage.layers and usage.kind is not DeviceKind.HOST]
         full = [usage for usage in on_devices if usage.headroom_bytes is not None and usage.headroom_bytes < FULL_BELOW]
@@ -31,14 +31,12 @@ def limits(plan: Plan) -> Iterator[str]:
             yield f"memory: no more fits on {left}"
 
 
-def _of_speed(plan: Plan, decode: DecodeEstimate) -> Iterator[str]:
+def _of_speed(decode: DecodeEstimate) -> Iterator[str]:
     """Yield where most of a token's time goes, and why a device has most of the model."""
     slowest = max(decode.parts, key=lambda part: part.seconds)
     share = f"{100 * slowest.seconds * decode.tokens_per_second:.0f} % of a token's time is spent reading"
     if slowest.place == HOST:
-        held = next((usage.model.bytes for usage in plan.usages if usage.kind is DeviceKind.HOST), None)
-        read = f"{size(slowest.read_bytes)} of the {size(held)} that this machine's memory holds"
-        yield f"speed: {share} on the CPU, {read}"
+        yield f"speed: {share} on the CPU, {size(slowest.read_bytes)} from this machine's memory"
     else:
         yield f"speed: {share} on {slowest.place}"
     on_devices = [part for part in decode.parts if part.place != HOST]

@@ -23,7 +23,7 @@ from planner.model import ModelFacts
 from planner.search.candidates import Oracle
 from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
 from planner.types.plan import Placement
-from planner.types.usage import UNKNOWN_FIGURE, Figure, HostDetail, Source
+from planner.types.usage import UNKNOWN_DETAIL, UNKNOWN_FIGURE, Figure, Source
 
 if TYPE_CHECKING:
     import subprocess
@@ -101,7 +101,7 @@ class _Asker:
         rows = [_bytes(row, source, as_reserved=answer["as_reserved"]) for row in answer["rows"]]
         if params.overrides or -1 in placement.layer_devices:
             rows[-1] = replace(rows[-1], model=UNKNOWN_FIGURE)  # a size-only load leaves out what is mapped or repacked
-        return MemoryLedger(tuple(rows[:-1]), rows[-1], HostDetail(None, None, None, None, None))
+        return MemoryLedger(tuple(rows[:-1]), rows[-1], UNKNOWN_DETAIL)
 
 
 def _needs_stand_in(device: Device, machine: Machine) -> bool:

@@ -50,8 +50,10 @@ def left_on_host(plan: Plan) -> str | None:
         has_one = len(plan.usages) > 1
         return "no device is used" if has_one else "there is no device"
     if placement.kind is not PlacementKind.GPU or placement.output_device < 0:
-        count = sum(index < 0 for index in (*placement.layer_devices, placement.output_device))
-        return f"-ngl {placement.n_gpu_layers} leaves {count} of {len(placement.layer_devices) + 1} layers on the host"
+        count = sum(index < 0 for index in placement.layer_devices)
+        output = " and the output" if placement.output_device < 0 else ""
+        left = f"{count} of {len(placement.layer_devices)} layers{output}"
+        return f"-ngl {placement.n_gpu_layers} leaves {left} on the host"
     if request.kv_offload is False:
         return "--no-kv-offload keeps the caches on the host"
     return overrides.spilled(request) or None

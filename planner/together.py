@@ -156,7 +156,7 @@ def _in_order(
     outcomes: dict[int, PlanOutcome] = {}
     asked: dict[int, tuple[Wanted, Policy]] = {}
     left: dict[str, int | None] = {}
-    mapped = 0
+    resident = 0
     for place, index in enumerate(order):
         begun = order[: place + 1]
         if begun not in planned:
@@ -167,8 +167,8 @@ def _in_order(
             policy = _beside(policy, outcome)
             left = {usage.name: usage.headroom_bytes for usage in outcome.usages}
             room = left[HOST]
-            left[HOST] = None if room is None else room - mapped  # promises leave out what is mapped
-            mapped += outcome.host.mapped_bytes or 0
+            left[HOST] = None if room is None else room - resident  # promises leave out what is mapped
+            resident += outcome.host.resident_bytes or 0
         elif all_or_none:
             break
     canonical = sorted(outcomes)

@@ -81,7 +81,7 @@ def _rows(result: Together, names: Sequence[str]) -> Iterator[tuple[str, str, st
         for place, (name, usage) in enumerate(shares):
             is_last = place == len(shares) - 1
             layers = " ".join(part for part in (ranges(usage.layers), "+out" if usage.output else "") if part)
-            taken = size(usage.planned_bytes)
+            taken = size(usage.occupied_bytes)
             yield "" if place else device, name, layers or "-", taken, size(left) if is_last else ""
 
 

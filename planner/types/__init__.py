@@ -47,12 +47,13 @@ from planner.types.request import (
     Role,
     SplitMode,
 )
-from planner.types.usage import NOTHING, UNKNOWN_FIGURE, DeviceUsage, Figure, HostDetail, Source
+from planner.types.usage import NOTHING, UNKNOWN_DETAIL, UNKNOWN_FIGURE, DeviceUsage, Figure, HostDetail, Source
 
 __all__ = [
     "HOST",
     "HOST_POOL",
     "NOTHING",
+    "UNKNOWN_DETAIL",
     "UNKNOWN_FIGURE",
     "Decision",
     "DecodeEstimate",

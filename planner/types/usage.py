@@ -54,12 +54,19 @@ class DeviceUsage:
     compute: Figure = NOTHING
     overhead_bytes: int = 0
     overhead_because: str = ""
+    needed_bytes: int | None = None  # of the host, where it is not what is planned: see HostDetail
 
     @property
     def planned_bytes(self) -> int | None:
         """Return model + context + compute + overhead, or None where one of them is unknown."""
         unknown = None in {self.model.bytes, self.context.bytes, self.compute.bytes}
         return None if unknown else self.known_bytes
+
+    @property
+    def occupied_bytes(self) -> int | None:
+        """Return what has to be in memory at a time, which is what is planned but on the host."""
+        planned = self.planned_bytes
+        return planned if planned is None or self.needed_bytes is None else self.needed_bytes
 
     @property
     def known_bytes(self) -> int:
@@ -70,16 +77,25 @@ class DeviceUsage:
     @property
     def headroom_bytes(self) -> int | None:
         """Return what the budget leaves, negative where it is overrun, None where either side is unknown."""
-        planned = self.planned_bytes
-        return None if planned is None or self.budget_bytes is None else self.budget_bytes - planned
+        occupied = self.occupied_bytes
+        return None if occupied is None or self.budget_bytes is None else self.budget_bytes - occupied
 
 
 @dataclass(frozen=True, slots=True)
 class HostDetail:
-    """What the host's account holds beyond a device's. Mapped bytes are page cache, not allocations."""
+    """What the host's account holds beyond a device's. Mapped bytes are page cache, not allocations.
+
+    A mapped range goes from the first of the host's tensors in a file to the last, whatever lies between them.
+    ``resident_bytes`` of it have to stay in memory, or parts are read from the disk again for each token: the host's
+    own tensors, the whole range where it is locked.
+    """
 
     mapped_bytes: int | None = 0
+    resident_bytes: int | None = 0
     allocated_bytes: int | None = 0
     pinned_bytes: int | None = 0
     output_buffer_bytes: int | None = 0
     prompt_cache_bytes: int | None = 0
+
+
+UNKNOWN_DETAIL: Final = HostDetail(None, None, None, None, None, None)

@@ -84,6 +84,20 @@ def test_the_hosts_model_figure_is_the_sum_of_its_detail(model: ModelFacts) -> N
         assert ledger.host.model.bytes == sum(part or 0 for part in parts)
 
 
+@pytest.mark.parametrize("load_mode, is_whole", [("mmap", False), ("mmap+mlock", True)])
+def test_a_mapped_range_stays_in_memory_as_a_whole_only_where_it_is_locked(
+    model: ModelFacts, load_mode: str, *, is_whole: bool
+) -> None:
+    """Weights of a device lie between those of the host."""
+    between = r"blk\.1\."
+    ledger = ledger_of(model, n_gpu_layers=0, override_tensor=((between, "CUDA0"),), load_mode=load_mode, repack=False)
+    mapped, resident = ledger.host_detail.mapped_bytes, ledger.host_detail.resident_bytes
+    assert mapped is not None
+    assert resident is not None
+    others = sum(tensor.nbytes for tensor in model.tensors if tensor.name.startswith("blk.1."))
+    assert mapped - resident == (0 if is_whole else others)
+
+
 def test_output_buffer_and_prompt_cache_are_told_apart_from_the_breakdown(model: ModelFacts) -> None:
     chat = ledger_of(model, n_parallel=3, cache_ram_mib=100).host_detail
     assert (chat.output_buffer_bytes, chat.prompt_cache_bytes) == (4 * 300 * 3, 100 << 20)

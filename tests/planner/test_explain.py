@@ -16,6 +16,7 @@ from planner import explain
 from planner.explain_text import to_text
 from planner.text import Style, ranges, size
 from planner.types import (
+    UNKNOWN_DETAIL,
     UNKNOWN_FIGURE,
     Decision,
     DecodeEstimate,
@@ -58,8 +59,9 @@ REQUEST = PlanRequest(
 HOST = DeviceUsage(
     "Host", DeviceKind.HOST, 64 * GIB, 60 * GIB, 60 * GIB,
     model=Figure(417 * MIB, Source.EXACT), compute=Figure(30 * MIB, Source.SIMULATED),
+    needed_bytes=380 * MIB + 607_744 + GIB,
 )  # fmt: skip
-DETAIL = HostDetail(mapped_bytes=417 * MIB, output_buffer_bytes=607_744, prompt_cache_bytes=GIB)
+DETAIL = HostDetail(417 * MIB, 350 * MIB, output_buffer_bytes=607_744, prompt_cache_bytes=GIB)
 DECISIONS = (
     Decision("context", "40,960 tokens", "it is the trained length, and it fits"),
     Decision("batch", "2048", "it is llama-server's default"),
@@ -126,7 +128,7 @@ UNKNOWN = replace(
         replace(PLAN.usages[0], layers=(), model=UNKNOWN_FIGURE, context=UNKNOWN_FIGURE, compute=UNKNOWN_FIGURE),
         replace(HOST, model=UNKNOWN_FIGURE, context=UNKNOWN_FIGURE, compute=UNKNOWN_FIGURE),
     ),
-    host=HostDetail(None, None, None, None, None),
+    host=UNKNOWN_DETAIL,
     n_ctx_per_slot=None,
     decode=None,
     fit_by_llama=True,

@@ -108,6 +108,17 @@ def test_what_is_mapped_spans_everything_between_the_hosts_first_and_last_weight
     assert host.mapped_bytes == last.offset + last.nbytes - first
 
 
+def test_the_weights_alone_are_told_apart_from_what_lies_between_them(untied: ModelFacts) -> None:
+    host = placed(untied, DeviceKind.RPC, n_gpu_layers=0, override_tensor=((r"blk\.[12]\.", "RPC0"),)).host
+    assert host.mapped_tensor_bytes == EMBEDDING + 2 * (BLOCK + NORM) + NORM + OUTPUT
+    assert host.mapped_bytes == host.mapped_tensor_bytes + 2 * (BLOCK + NORM)
+
+
+def test_a_tied_output_is_one_weight_of_the_mapped_file(tied: ModelFacts) -> None:
+    host = placed(tied, DeviceKind.RPC, 0, repack=False).host
+    assert host.mapped_tensor_bytes == host.mapped_bytes == EMBEDDING + BLOCKS * (BLOCK + NORM) + NORM
+
+
 def test_repacked_types_are_allocated_beside_the_mapping_where_the_processor_repacks(untied: ModelFacts) -> None:
     host = placed(untied, DeviceKind.RPC, 0, AVX2_BUILD).host
     assert host.allocated_bytes == BLOCKS * BLOCK  # the output's 100 rows do not come in eights
