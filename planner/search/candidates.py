@@ -55,8 +55,8 @@ class Candidate:
 
     @property
     def fits_in_memory(self) -> bool:
-        """Say whether also what is mapped from the file fits into the host's memory, so that nothing is read twice."""
-        return self.fits and (self.usages[-1].headroom_bytes or 0) >= 0
+        """Say whether also what is mapped from the file fits, beside the host's reserve: nothing is read twice."""
+        return self.fits and (budget.beyond_reserve(self.usages[-1]) or 0) >= 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import Final
 
+from planner import budget
 from planner.context import CONTEXT_ALIGNMENT
 from planner.search.candidates import Candidate
 
@@ -46,7 +47,7 @@ def _share(best: Candidate, over: Candidate) -> float:
     """Return how far from the one to the other the first device would be full, if memory grew evenly in between."""
     shares = []
     for there, beyond in zip(best.usages, over.usages, strict=True):
-        room, missing = there.headroom_bytes, beyond.headroom_bytes
+        room, missing = budget.beyond_reserve(there), budget.beyond_reserve(beyond)
         if room is not None and missing is not None and missing < 0 <= room:
             shares.append(room / (room - missing))
     return min(shares, default=0.5)

@@ -29,8 +29,7 @@ from planner.search.stretch import Stretch
 from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
 from planner.types.plan import Decision, NoFit, Placement, PlacementKind, Plan, PlanOutcome, Refused
 from planner.types.request import PlanRequest, Policy
-from planner.types.usage import UNKNOWN_FIGURE, HostDetail
-from planner.units import format_size
+from planner.types.usage import UNKNOWN_DETAIL, UNKNOWN_FIGURE
 
 __all__ = ["MIN_CONTEXT", "Oracle", "search"]
 
@@ -199,7 +198,7 @@ class _Search:
             return partial
         on_host = longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
         if on_host is None:
-            self._decide("context", f"{floor:,} tokens", "the weights alone are more than the host's memory")
+            self._decide("context", f"{floor:,} tokens", "a longer one would leave the host too little memory")
             return partial
         self._decide_context(on_host, trained)
         return on_host
@@ -298,7 +297,7 @@ class _Search:
             build=self.build,
             placement=Placement(devices, (), -1, 0, ()),
             usages=unknown,
-            host=HostDetail(None, None, None, None, None),
+            host=UNKNOWN_DETAIL,
             n_ctx_per_slot=self._per_slot(found) if keeps_context else None,
             launch=launch.spec(self.model.summary.path, request, self.machine, self.build, fit_margins=margins),
             decisions=self.decisions,
@@ -375,15 +374,14 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
         )
     if blind := [row.name for row in found.usages if row.planned_bytes and row.free_bytes is None]:
         warnings.append(f"{', '.join(blind)}: how much is free is not known, so nothing was held against it")
-    host = found.usages[-1]
-    if host.planned_bytes is not None and (host.headroom_bytes or 0) < 0:
-        mapped = format_size(found.ledger.host_detail.mapped_bytes or 0)
-        warnings.append(
-            f"{mapped} are mapped from the file, more than the host has free: parts are read again and again"
-        )
+    if reason := budget.host_warning(found.usages[-1], found.ledger.host_detail):
+        warnings.append(reason)
     if found.request.model_draft and not speculation.types(found.request):
         warnings.append("no --spec-type uses the draft model: llama-server loads it and frees it again")
     trained = model.hparams.n_ctx_train
     if trained is not None and found.params.n_ctx_seq > trained:
-        warnings.append(f"the model was trained for {trained:,} tokens; llama-server uses no more of a slot's context")
+        warnings.append(
+            f"a conversation has {trained:,} tokens, not {found.params.n_ctx_seq:,}: the model was trained for no more,"
+            " and llama-server uses no more"
+        )
     return tuple(warnings)

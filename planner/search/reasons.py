@@ -67,15 +67,20 @@ def _of_layers(placement: Placement) -> Decision:
         why = "all fit"
     else:
         why = "no more fit; the first layers stay on the host"
-    chosen = f"{placement.n_gpu_layers} of {len(placement.layer_devices) + 1}"
-    return Decision("layers on devices", chosen, why)
+    on_devices = sum(index >= 0 for index in placement.layer_devices)
+    output = ", and the output" if placement.output_device >= 0 else ""
+    return Decision("layers on devices", f"{on_devices} of {len(placement.layer_devices)}{output}", why)
 
 
 def _of_shares(found: Candidate, request: PlanRequest) -> Decision:
     placement = found.placement
     full = placement.kind is PlacementKind.GPU and not (leaves_parts(found, request) or _sent_on(found, request))
     why = "so the fullest device is as empty as whole layers allow" if full else "as many as each has room for"
-    return Decision("layers per device", ", ".join(f"{share:g}" for share in placement.tensor_split), why)
+    if found.params.split_mode == "tensor":
+        shares = zip(placement.devices, placement.tensor_split, strict=True)
+        return Decision("share of each layer", ", ".join(f"{name} {share:g}" for name, share in shares), why)
+    counts = ((name, placement.layer_devices.count(index)) for index, name in enumerate(placement.devices))
+    return Decision("layers per device", ", ".join(f"{name} {count}" for name, count in counts), why)
 
 
 def _of_parts(found: Candidate, request: PlanRequest, model: ModelFacts) -> Decision | None:

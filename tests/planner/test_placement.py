@@ -42,6 +42,7 @@ from planner.types import (
 MIB = 1024 * 1024
 HOST_BYTES = 8 * 1024 * MIB
 SMALL = PlanRequest(n_ctx=2048)
+FILLED = "of the host's memory is left for other programs"
 ALLOWED = Policy()
 SIZES = st.lists(st.integers(1 * MIB, 64 * MIB), max_size=3)
 
@@ -333,6 +334,48 @@ def test_a_prompt_cache_that_nobody_asked_for_refuses_no_model(model: ModelFacts
     assert isinstance(outcome, Plan)
     assert outcome.request.cache_ram_mib == 0
     assert outcome.decisions[-1].because == "the host has no memory left for one"
+
+
+def _short_of_host_memory(outcome: PlanOutcome) -> bool:
+    assert isinstance(outcome, Plan)
+    return any("read again and again" in warning for warning in outcome.warnings)
+
+
+def test_weights_of_a_device_between_those_of_the_host_need_none_of_its_memory(model: ModelFacts) -> None:
+    """They are in the mapped range, but nobody reads them there: the host's own weights have to fit, not the range."""
+    request = PlanRequest(n_ctx=2048, n_gpu_layers=0, override_tensor=((r"blk\.[1-6]\.", "RPC0"),), cache_ram_mib=0)
+    outcome = plan(model, request, machine(64 * MIB))
+    assert isinstance(outcome, Plan)
+    host = outcome.usages[-1]
+    assert host.planned_bytes is not None
+    assert host.needed_bytes is not None
+    assert host.planned_bytes - host.needed_bytes > 4 * MIB
+    assert host.headroom_bytes == HOST_BYTES - host.needed_bytes
+    assert not _short_of_host_memory(plan(model, request, machine(64 * MIB, host_bytes=host.needed_bytes)))
+    assert _short_of_host_memory(plan(model, request, machine(64 * MIB, host_bytes=host.needed_bytes - 1)))
+
+
+@pytest.mark.parametrize("mib", [54, 96, 144])
+def test_an_open_context_leaves_a_reserve_of_the_hosts_memory(model: ModelFacts, mib: int) -> None:
+    """The prompt cache counts as full; one step more of the context would begin on what is to stay free."""
+    request = PlanRequest(cache_ram_mib=4)
+    outcome = plan(model, request, machine(host_bytes=mib * MIB))
+    assert isinstance(outcome, Plan)
+    n_ctx = outcome.n_ctx_per_slot or 0
+    assert 4096 < n_ctx < 32_768
+    assert (outcome.usages[-1].headroom_bytes or 0) >= mib * MIB // 8
+    assert not [warning for warning in outcome.warnings if FILLED in warning]
+    longer = plan(model, replace(request, n_ctx=n_ctx + STEP), machine(host_bytes=mib * MIB))
+    assert isinstance(longer, Plan)
+    (warning,) = [warning for warning in longer.warnings if FILLED in warning]
+    assert warning.endswith("a shorter --ctx-size or a smaller --cache-ram leaves more")
+
+
+def test_a_pinned_context_beyond_the_trained_one_is_told_with_both_lengths(model: ModelFacts) -> None:
+    outcome = plan(model, PlanRequest(n_ctx=65_536), machine())
+    assert isinstance(outcome, Plan)
+    assert outcome.n_ctx_per_slot == 32_768
+    assert outcome.warnings[-1].startswith("a conversation has 32,768 tokens, not 65,536: the model was trained for")
 
 
 def test_what_llama_cpp_rejects_is_refused_with_its_reason(model: ModelFacts) -> None:
