@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from planner import context, ggml
+from planner import adapters, context, ggml, weights
 from planner.architectures import ARCHITECTURES, Cache
 from planner.flag_values import MAX_DEVICES
 from planner.types.machine import DeviceKind
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # Architectures that end llama.cpp by GGML_ASSERT(ggml_can_repeat(b, a)) where sequences get unequal parts of a batch.
 _EVEN_SLOTS: Final = frozenset({"kimi-linear"})
 
-# The same where sequences have caches of their own at all: the bias of T5's decoder is that of one cache.
-_ONE_STREAM: Final = frozenset({"t5"})
+# The same where sequences are no single stream: the bias of T5's positions is that of one.
+_ONE_STREAM: Final = frozenset({"t5encoder"})
 
 # Whose embeddings are read for all residual streams, where the graph puts out one (hparams.n_embd_out_impl).
 _READ_WIDER: Final = frozenset({"deepseek4", "qwen4exp"})
@@ -57,15 +57,25 @@ def aborts(model: ModelFacts, params: ContextParams) -> str | None:
         reason = f"a batch of {params.n_batch} does not take the {_TRIED_TOKENS} tokens of its trial: give {flag} 2"
     elif facts.architecture in _READ_WIDER and params.embeddings and context.pooling(facts, params) != "rank":
         reason = f"the embeddings of {facts.architecture} are read beyond their end: go without --embeddings"
+    elif facts.architecture == "t5":  # its trial is decoded, and nothing was encoded before
+        reason = "llama-server does not encode before it decodes, as t5 has to"
+    elif params.applies_adapters and _adapts_output(model):
+        reason = "an adapter changes the embedding, which is the output too: go without it"
     elif facts.architecture in ABORTS_WITH_FLASH_ATTENTION and params.flash_attn != "off" and n_tokens > 1:
         reason = f"flash attention does not work with {facts.architecture}: give --flash-attn off"
     elif facts.architecture in _ONE_STREAM and params.n_stream > 1:
-        reason = f"{facts.architecture} takes one cache only: give --kv-unified"
+        reason = f"{facts.architecture} takes one stream only: give --kv-unified"
     elif n_tokens % n_slots and _takes_even_slots_only(model, params):
         reason = f"{n_slots} slots do not share a micro-batch of {n_tokens} evenly: give {_even(n_tokens, n_slots)}"
     else:
         return None
     return f"llama.cpp aborts while it loads this model, since {reason}"
+
+
+def _adapts_output(model: ModelFacts) -> bool:
+    """Say whether an adapter of the embedding's shape meets the output (src/llama-graph.cpp, ``build_lora_mm``)."""
+    changed = any(adapters.EMBEDDING in adapters.pairs(adapter) for adapter in model.adapters)
+    return changed and weights.tied_output(model) is not None
 
 
 def _has_cache(model: ModelFacts) -> bool:

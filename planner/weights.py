@@ -73,7 +73,7 @@ def not_built(model: ModelFacts, params: ContextParams, placement: Placement, ma
     if model.hparams.architecture not in ARCHITECTURES:
         return f"the weights of the unknown architecture {model.hparams.architecture}"
     devices = [machine.device(name) for name in placement.devices]
-    places = {_place(buffer, devices) for _, buffer in params.overrides}
+    places = {_place(buffer, devices) for pattern, buffer in params.overrides if _matched(model, pattern)}
     if elsewhere := sorted(places - {*placement.devices, *_HOST_BUFFERS}):
         return f"overrides to {elsewhere[0]}, which is not among the devices"
     if unknown := _slots(model, loads_draft_head=params.loads_draft_head)[1]:

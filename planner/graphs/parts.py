@@ -7,7 +7,7 @@ that llama.cpp reserves memory for.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -83,6 +83,7 @@ class Parts:
         self._tensors = tensors
         self._adapters = adapters
         self._weights: dict[tuple[str, int], Node] = {}
+        self._adapter_nodes: dict[str, list[tuple[Node, Node]]] = {}
         self._shared: dict[str, str] = {}
         self.tokens: Node | None = None  # the batch's, once they are embedded
 
@@ -189,17 +190,20 @@ class Parts:
             product = graph.same("add", product, graph.same("scale", graph.mul_mat_id(b, low_rank, chosen)))
         return product
 
-    def _adapted(self, name: str) -> Iterator[tuple[Node, Node]]:
-        """Yield A and B of every adapter that changes this weight.
+    def _adapted(self, name: str) -> Sequence[tuple[Node, Node]]:
+        """Return A and B of every adapter that changes this weight.
 
         They lie where it lies, but the scheduler does not know them as weights (src/llama-adapter.cpp sets no usage).
         """
-        for adapter in self._adapters:
-            if name in adapter:
-                nodes = [self.graph.leaf(TYPES[part.type_id], part.shape) for part in adapter[name]]
-                for node in nodes:
-                    node.home = self.places.weights[name]
-                yield nodes[0], nodes[1]
+        name = self._shared.get(name, name)
+        if name not in self._adapter_nodes:
+            self._adapter_nodes[name] = [self._adapter_pair(name, a[name]) for a in self._adapters if name in a]
+        return self._adapter_nodes[name]
+
+    def _adapter_pair(self, name: str, parts: Sequence[Tensor]) -> tuple[Node, Node]:
+        a, b = (self.graph.leaf(TYPES[part.type_id], part.shape) for part in parts)
+        a.home = b.home = self.places.weights[name]
+        return a, b
 
     def biased(self, x: Node, name: str) -> Node:
         """Return the tensor with a bias added, where the file has one and it is read."""

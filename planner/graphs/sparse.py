@@ -102,7 +102,7 @@ class WindowedSparseDecoder(SparseDecoder):
     def projected(self, out: Node, x: Node, il: int) -> Node:
         """Return what the heads saw, weighed per head and projected."""
         graph, blocks, n_head, (width, n_tokens, _, _) = self.graph, self.blocks, self.hparams.n_head[il], out.ne
-        gate = graph.same("unary", blocks.project(x, f"blk.{il}.attn_gate"))
+        gate = graph.same("unary", blocks.project(x, f"blk.{il}.attn_gate", scaled=False))
         heads = graph.reshape(out, width // n_head, n_head, n_tokens)
         gated = graph.same("mul", heads, graph.reshape(gate, 1, n_head, n_tokens))
         return blocks.project(graph.reshape(gated, width, n_tokens), f"blk.{il}.attn_output")

@@ -19,7 +19,7 @@ class GatedAttentionDecoder(Decoder):
     def attention(self, x: Node, il: int) -> Node:
         """Return a layer's attention, gated per element or per head, projected."""
         graph, blocks, prefix = self.graph, self.blocks, f"blk.{il}.attn_"
-        gate = graph.same("unary", blocks.project(x, f"{prefix}gate"))
+        gate = graph.same("unary", blocks.project(x, f"{prefix}gate", scaled=False))
         q, k, v = self.query_key_value(x, il)
         x = blocks.attention(self.cache(il), q, k, v, il)
         width, n_tokens, n_head = x.ne[0], x.ne[1], self.hparams.n_head[il]

@@ -13,6 +13,7 @@ import pytest
 from drafting_model import write_drafting_model
 from live_server import MIB, assert_as_planned, device_words, explain, lines_until_ready, places_of, reserved
 from machines import machine_of
+from published_models import dimensions, write_model
 
 from planner import companions
 from planner.build import PINNED_BUILD
@@ -61,7 +62,15 @@ def outcome(model: Path, **knobs: Any) -> Any:
 
 @pytest.mark.llama
 @pytest.mark.parametrize(
-    "flags", [(), ("-ngl", "3", "-lm", "none"), ("-nkvo", "-fa", "off"), ("-ncffn", "4")], ids=" ".join
+    "flags",
+    [
+        (),
+        ("-ngl", "3", "-lm", "none"),
+        ("-nkvo", "-fa", "off"),
+        ("-ncffn", "4"),
+        ("--lora-init-without-apply", "-fa", "on"),
+    ],
+    ids=" ".join,
 )
 def test_adapters_take_what_the_plan_says(
     flags: tuple[str, ...],
@@ -80,6 +89,14 @@ def test_adapters_take_what_the_plan_says(
     # The log has one line for the model and one for each adapter, each rounded.
     assert_as_planned(plan, places_of(workers), free_environment, resolution=0.01)
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
+
+
+def test_an_adapter_of_an_embedding_that_is_the_output_too_is_told(tmp_path: Path) -> None:
+    """Seen with a really loading server: it aborts over a product whose shapes do not go together."""
+    model = write_model(tmp_path / "tied.gguf", dimensions("small")["small-gemma2"])
+    companion_models.write_lora(tmp_path / "adapter.gguf", model, extra=(EMBEDDING,))
+    plan = outcome(model, n_ctx=512, lora=(str(tmp_path / "adapter.gguf"),))
+    assert any("the embedding, which is the output too" in warning for warning in plan.warnings)
 
 
 def test_an_adapter_of_another_architecture_is_refused(endless_model: Path, tmp_path: Path) -> None:

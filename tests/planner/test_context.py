@@ -233,8 +233,9 @@ def test_files_that_are_no_model_for_this_machine_are_refused(tmp_path: Path) ->
         ("llama", {"n_ubatch": 1, "embeddings": True}, "--ubatch-size 2"),
         ("bert", {"n_batch": 1, "embeddings": True}, None),  # without a cache nothing is tried
         ("qwen4exp", {"embeddings": True}, "go without --embeddings"),
-        ("t5", {"n_parallel": 2}, "--kv-unified"),
-        ("t5", {"n_parallel": 2, "kv_unified": True}, None),
+        ("t5", {}, "as t5 has to"),
+        ("t5encoder", {"n_parallel": 2, "embeddings": True}, "--kv-unified"),
+        ("t5encoder", {"n_parallel": 2, "embeddings": True, "kv_unified": True}, None),
     ],
 )
 def test_what_llama_server_does_not_survive_is_told(
