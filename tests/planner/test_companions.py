@@ -172,7 +172,7 @@ def mib(figure: Figure) -> float:
 def test_a_projector_lies_on_the_first_device_or_where_the_flag_says(endless_model: Path, tmp_path: Path) -> None:
     companion_models.write_projector(tmp_path / "mmproj.gguf")
     machine = machine_of(DeviceKind.RPC, 2)
-    plans, told = {}, []
+    plans, allocated, told = {}, {}, []
     for offload in (None, True, False):
         mmproj = str(tmp_path / "mmproj.gguf") if offload is not None else None
         request = PlanRequest(n_ctx=4096, tensor_split=(1, 1), mmproj=mmproj, mmproj_offload=offload)
@@ -181,12 +181,14 @@ def test_a_projector_lies_on_the_first_device_or_where_the_flag_says(endless_mod
         assert isinstance(plan, Plan)
         told += [decision.chosen for decision in plan.decisions if decision.step == "projector"]
         plans[offload] = [usage.planned_bytes or 0 for usage in plan.usages]
+        allocated[offload] = plan.host.allocated_bytes or 0
     assert ["on RPC0" in where for where in told] == [True, False], "the reader learns where it lies"
     on_device, on_host = (
         [new - old for new, old in zip(plans[key], plans[None], strict=True)] for key in (True, False)
     )
     assert on_device[0] > MIB > on_device[2] > on_device[1] == 0
     assert on_host[2] > MIB > on_host[0] == on_host[1] == 0
+    assert allocated[False] - MIB > allocated[True] == allocated[None], "there it is read into memory, not mapped"
 
 
 def test_a_model_is_no_projector(endless_model: Path) -> None:

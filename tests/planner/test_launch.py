@@ -92,6 +92,8 @@ def test_amd_cards_are_chosen_by_unique_id_and_then_counted() -> None:
     assert spec.env["HIP_VISIBLE_DEVICES"] == "0"
     assert spec.env["CUDA_VISIBLE_DEVICES"] == ""
     assert launch.read(spec.argv).devices == ("ROCm0",)
+    both = launch.spec("m.gguf", PlanRequest(devices=("ROCm1", "ROCm0")), mixed, BUILD)
+    assert (both.env["ROCR_VISIBLE_DEVICES"], both.env["HIP_VISIBLE_DEVICES"]) == ("GPU-b,GPU-a", "0,1")
 
 
 @pytest.mark.parametrize("chosen", [("ROCm0",), ("CUDA0", "ROCm0")])
