@@ -118,7 +118,7 @@ async def test_a_look_that_waited_for_its_turn_leaves_a_worker_alone_that_was_ta
         {**free_environment, "PLANNER_RPC_SERVERS": f"{worker.endpoint}={DECLARED}"}
     ) as planning:
         inventory = Inventory(tmp_path, planning)
-        inventory.held_now = lambda: held
+        inventory.held_now = lambda: dict(held)
         await inventory.look_around()
         planning_process().suspend()
         async with anyio.create_task_group() as tasks:
@@ -158,6 +158,10 @@ def busy_at_first(worker: RpcWorker) -> Iterator[str]:
     """Stand in front of a worker that lets the first who asks wait until he gives up, and return its address."""
 
     def serve(listener: socket.socket) -> None:
+        with suppress(OSError):  # nobody asks a second time
+            answer(listener)
+
+    def answer(listener: socket.socket) -> None:
         asked, _ = listener.accept()
         with asked, suppress(ConnectionResetError):
             while asked.recv(64):
@@ -173,6 +177,7 @@ def busy_at_first(worker: RpcWorker) -> Iterator[str]:
         thread = Thread(target=serve, args=(listener,))
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
