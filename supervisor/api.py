@@ -321,6 +321,7 @@ class ModelView:
     ``digest`` tells versions of one name apart: the sha256 of a store's manifest, of name, size and time of a file.
     ``capabilities`` are Ollama's words: completion, tools, insert, vision, audio, embedding, thinking.
     ``runner`` is the model under which its runner is listed: itself (empty, too), or another name for the same files.
+    ``mmproj`` and ``adapters`` are the files that are loaded with it.
     ``has_chat_template``: the header says how a conversation is written; where it does not, llama-server writes ChatML.
     """
 
@@ -342,6 +343,8 @@ class ModelView:
     preset: Preset = Preset()
     runner: str = ""
     has_chat_template: bool = True
+    mmproj: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,8 @@ def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> Mod
         aliases=entry.aliases,
         runner=entry.runner,
         has_chat_template=entry.has_chat_template,
+        mmproj=entry.mmproj,
+        adapters=entry.adapters,
     )
 
 

@@ -316,6 +316,12 @@ def test_a_model_is_shown_with_its_modelfile_and_its_header() -> None:
     assert models.described(MODEL, details, verbose=False)["template"] == "jinja"
 
 
+def test_a_shown_modelfile_names_every_file_that_the_model_is_made_of() -> None:
+    told = models.modelfile(replace(MODEL, mmproj="/m/eyes.gguf", adapters=("/m/one.gguf", "/m/two.gguf")))
+    files = [line for line in told.splitlines() if line.startswith(("FROM", "ADAPTER"))]
+    assert files == [f"FROM {MODEL.path}", "FROM /m/eyes.gguf", "ADAPTER /m/one.gguf", "ADAPTER /m/two.gguf"]
+
+
 def test_a_shown_modelfile_says_all_that_the_model_is_made_of() -> None:
     assert models.modelfile(replace(MODEL, preset=PRESET)).splitlines()[3:] == [
         "",

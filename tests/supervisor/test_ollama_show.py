@@ -62,6 +62,7 @@ def test_a_projector_is_told_beside_its_model(service: Service, models: Path) ->
     assert told["projector_info"].keys() == {key for key in header.fields if not key.startswith("GGUF.")}
     assert told["projector_info"]["general.architecture"] == "clip"
     assert "vision" in told["capabilities"]
+    assert f"FROM {models / 'see' / 'mmproj-eyes.gguf'}" in told["modelfile"].splitlines()
     assert "projector_info" not in shown(service, "wordy")
 
 

@@ -83,6 +83,8 @@ def modelfile(model: ModelView) -> str:
         "",
         f"FROM {model.path}",
     ]
+    lines += [f"FROM {model.mmproj}"] if model.mmproj is not None else []
+    lines += [f"ADAPTER {path}" for path in model.adapters]
     lines += [f"TEMPLATE {_block(preset.template)}"] if preset.template else []
     lines += [f"SYSTEM {_block(preset.system)}"] if preset.system else []
     lines += [f"PARAMETER {name} {_block(_plain(one))}" for name, one in _each(preset.parameters)]
