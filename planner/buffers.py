@@ -16,6 +16,12 @@ _CUDA_ALIGNMENT: Final = 128
 _HOST_ALIGNMENT: Final = 32  # TENSOR_ALIGNMENT (ggml-backend.cpp)
 _VULKAN_LARGEST_ALIGNMENT: Final = 256  # the specification's bound on minStorageBufferOffsetAlignment
 
+# Kinds of one backend (ggml-cuda), whose flash attention makes f16 copies of a cache of another type.
+CUDA_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
+# Kinds whose drivers offer pinned host memory to llama.cpp (get_host_buffer_type), and whose backends take big products
+# of weights that lie in host memory (offload_op).
+OFFLOADING_KINDS: Final = CUDA_KINDS | {DeviceKind.VULKAN, DeviceKind.SYCL}
+
 
 @dataclass(frozen=True, slots=True)
 class BufferType:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from planner import ggml, overrides, speculation
 from planner.architectures import ARCHITECTURES
 from planner.errors import InvalidRequest
+from planner.flag_table import POOLING_TYPES
 from planner.types.request import FlashAttention, LoadMode, Role, SplitMode
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
 
 _LORA_UNAPPLIED: Final = "--lora-init-without-apply"  # adapters are loaded, and in no graph until a request asks
-_POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_pooling_type, from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
 
 def pooling(hparams: HParams, params: ContextParams) -> str:
     """Return how embeddings are pooled: as the flag says, or else the header (src/llama-context.cpp, constructor)."""
-    return params.pooling or _POOLING_TYPES[hparams.pooling_type or 0]
+    return params.pooling or POOLING_TYPES[hparams.pooling_type or 0]
 
 
 def _n_ctx(model: ModelFacts, request: PlanRequest, n_stream: int, n_parallel: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from planner.buffers import CUDA_KINDS, OFFLOADING_KINDS
 from planner.cache import window_cells
 from planner.context import ContextParams
 from planner.ggml import BY_NAME, pad, row_bytes
@@ -27,12 +28,7 @@ PIPELINE_COPIES: Final = 4  # GGML_SCHED_MAX_COPIES, ggml/src/ggml-backend.cpp
 OFFLOAD_MIN_ROWS: Final = 32  # GGML_OP_OFFLOAD_MIN_BATCH, ggml/src/ggml-cuda/ggml-cuda.cu
 SMALL_TENSORS_BYTES: Final = 384 * 1024  # index inputs, router outputs, rotations: many, each a few KiB
 
-# Kinds whose backend takes big products of weights that lie in host memory (offload_op), and whose flash attention
-# makes f16 copies of a cache of another type.
-OFFLOADING_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
-F16_ATTENTION_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
-
-_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
+CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
 _CUDA_SHARED_QUERIES: Final = {192: (128, 8), 320: (256, 32), 512: (512, 1), 576: (512, 1)}  # V's, multiple of heads
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(.+)")
@@ -102,7 +98,7 @@ def _cuda_attends(head_k: int, head_v: int, heads_per_kv: int) -> bool:
     if head_k in _CUDA_SHARED_QUERIES:
         wanted_v, multiple = _CUDA_SHARED_QUERIES[head_k]
         return head_v == wanted_v and heads_per_kv > 1 and heads_per_kv % multiple == 0
-    return head_k == head_v and head_k in _CUDA_HEADS
+    return head_k == head_v and head_k in CUDA_HEADS
 
 
 def estimate_buffers(
@@ -113,7 +109,7 @@ def estimate_buffers(
     shape = SHAPES.get(hparams.architecture)
     if shape is None or shape.carries_more or any(hparams.recr_layers) or not hparams.causal:
         return None
-    like_cuda = [machine.device(name).kind in F16_ATTENTION_KINDS for name in placement.devices]
+    like_cuda = [machine.device(name).kind in CUDA_KINDS for name in placement.devices]
     settings = {params.flash_attn if fuses_attention(hparams, params, placement, like_cuda) else "off"}
     if params.flash_attn == "auto" and not params.kv_offload:
         # Whether attention stays with its layer is not known here.
@@ -268,7 +264,7 @@ class _Form:
         """
         if self.params.flash_attn == "off":
             return 0
-        copied = {"f32"} if kind not in F16_ATTENTION_KINDS else BY_NAME.keys() - {"f16"}
+        copied = {"f32"} if kind not in CUDA_KINDS else BY_NAME.keys() - {"f16"}
         heads = self.hparams.n_head_kv[il]
         k = self.hparams.head_k * heads if self.params.cache_type_k in copied else 0
         of_k = self.hparams.is_mla and self.params.cache_type_k != "f32"  # V is a part of K, and its copy one of K's

@@ -26,12 +26,12 @@ from planner.flag_values import (
     proportions,
     tensor_overrides,
 )
+from planner.ggml import KV_TYPE_NAMES
 
-CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 SPLIT_MODES: Final = ("none", "layer", "row", "tensor")
 LOAD_MODES: Final = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
 LAZY_MODES: Final = ("on", "auto", "off")
-POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")
+POOLING_TYPES: Final = ("none", "mean", "cls", "last", "rank")  # enum llama_pooling_type, from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ _SWITCH_WORDS: Final = {  # common/arg.cpp, is_truthy, is_falsey and is_autoy
     **dict.fromkeys(("0", "false", "disabled"), "off"),
     "-1": "auto",
 }
-_TYPES: Final = "|".join(CACHE_TYPES)
+_TYPES: Final = "|".join(KV_TYPE_NAMES)
 
 # In the order of the launch command: --rpc makes the devices that later flags name, so it comes first.
 FLAGS: Final = (
@@ -97,8 +97,8 @@ FLAGS: Final = (
     Flag("n_ubatch", ("-ub", "--ubatch-size"), "physical batch", (), "N", number_or(_BOUNDED_BY_BATCH, 1)),
     Flag("flash_attn", ("-fa", "--flash-attn"), "flash attention",
          (), "on|off|auto", choice("on", "off", "auto", also=_SWITCH_WORDS)),
-    Flag("cache_type_k", ("-ctk", "--cache-type-k"), "type of the K cache", (), _TYPES, choice(*CACHE_TYPES)),
-    Flag("cache_type_v", ("-ctv", "--cache-type-v"), "type of the V cache", (), _TYPES, choice(*CACHE_TYPES)),
+    Flag("cache_type_k", ("-ctk", "--cache-type-k"), "type of the K cache", (), _TYPES, choice(*KV_TYPE_NAMES)),
+    Flag("cache_type_v", ("-ctv", "--cache-type-v"), "type of the V cache", (), _TYPES, choice(*KV_TYPE_NAMES)),
     Flag("kv_offload", ("-kvo", "--kv-offload"), "caches on the GPUs", ("-nkvo", "--no-kv-offload")),
     Flag("override_tensor", ("-ot", "--override-tensor"), "tensors whose name matches go to this buffer type",
          (), "PATTERN=BUFFER,...", tensor_overrides, join_overrides, gathers=True),
@@ -125,9 +125,9 @@ FLAGS: Final = (
     Flag("n_gpu_layers_draft", ("-ngld", "--gpu-layers-draft", "--n-gpu-layers-draft", "--spec-draft-ngl"),
          "the draft's layers on GPUs", (), "N|auto|all", number_or(_AUTO_LAYERS, 0)),
     Flag("cache_type_k_draft", ("-ctkd", "--cache-type-k-draft", "--spec-draft-type-k"), "the draft's K cache",
-         (), _TYPES, choice(*CACHE_TYPES)),
+         (), _TYPES, choice(*KV_TYPE_NAMES)),
     Flag("cache_type_v_draft", ("-ctvd", "--cache-type-v-draft", "--spec-draft-type-v"), "the draft's V cache",
-         (), _TYPES, choice(*CACHE_TYPES)),
+         (), _TYPES, choice(*KV_TYPE_NAMES)),
     Flag("devices_draft", ("-devd", "--device-draft", "--spec-draft-device"), "the draft's devices",
          (), "A,B", device_names, join_devices),
     Flag("override_tensor_draft", ("-otd", "--override-tensor-draft", "--spec-draft-override-tensor"),

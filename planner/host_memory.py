@@ -10,9 +10,8 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Final
 
 from planner import ggml
-from planner.buffers import HOST_BUFFER
+from planner.buffers import HOST_BUFFER, OFFLOADING_KINDS
 from planner.operations import Operation, Weight
-from planner.types.machine import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from planner.types.machine import Device, LlamaBuild, Machine
 
 _LAZY_FROM_BYTES: Final = 4 << 30  # src/llama-model-loader.cpp, lazy mode auto
-# Kinds whose drivers offer pinned host memory to llama.cpp (get_host_buffer_type).
-_PINNING: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM, DeviceKind.VULKAN, DeviceKind.SYCL})
 # ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type: what each processor feature has repacked, in rows by eight.
 _REPACKED_BY: Final[Mapping[str, frozenset[str]]] = {
     "avx2": frozenset({"q4_0", "q4_K", "iq4_nl", "mxfp4"}),
@@ -105,13 +102,13 @@ class HostShare:
 
 def host_rule(params: ContextParams, devices: Sequence[Device], machine: Machine, build: LlamaBuild) -> HostRule:
     """Return how the host keeps what is left to it (src/llama-model.cpp, ``make_cpu_buft_list``)."""
-    shares_memory = any(device.pool == machine.host.pool and device.kind in _PINNING for device in devices)
+    shares_memory = any(device.pool == machine.host.pool and device.kind in OFFLOADING_KINDS for device in devices)
     maps = {"mmap": True, "mmap+mlock": True, "auto": not shares_memory}
     repacked = frozenset[str]().union(*(_REPACKED_BY.get(feature, ()) for feature in build.cpu_features))
     known = bool(build.cpu_features) and not build.cpu_features & _OTHER_PACKERS
     return HostRule(
         mapped=maps.get(params.load_mode, False),
-        pinned=params.use_host_buffer and any(device.kind in _PINNING for device in devices),
+        pinned=params.use_host_buffer and any(device.kind in OFFLOADING_KINDS for device in devices),
         repacked=repacked if params.repack else frozenset(),
         repack_known=known or not params.repack,
         lazy_mode="off" if shares_memory and params.lazy_mode == "auto" else params.lazy_mode,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final
 
 from planner.requirement import left_on_host
+from planner.speed import EQUAL_SPEED
 from planner.text import rate, size
 from planner.types.machine import HOST, Device, DeviceKind, DeviceName, Machine
 from planner.types.plan import DecodeEstimate, Plan, PlanOutcome
@@ -14,7 +15,6 @@ from planner.units import GIB
 
 MAX_DEVICES_TRIED: Final = 3  # each takes one more search, and somebody waits for the answer
 FULL_BELOW: Final = GIB  # a layer with its cache is seldom larger; with more left, something else was the reason
-WORTH_SAYING: Final = 0.01  # speeds nearer than this count as equal, in the search as well
 
 
 def limits(plan: Plan) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _of_speed(decode: DecodeEstimate) -> Iterator[str]:
     on_devices = [part for part in decode.parts if part.place != HOST]
     most = max(on_devices, key=lambda part: part.read_bytes, default=None)
     others = [part.bytes_per_second for part in on_devices if part is not most]
-    if most is not None and others and most.bytes_per_second > max(others) * (1 + WORTH_SAYING):
+    if most is not None and others and most.bytes_per_second > max(others) * EQUAL_SPEED:
         yield f"{most.place} holds most of it because it reads fastest: {most.bytes_per_second / 1e9:,.0f} GB/s"
 
 
@@ -90,7 +90,7 @@ def _gains(before: Plan, after: Plan) -> Iterator[str]:
         yield f"{now:,} tokens of context instead of {was:,}"
     if before.decode is not None and after.decode is not None:
         slow, fast = before.decode.tokens_per_second, after.decode.tokens_per_second
-        if fast > slow * (1 + WORTH_SAYING):
+        if fast > slow * EQUAL_SPEED:
             yield f"about {rate(fast)} tokens a second instead of {rate(slow)}"
 
 

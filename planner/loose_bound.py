@@ -10,13 +10,13 @@ from __future__ import annotations
 from math import prod
 from typing import Final
 
+from planner.buffers import OFFLOADING_KINDS
 from planner.cache import window_cells
 from planner.context import ContextParams
 from planner.estimate import (
     F16_BYTES,
     F32_BYTES,
     OFFLOAD_MIN_ROWS,
-    OFFLOADING_KINDS,
     SMALL_TENSORS_BYTES,
     BufferBytes,
     block_tensors,

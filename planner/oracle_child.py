@@ -35,6 +35,7 @@ from ctypes import (
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from planner.flag_table import POOLING_TYPES
 from planner.ggml import BY_NAME
 from planner.oracle_reservation import Reservation
 
@@ -49,7 +50,6 @@ _DEVICE_TYPE_CPU: Final = 0
 _SPLIT_MODE: Final = {"none": 0, "layer": 1, "row": 2, "tensor": 3}
 _LAZY_MODE: Final = {"off": 0, "auto": 1, "on": 2}
 _TAGS: Final = {"int": 0, "float": 1, "bool": 2, "str": 3}
-_POOLING: Final = {None: -1, "none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 _FLASH_ATTN: Final = {"auto": -1, "off": 0, "on": 1}
 _MEMORY_DATA: Final = (
     "_Z29common_get_device_memory_dataPKcPK18llama_model_paramsPK20llama_context_paramsRSt6vectorIP19ggml_backend_device"
@@ -256,7 +256,7 @@ def _context_params(libraries: Libraries, wanted: Mapping[str, Any]) -> ContextP
     ):
         setattr(params, name, wanted[name])
     params.n_outputs_max_per_seq = 1
-    params.pooling_type = _POOLING[wanted["pooling"]]
+    params.pooling_type = -1 if wanted["pooling"] is None else POOLING_TYPES.index(wanted["pooling"])
     params.flash_attn_type = _FLASH_ATTN[wanted["flash_attn"]]
     params.type_k = BY_NAME[wanted["cache_type_k"]].id
     params.type_v = BY_NAME[wanted["cache_type_v"]].id

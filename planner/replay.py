@@ -10,11 +10,10 @@ from typing import Final, NamedTuple
 
 from planner.adapters import pairs
 from planner.allocator import AllocSize, GraphAllocator
-from planner.buffers import HOST_BUFFER, buffer_type
+from planner.buffers import CUDA_KINDS, HOST_BUFFER, OFFLOADING_KINDS, buffer_type
 from planner.context import ContextParams
 from planner.estimate import (
     OFFLOAD_MIN_ROWS,
-    OFFLOADING_KINDS,
     fuses_attention,
     offloads_everything,
     pipeline_copies,
@@ -45,7 +44,6 @@ _GATHERS_TO_GENERATE: Final = frozenset({"minimax-m3"})
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(?!ffn_)")  # of a block's weights, those of attention and norms
 _F16_BYTES: Final = 2
-_CUDA_KINDS: Final = frozenset({DeviceKind.CUDA, DeviceKind.ROCM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Backend:
     def of(cls, device: Device) -> Backend:
         """Return a device's rules; a worker that aligns as CUDA does computes on CUDA."""
         rule = buffer_type(device)
-        like_cuda = device.kind in _CUDA_KINDS or (device.kind is DeviceKind.RPC and rule.pads_rows)
+        like_cuda = device.kind in CUDA_KINDS or (device.kind is DeviceKind.RPC and rule.pads_rows)
         return cls(rule.alignment_bytes, like_cuda=like_cuda, offloads=device.kind in OFFLOADING_KINDS)
 
 

@@ -9,6 +9,7 @@ from planner import ggml
 from planner.accounting import DeviceBytes, figure
 from planner.buffers import buffer_type
 from planner.charges import Charge
+from planner.estimate import CUDA_HEADS
 from planner.types.machine import HOST, DeviceKind
 from planner.types.usage import NOTHING, UNKNOWN_FIGURE, Figure, HostDetail, Source
 
@@ -63,7 +64,6 @@ _COLOURS: Final = 3
 _F32_BYTES: Final = 4
 _SMALL_TENSORS_BYTES: Final = 256 * 1024
 _ATTENTION_KINDS: Final = frozenset({DeviceKind.RPC, DeviceKind.HOST})  # that take any head size
-_CUDA_HEADS: Final = frozenset({40, 64, 72, 80, 96, 112, 128, 256})
 
 
 def refusal(projector: Attachment) -> str | None:
@@ -123,7 +123,7 @@ def _compute_bytes(projector: Attachment, kind: DeviceKind) -> tuple[int, int] |
     square = row * n_patches
     masks = square if any(f"clip.vision.{name}" in projector.metadata for name in _WINDOWED) else 0
     head = _integer(projector, "attention.head_dim") or width // heads
-    fuses = kind in _ATTENTION_KINDS or (kind is DeviceKind.CUDA and head in _CUDA_HEADS)
+    fuses = kind in _ATTENTION_KINDS or (kind is DeviceKind.CUDA and head in CUDA_HEADS)
     scores = 0 if fuses else 2 * heads * square
     small = masks + _ROWS_OF_INDICES * row + _SMALL_TENSORS_BYTES
     attention = _ROWS_IN_ATTENTION * width * row + scores + masks

@@ -10,14 +10,13 @@ from typing import Final
 from planner.graph import Graph
 from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
-from planner.graphs.shape import Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
+from planner.graphs.shape import HEADER_MOE, Moe, QueryNorm, Residual, Rope, Rows, Settings, Shape, SharedGate, When
 from planner.model import MetadataValue
 
 _GELU: Final = ("unary",)
 _RELU_SQUARED: Final = ("unary", "sqr")
 _FUSED_GATE: Final = ("glu",)
 _POST_NORMS: Final = ("post_attention_norm", "post_ffw_norm")
-_HEADER_MOE: Final = Moe(normalizes=None, scales=None)
 _SCALED_MOE: Final = Moe(uses_scales=True)
 _GATED_MOE: Final = Moe(uses_scales=True, shared_gate=SharedGate.SIGMOID)
 _BERT: Final = Shape(
@@ -35,7 +34,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
         post_norms=_POST_NORMS,
         pins_last_norm=True,
         picks_after_norm=True,
-        moe=_HEADER_MOE,
+        moe=HEADER_MOE,
     ),
     "arctic": Shape(),
     "grok": Shape(
@@ -50,7 +49,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "jina-bert-v3": replace(_BERT, rope=Rope.ALL, learned_positions=False),
     "kimi-k3": Shape(rows=Rows.ALL),
     "kimi-linear": Shape(moe=Moe(scales=None)),
-    "laguna": Shape(moe=_HEADER_MOE),
+    "laguna": Shape(moe=HEADER_MOE),
     "llama-embed": Shape(rope_factors=True, moe=_SCALED_MOE),
     "llama4": Shape(
         rope=Rope.BUT_EVERY_FOURTH,
@@ -62,7 +61,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "apertus": Shape(rope_factors=True, ffn=_GELU),
     "bitnet": Shape(),
     "chameleon": Shape(),
-    "deepseek2-ocr": Shape(moe=_HEADER_MOE),
+    "deepseek2-ocr": Shape(moe=HEADER_MOE),
     "rwkv6": Shape(norm="norm", rope=Rope.NONE),
     "rwkv6qwen2": Shape(rope=Rope.NONE),
     "rwkv7": Shape(norm="norm", rope=Rope.NONE),
@@ -72,8 +71,8 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "spark2_5": Shape(),
     "arcee": Shape(rope_factors=True, ffn=_RELU_SQUARED),
     "baichuan": Shape(rope=Rope.IF_32_LAYERS),
-    "bailingmoe": Shape(rope_factors=True, moe=_HEADER_MOE),
-    "bailingmoe2": Shape(moe=_HEADER_MOE),
+    "bailingmoe": Shape(rope_factors=True, moe=HEADER_MOE),
+    "bailingmoe2": Shape(moe=HEADER_MOE),
     "bailingmoe3": Shape(
         four_positions=When.IF_SET, moe=Moe(normalizes=None, scales=None, limited=True), rows=Rows.AFTER_NORM
     ),
@@ -107,17 +106,17 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "dbrx": Shape(norm="norm", clamps=True, ffn_norm="attn_output_norm"),
     "deci": Shape(rope_factors=True),
     "deepseek": Shape(rope_factors=True, moe=Moe(normalizes=False, scales=None)),
-    "deepseek2": Shape(moe=_HEADER_MOE),
-    "deepseek32": Shape(moe=_HEADER_MOE, carries_more=True),
-    "deepseek4": Shape(moe=_HEADER_MOE, rows=Rows.ALL, carries_more=True),
-    "dots1": Shape(moe=_HEADER_MOE),
-    "dots3note": Shape(moe=_HEADER_MOE, carries_more=True),
+    "deepseek2": Shape(moe=HEADER_MOE),
+    "deepseek32": Shape(moe=HEADER_MOE, carries_more=True),
+    "deepseek4": Shape(moe=HEADER_MOE, rows=Rows.ALL, carries_more=True),
+    "dots1": Shape(moe=HEADER_MOE),
+    "dots3note": Shape(moe=HEADER_MOE, carries_more=True),
     "dream": Shape(),
     "ernie4_5": Shape(),
     "ernie4_5-moe": Shape(),
     "eurobert": Shape(),
     "exaone": Shape(rope_factors=True),
-    "exaone-moe": Shape(rope=Rope.WINDOWED, rope_factors=True, moe=_HEADER_MOE),
+    "exaone-moe": Shape(rope=Rope.WINDOWED, rope_factors=True, moe=HEADER_MOE),
     "exaone4": Shape(
         attention_norm=False, rope=Rope.WINDOWED, rope_factors=True, post_norms=_POST_NORMS, ffn_norm=None
     ),
@@ -135,10 +134,10 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "gemma3": Shape(embedding_scale=When.ALWAYS, scaled_query=True, post_norms=_POST_NORMS, capped_logits=When.IF_SET),
     "gemma3n": Shape(carries_more=True, embedding_scale=When.ALWAYS, capped_logits=When.ALWAYS),
     "gemma4": Shape(carries_more=True, embedding_scale=When.ALWAYS, rows=Rows.AFTER_NORM, capped_logits=When.IF_SET),
-    "glm-dsa": Shape(moe=_HEADER_MOE, carries_more=True),
+    "glm-dsa": Shape(moe=HEADER_MOE, carries_more=True),
     "glm4": Shape(four_positions=When.IF_SET, pins_last_norm=True, post_norms=_POST_NORMS, ffn=_FUSED_GATE),
-    "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=_HEADER_MOE),
-    "glm5-next": Shape(moe=_HEADER_MOE, rows=Rows.ALL, carries_more=True),
+    "glm4moe": Shape(four_positions=When.IF_SET, ffn_norm="post_attention_norm", moe=HEADER_MOE),
+    "glm5-next": Shape(moe=HEADER_MOE, rows=Rows.ALL, carries_more=True),
     "gpt-oss": Shape(
         sinks=True,
         ffn_norm="post_attention_norm",
@@ -166,7 +165,7 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "hunyuan-moe": Shape(rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hunyuan_vl": Shape(four_positions=When.IF_SET, rope_factors=True, query_norm=QueryNorm.AFTER_ROPE),
     "hy_v3": Shape(rope_factors=True, moe=Moe(normalizes=None, scales=None, uses_scales=True), rows=Rows.AFTER_NORM),
-    "hy_v4": Shape(moe=_HEADER_MOE, rows=Rows.ALL, carries_more=True),
+    "hy_v4": Shape(moe=HEADER_MOE, rows=Rows.ALL, carries_more=True),
     "internlm2": Shape(),
     "jamba": Shape(rope=Rope.NONE, onto_residual=(True, True), moe=Moe(normalizes=False)),
     "jais": Shape(norm="norm", rope=Rope.NONE),
@@ -191,9 +190,9 @@ SHAPES: Final[Mapping[str, Shape]] = {
     "minicpm3": Shape(embedding_scale=When.ALWAYS, rope_factors=True, residual_scale=When.ALWAYS),
     "minimax-01": Shape(),
     "minimax-m2": Shape(query_norm=QueryNorm.ROWS),
-    "minimax-m3": Shape(moe=_HEADER_MOE, carries_more=True),
+    "minimax-m3": Shape(moe=HEADER_MOE, carries_more=True),
     "mistral3": Shape(rope_factors=True, moe=_SCALED_MOE, temperature=True),
-    "mistral4": Shape(moe=_HEADER_MOE, temperature=True),
+    "mistral4": Shape(moe=HEADER_MOE, temperature=True),
     "modern-bert": Shape(norm="norm", embedding_norm=True, ffn=_FUSED_GATE),
     "mpt": Shape(
         query_norm=QueryNorm.NONE, norm="norm", rope=Rope.NONE, learned_positions=True, clamps=True, ffn=_GELU

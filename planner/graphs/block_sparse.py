@@ -9,12 +9,11 @@ from planner.graph import F16, F32, I32, I64, Node
 from planner.graphs.blocks import CacheInputs
 from planner.graphs.decoder import Decoder
 from planner.graphs.experts import moe
-from planner.graphs.shape import Moe
+from planner.graphs.shape import HEADER_MOE
 
 # The positions of an empty cache (llama-kv-cache-msa.cpp, ``get_n_pos``): what a server reserves before any prompt. The
 # buffer grows with the longest position later, which llama.cpp does not report beforehand.
 _POSITIONS = 256
-_MOE = Moe(normalizes=None, scales=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,4 +181,4 @@ class BlockSparseDecoder(Decoder):
         blocks = self.blocks
         if il < self.settings.number("leading_dense_block_count"):
             return blocks.gated_ffn(x, il)
-        return self.graph.same("add", moe(blocks, x, il, _MOE, self.settings), blocks.gated_ffn(x, il, "_shexp"))
+        return self.graph.same("add", moe(blocks, x, il, HEADER_MOE, self.settings), blocks.gated_ffn(x, il, "_shexp"))

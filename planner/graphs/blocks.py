@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from planner.cache import window_cells
-from planner.ggml import BY_NAME, GgmlType
+from planner.ggml import BY_NAME, GgmlType, row_bytes
 from planner.graph import F16, F32, I64, Node
 from planner.graphs.parts import Parts
 
@@ -224,8 +224,8 @@ class Blocks(Parts):
         return self.graph.reshape(stored, stored.ne[0], stored.ne[1] * stored.ne[2])
 
     def _cells(self, stored: Node, head: int, n_head: int, n_cells: int) -> Node:
-        row = _row_bytes(stored.type, head)
-        width = _row_bytes(stored.type, stored.ne[0])
+        row = row_bytes(stored.type, head)
+        width = row_bytes(stored.type, stored.ne[0])
         return self.graph.view(stored, (head, n_head, n_cells, self.params.n_stream), (row, width, width * n_cells))
 
     def heads_attention(  # noqa: PLR0913  # what build_attn_mha takes
@@ -271,7 +271,3 @@ class Blocks(Parts):
                 out.backend = self.places.cpu
         graph.expand(out)
         return out
-
-
-def _row_bytes(type_: GgmlType, n_elements: int) -> int:
-    return type_.block_bytes * n_elements // type_.block

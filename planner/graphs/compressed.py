@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 from planner.cache import COARSE_COMPRESSION, DENSE_COMPRESSION, compressed_cells, raw_cells
 from planner.graph import F16, F32, FLASH_ATTN, I32, I64, Node
 from planner.graphs.blocks import Blocks, CacheInputs
 from planner.graphs.experts import mixed, route
 from planner.graphs.fused_hyper import FusedHyperDecoder
-from planner.graphs.shape import Moe, Settings, Shape
-
-_MOE: Final = Moe(normalizes=None, scales=None)
+from planner.graphs.shape import HEADER_MOE, Settings, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +100,8 @@ class CompressedDecoder(FusedHyperDecoder):
         chosen: Node | None = None
         if blocks.tokens and il < self.settings.number("hash_layer_count"):
             chosen = graph.get_rows(blocks.needed(f"blk.{il}.ffn_gate_tid2eid.weight"), blocks.tokens)
-        chosen, weights = route(blocks, x, il, _MOE, self.settings, None, chosen)
-        routed = mixed(blocks, x, il, _MOE, chosen, weights)
+        chosen, weights = route(blocks, x, il, HEADER_MOE, self.settings, None, chosen)
+        routed = mixed(blocks, x, il, HEADER_MOE, chosen, weights)
         return graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp"))
 
     def attention(self, x: Node, il: int) -> Node:

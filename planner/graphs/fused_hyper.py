@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from planner.graph import F32, HC_COMB, HC_POST, HC_PRE, Node
+from planner.graphs.blocks import Blocks
 from planner.graphs.decoder import Decoder
 
 _UNIT: Final = F32.block_bytes
@@ -21,6 +22,12 @@ class Connection:
 
     post: Node
     comb: Node
+
+
+def mixes(blocks: Blocks, streams: Node, name: str) -> Node:
+    """Return the streams' weights before they are scaled."""
+    flat = blocks.graph.reshape(streams, streams.ne[0] * streams.ne[1], streams.ne[2])
+    return blocks.graph.mul_mat(blocks.needed(f"{name}_fn.weight"), blocks.graph.same("rms_norm", flat))
 
 
 class FusedHyperDecoder(Decoder):
@@ -41,11 +48,11 @@ class FusedHyperDecoder(Decoder):
     def read(self, streams: Node, name: str, il: int) -> tuple[Node, Connection]:
         """Return a part's input, and its way back (``build_hc_pre``)."""
         graph, blocks, (_, n_streams, n_tokens, _) = self.graph, self.blocks, streams.ne
-        mixes = self.mixes(streams, name)
+        mixed = mixes(blocks, streams, name)
         scale, base = blocks.needed(f"{name}_scale.weight"), blocks.needed(f"{name}_base.weight")
 
         def part(width: int) -> Node:
-            x = graph.view(mixes, (width, n_tokens), (mixes.nb[1],))
+            x = graph.view(mixed, (width, n_tokens), (mixed.nb[1],))
             x = graph.same("mul", x, graph.view(scale, (1,), ()))
             return graph.same("add", x, graph.view(base, (width,), ()))
 
@@ -53,19 +60,14 @@ class FusedHyperDecoder(Decoder):
         if HC_COMB in blocks.batch.unfused:
             comb = self._balanced(graph.reshape(part(n_streams * n_streams), n_streams, n_streams, n_tokens))
         else:
-            comb = graph.new(HC_COMB, F32, (n_streams, n_streams, n_tokens, 1), mixes, scale, base)
+            comb = graph.new(HC_COMB, F32, (n_streams, n_streams, n_tokens, 1), mixed, scale, base)
             graph.fused.append((comb, il))
         return self._mixture(streams, pre, il), Connection(post, comb)
-
-    def mixes(self, streams: Node, name: str) -> Node:
-        """Return the streams' weights before they are scaled."""
-        flat = self.graph.reshape(streams, streams.ne[0] * streams.ne[1], streams.ne[2])
-        return self.graph.mul_mat(self.blocks.needed(f"{name}_fn.weight"), self.graph.same("rms_norm", flat))
 
     def head(self, streams: Node) -> Node:
         """Return the streams' mixture behind the last layer (``build_hc_head``)."""
         graph, blocks = self.graph, self.blocks
-        weights = graph.same("mul", self.mixes(streams, "output_hc"), blocks.needed("output_hc_scale.weight"))
+        weights = graph.same("mul", mixes(blocks, streams, "output_hc"), blocks.needed("output_hc_scale.weight"))
         weights = graph.same("add", weights, blocks.needed("output_hc_base.weight"))
         return self._mixture(streams, graph.same("scale", graph.same("unary", weights)), -1)
 

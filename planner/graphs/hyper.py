@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.graph import F32, Node
+from planner.graphs.fused_hyper import mixes
 from planner.graphs.sparse import SparseDecoder
 
 
@@ -17,8 +18,9 @@ class HyperSparseDecoder(SparseDecoder):
         streams = super().layers(graph.repeat(streams, (n_embd, n_streams, n_tokens, 1)), rows)
         picked = graph.get_rows(graph.reshape(streams, n_embd * n_streams, n_tokens), rows)
         streams = graph.reshape(picked, n_embd, n_streams, rows.ne[0])
-        weights = graph.same("mul", self._mixes(streams, "output_hc"), self.blocks.needed("output_hc_scale.weight"))
-        weights = graph.same("add", weights, self.blocks.needed("output_hc_base.weight"))
+        blocks = self.blocks
+        weights = graph.same("mul", mixes(blocks, streams, "output_hc"), blocks.needed("output_hc_scale.weight"))
+        weights = graph.same("add", weights, blocks.needed("output_hc_base.weight"))
         return self._mixture(streams, graph.same("scale", graph.same("unary", weights)))
 
     def layer(self, x: Node, il: int, picked: Node | None) -> Node:
@@ -41,18 +43,14 @@ class HyperSparseDecoder(SparseDecoder):
         gated = self.graph.same("mul", out, self.graph.same("unary", gate))
         return self.blocks.project(gated, f"blk.{il}.attn_output", scaled=False)
 
-    def _mixes(self, streams: Node, name: str) -> Node:
-        flat = self.graph.reshape(streams, streams.ne[0] * streams.ne[1], streams.ne[2])
-        return self.graph.mul_mat(self.blocks.needed(f"{name}_fn.weight"), self.graph.same("rms_norm", flat))
-
     def _read(self, streams: Node, name: str) -> tuple[Node, Node]:
         """Return a part's input, and how much of its output each stream takes (``build_hc_pre``)."""
         graph, blocks, (_, n_streams, n_tokens, _) = self.graph, self.blocks, streams.ne
-        mixes = self._mixes(streams, name)
+        mixed = mixes(blocks, streams, name)
         scales, bases = blocks.needed(f"{name}_scale.weight"), blocks.needed(f"{name}_base.weight")
 
         def weights() -> Node:
-            part = graph.view(mixes, (n_streams, n_tokens), (mixes.nb[1],))
+            part = graph.view(mixed, (n_streams, n_tokens), (mixed.nb[1],))
             part = graph.same("mul", part, graph.view(scales, (1,), ()))
             part = graph.same("unary", graph.same("add", part, graph.view(bases, (n_streams,), ())))
             return graph.same("scale", part)

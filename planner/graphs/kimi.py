@@ -7,10 +7,9 @@ from planner.graphs.blocks import Blocks
 from planner.graphs.experts import mixed, route, router_scores
 from planner.graphs.latent import LatentDecoder
 from planner.graphs.recurrent import UNIT_BYTES, RecurrentDecoder
-from planner.graphs.shape import Moe, Settings, Shape
+from planner.graphs.shape import HEADER_MOE, Settings, Shape
 
 _PARTS = ("q", "k", "v")
-_HEADER_MOE = Moe(normalizes=None, scales=None)
 
 
 class DeltaAttentionDecoder(LatentDecoder, RecurrentDecoder):
@@ -183,8 +182,8 @@ class ResidualAttentionDecoder(BoundedDeltaAttentionDecoder):
         if not blocks.has(f"{prefix}gate_inp.weight"):
             return self._dense(x, prefix, "")
         inner = blocks.product(x, f"{prefix}routed_down") if blocks.has(f"{prefix}routed_down.weight") else x
-        chosen, weights = route(blocks, inner, il, _HEADER_MOE, self.settings, router_scores(blocks, x, il))
-        routed = mixed(blocks, inner, il, _HEADER_MOE, chosen, weights, activate=self._situ)
+        chosen, weights = route(blocks, inner, il, HEADER_MOE, self.settings, router_scores(blocks, x, il))
+        routed = mixed(blocks, inner, il, HEADER_MOE, chosen, weights, activate=self._situ)
         if blocks.has(f"{prefix}routed_norm.weight"):
             routed = blocks.norm(routed, f"{prefix}routed_norm", il)
         if blocks.has(f"{prefix}routed_up.weight"):

@@ -12,11 +12,10 @@ from planner.graphs.experts import moe
 from planner.graphs.fused_hyper import FusedHyperDecoder
 from planner.graphs.kimi import BoundedDeltaAttentionDecoder
 from planner.graphs.latent import LatentDecoder
-from planner.graphs.shape import Moe
+from planner.graphs.shape import HEADER_MOE
 
 _POOL_MULTIPLE: Final = 64  # kpool_pad, src/llama-memory-hybrid-idx.cpp
 _GATHERS_UP_TO: Final = 16  # tokens; build_inp_kpool: more of them attend to all cells under a mask
-_MOE: Final = Moe(normalizes=None, scales=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class PoolSparseDecoder(FusedHyperDecoder, BoundedDeltaAttentionDecoder):
         blocks = self.blocks
         if il < self.settings.number("leading_dense_block_count"):
             return blocks.gated_ffn(x, il)
-        routed = moe(blocks, x, il, _MOE, self.settings)
+        routed = moe(blocks, x, il, HEADER_MOE, self.settings)
         return self.graph.same("add", routed, blocks.gated_ffn(x, il, "_shexp"))
 
     def _sparse_attention(self, x: Node, il: int) -> Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from planner.model import MetadataValue
 
@@ -78,6 +79,9 @@ class Moe:
     uses_scales: bool = False  # experts' scales, in files that have them
     shared_gate: SharedGate = SharedGate.NONE
     limited: bool = False  # gated activations are clamped on both sides, where the header says so
+
+
+HEADER_MOE: Final = Moe(normalizes=None, scales=None)
 
 
 @dataclass(frozen=True, slots=True)

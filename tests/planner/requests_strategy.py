@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from planner import flag_table
+from planner import flag_table, ggml
 from planner.types import PlanRequest, Role
 
 COUNT = st.integers(1, 2**20)
@@ -14,7 +14,7 @@ WORD = st.from_regex(r"[A-Za-z0-9_./\\|()-]{1,12}", fullmatch=True).filter(lambd
 WORDS = st.lists(WORD, min_size=1, max_size=3).map(tuple)
 PAIRS = st.lists(st.tuples(WORD, st.sampled_from(["CPU", "CUDA0"])), min_size=1, max_size=3).map(tuple)
 LAYERS = st.one_of(st.just("all"), st.integers(0, 200))
-TYPES = st.sampled_from(flag_table.CACHE_TYPES)
+TYPES = st.sampled_from(ggml.KV_TYPE_NAMES)
 SHARES = st.lists(st.integers(0, 100).map(float), min_size=1, max_size=15).map(tuple).filter(any)
 
 VALUES = {
