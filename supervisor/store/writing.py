@@ -192,7 +192,7 @@ def collect(folder: StoreFolder, digests: Iterable[str] | None = None) -> None:
             return
         used = {blob.digest for manifest in kept for blob in manifest.blobs}
         for links in parts.unused(folder, kept):
-            shutil.rmtree(links)
+            shutil.rmtree(links, ignore_errors=True)  # a link too many hurts nobody
         for path in _all(folder) if digests is None else map(folder.blob, digests):
             if path.name.replace("-", ":") not in used:
                 path.unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from docker_registry import RegistryServer, registry_server
+from docker_registry import BASIC, PASSWORD, USER, RegistryServer, private_registry
 from store_layout import said
 from web_server import ranged, web_server
 
@@ -20,12 +21,8 @@ from supervisor.store_api import RegistryFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("free_environment")]
 
-USER, PASSWORD = "tester", "of-a-test"
-# That password by bcrypt, which is all that the registry takes (htpasswd -B writes the same).
-HASHED = "$2b$04$C7idRptUo6C6KfTdmcrxKum.75WjCAu3ZqJUSf4kwUkWYsFrCgM7S"
 
-
-def basic(password: str = PASSWORD) -> str:
+def basic(password: str) -> str:
     return base64.b64encode(f"{USER}:{password}".encode()).decode()
 
 
@@ -45,17 +42,15 @@ async def pulled(name: str, root: Path, logins: Logins, registry: str | None = N
 
 
 @pytest.fixture
-def private(registry: RegistryServer, gguf: bytes, tmp_path: Path) -> Any:
+def private(registry: RegistryServer, gguf: bytes, tmp_path: Path) -> Iterator[RegistryServer]:
     """Return a registry that lets nobody in without a password, and holds a model."""
-    (tmp_path / "htpasswd").write_text(f"{USER}:{HASHED}\n")
-    auth = f"auth: {{htpasswd: {{realm: here, path: '{tmp_path / 'htpasswd'}'}}}}\n"
-    with registry_server(tmp_path / "private", auth) as server:
-        server.push("library/own:1", {"model": gguf, "config": b"{}"}, authorization=f"Basic {basic()}")
+    with private_registry(tmp_path / "private") as server:
+        server.push("library/own:1", {"model": gguf, "config": b"{}"}, authorization=f"Basic {BASIC}")
         yield server
 
 
 @pytest.mark.parametrize(
-    "entry", [{"auth": basic()}, {"username": USER, "password": PASSWORD}], ids=["as docker writes it", "in the open"]
+    "entry", [{"auth": BASIC}, {"username": USER, "password": PASSWORD}], ids=["as docker writes it", "in the open"]
 )
 async def test_a_private_registry_lets_us_in_with_the_login_of_the_file(
     entry: dict[str, str], private: RegistryServer, logins: Logins, tmp_path: Path
@@ -81,7 +76,7 @@ async def test_a_login_that_is_refused_is_said_to_have_been_shown(
 async def test_no_login_goes_over_plain_http_because_a_client_wishes_so(
     private: RegistryServer, logins: Logins, tmp_path: Path
 ) -> None:
-    keep(logins, private.host, auth=basic())
+    keep(logins, private.host, auth=BASIC)
     with pytest.raises(RegistryFailed, match="asks for a login"):
         await pulled(f"{private.host}/library/own:1", tmp_path / "store", logins, insecure=True)
 
@@ -96,18 +91,18 @@ async def test_a_token_service_is_shown_the_login_and_the_registry_the_token(
         shown = request.headers.get("Authorization", "")
         seen.append((request.path.rpartition("/")[2], shown))
         if request.path == "/token":
-            return web.json_response({"token": "given"} if shown == f"Basic {basic()}" else {}, status=200)
+            return web.json_response({"token": "given"} if shown == f"Basic {BASIC}" else {}, status=200)
         challenge = f'Bearer realm="{server.url}/token",service="s",scope="repository:library/m:pull"'
         return web.Response(status=401 if shown != "Bearer given" else 404, headers={"WWW-Authenticate": challenge})
 
     async with web_server(answer) as server:
-        for entry in ({"auth": basic()}, {"registrytoken": "given"}):
+        for entry in ({"auth": BASIC}, {"registrytoken": "given"}):
             keep(logins, server.host, **entry)
             with pytest.raises(RegistryFailed, match="is not on"):
                 await pulled("m:1", tmp_path / "store", logins, server.url)
     assert seen == [
         ("1", ""),
-        ("token", f"Basic {basic()}"),
+        ("token", f"Basic {BASIC}"),
         ("1", "Bearer given"),
         ("1", ""),
         ("1", "Bearer given"),
@@ -115,7 +110,7 @@ async def test_a_token_service_is_shown_the_login_and_the_registry_the_token(
 
 
 @pytest.mark.parametrize(
-    "entry,shown", [({"registrytoken": "t0ken"}, "Bearer t0ken"), ({"auth": basic()}, f"Basic {basic()}")]
+    "entry,shown", [({"registrytoken": "t0ken"}, "Bearer t0ken"), ({"auth": BASIC}, f"Basic {BASIC}")]
 )
 async def test_a_hub_is_shown_a_login_and_where_it_leads_nothing_is(
     entry: dict[str, str], shown: str, logins: Logins, gguf: bytes, tmp_path: Path
@@ -153,8 +148,8 @@ def test_a_file_that_makes_no_sense_is_said_without_its_secrets(text: str, probl
 
 
 def test_a_login_is_never_written_out(logins: Logins) -> None:
-    keep(logins, "h", auth=basic())
-    assert basic() not in repr(logins.of("h"))
+    keep(logins, "h", auth=BASIC)
+    assert BASIC not in repr(logins.of("h"))
     assert Logins(logins.file.with_name("none")).of("h") is None
     keep(logins, "h")
     assert logins.of("h") is None

@@ -73,7 +73,9 @@ async def test_a_copy_needs_the_same_links_and_the_last_delete_takes_them(
     assert len(links(folder)) == 1
     await store.delete("big")
     assert only_model(folder).problem is None
+    (folder.root / parts.LINKS / "somebody-elses").write_text("x")
     await store.delete("child")
+    (folder.root / parts.LINKS / "somebody-elses").unlink()
     assert links(folder) == list(folder.blobs.iterdir()) == []
 
 

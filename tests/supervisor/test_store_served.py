@@ -13,7 +13,7 @@ from typing import Any
 import companion_models
 import pytest
 import tiny_models
-from docker_registry import registry_server
+from docker_registry import BASIC, private_registry, registry_server
 from running_service import Serve, Service
 from store_layout import HOST, put_model, tree
 
@@ -151,6 +151,20 @@ def test_a_model_that_became_another_is_loaded_anew_and_one_of_other_words_is_no
     service.request("POST", "/manage/rescan", {})
     service.read_log("model.changed")
     assert pid(file.stem) != before
+
+
+@pytest.mark.parametrize("variable,path", [("DOCKER_CONFIG", ""), ("PLANNER_REGISTRY_LOGINS", "config.json")])
+def test_a_private_registrys_model_is_pulled_with_the_login_that_docker_keeps(
+    variable: str, path: str, serve: Serve, chat_model: Path, tmp_path: Path
+) -> None:
+    if shutil.which("docker-registry") is None:
+        pytest.skip("no docker-registry here: nothing is pulled (Debian: apt-get install docker-registry)")
+    with private_registry(tmp_path / "registry") as registry:
+        registry.push("library/own:1", {"model": chat_model, "config": b"{}"}, authorization=f"Basic {BASIC}")
+        (tmp_path / "docker").mkdir()
+        (tmp_path / "docker" / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": BASIC}}}))
+        service = serve(PLANNER_REGISTRY=f"http://{registry.host}", **{variable: str(tmp_path / "docker" / path)})
+        assert steps(service, "/api/pull", {"model": "own:1"})[-1] == {"status": "success"}
 
 
 def test_a_split_model_is_made_from_its_first_part_asked_shown_and_deleted(
