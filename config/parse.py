@@ -24,7 +24,7 @@ GIB: Final = KIB**3
 # Binary throughout: a user who writes 8G of GPU memory means what nvidia-smi calls 8 GiB.
 _SIZE_UNITS: Final = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 # Twenty digits hold any size there is and keep the arithmetic finite; likewise below.
-_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 
 # Go's time.ParseDuration, which Ollama's settings follow, and the days and weeks that people write all the same: Ollama
 # reads such a text as its default of minutes, without a word.
@@ -43,7 +43,8 @@ MAX_PORT: Final = 65535
 MAX_RPC_SERVERS: Final = 16  # GGML_RPC_MAX_SERVERS, ggml/include/ggml-rpc.h
 
 # llama.cpp's spelling of its device names; what the user writes is matched without regard to case, as -dev does.
-_DEVICE_PREFIXES: Final = {p.lower(): p for p in ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "MUSA", "RPC")}
+DEVICE_PREFIXES: Final = ("CUDA", "ROCm", "Vulkan", "SYCL", "MTL", "MUSA", "RPC")
+_DEVICE_PREFIXES: Final = {prefix.lower(): prefix for prefix in DEVICE_PREFIXES}
 _DEVICE_NAME: Final = re.compile(r"([A-Za-z]+)(\d{1,3})")
 
 
@@ -69,14 +70,18 @@ def clean(text: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of ``8GiB``, ``8G``, ``8 GB`` (all binary), ``1.5G`` or plain bytes. Raises ValueError."""
+    """Return the bytes of ``8GiB``, ``8G``, ``8 GB`` (all binary), ``1.5G`` or plain bytes, rounded down.
+
+    Flags are read alike (``planner.units.parse_size``). Raises ValueError.
+    """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(text)
-    number, unit = match.group(1), (match.group(2) or "").upper()
-    if not unit and "." in number:
+    multiple = _SIZE_UNITS[(match.group(2) or "").upper()]
+    whole, _, fraction = match.group(1).partition(".")
+    if fraction and not match.group(2):
         raise ValueError(text)
-    return int(number) * _SIZE_UNITS[unit] if "." not in number else round(float(number) * _SIZE_UNITS[unit])
+    return int(whole) * multiple + int(fraction or "0") * multiple // int("1" + "0" * len(fraction))
 
 
 def format_size(size_bytes: int) -> str:

@@ -41,6 +41,7 @@ KIND_BY_PREFIX: Final = {
     "Vulkan": DeviceKind.VULKAN,
     "SYCL": DeviceKind.SYCL,
     "MTL": DeviceKind.METAL,
+    "MUSA": DeviceKind.OTHER,  # of ggml-cuda's source, but nobody has seen what its driver keeps
     "RPC": DeviceKind.RPC,
 }
 _BACKEND_BY_LIBRARY: Final = {"hip": "rocm"}

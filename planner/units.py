@@ -11,21 +11,21 @@ GIB: Final = 1024 * MIB
 TIB: Final = 1024 * GIB
 
 _MULTIPLE: Final = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
-_SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
+_SIZE: Final = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(?:([kmgt])(?:i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
 _NAMES: Final = (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB))
 
 
 def parse_size(text: str) -> int:
     """Return the bytes of ``24GiB``, ``8G``, ``11500MiB``, ``1.5g`` or a plain number of bytes, rounded down.
 
-    ``GB`` means ``GiB``. Raises ValueError, whose text says what is allowed.
+    ``GB`` means ``GiB``. Settings are read alike (``config.parse.parse_size``: neither part knows the other). Raises
+    ValueError, whose text says what is allowed.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
+    if match is None or ("." in match[1] and not match[2]):
         raise ValueError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB")
-    number, unit = match.groups()
-    whole, _, fraction = number.partition(".")
-    multiple = _MULTIPLE[unit.lower()]
+    whole, _, fraction = match[1].partition(".")
+    multiple = _MULTIPLE[(match[2] or "").lower()]
     return int(whole) * multiple + int(fraction or "0") * multiple // int("1" + "0" * len(fraction))
 
 

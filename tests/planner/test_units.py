@@ -28,7 +28,9 @@ def test_reads_sizes_in_binary_multiples(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1,5G", "12 parsecs", "0x10", "\u0661G", "nan", "1" * 30])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1", "1e9", "1,5G", "12 parsecs", "0x10", "\u0661G", "nan", "1" * 30, "1.5"]
+)
 def test_refuses_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
