@@ -10,6 +10,10 @@ import structlog
 
 from supervisor.log_writer import LogWriter
 
+# Where it failed, and not what was in its hands there: prompts and keys.
+TRACEBACK_OF_PLACES = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
 LEVEL_OF_OTHERS = logging.WARNING  # libraries say little that an operator needs below that
 
 
@@ -22,9 +26,9 @@ def configure(style: Literal["auto", "json", "text"], *, debug: bool) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     rendering: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [TRACEBACK_OF_PLACES, structlog.processors.JSONRenderer()]
         if as_json
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
     )
     writer = LogWriter(sys.stderr.fileno(), _tell_dropped)
     structlog.configure(

@@ -94,7 +94,9 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except ConnectionError:
-        raise  # the client left while it was written to: nobody is there to be told
+        if not _client_gone(request):
+            raise
+        return web.Response(status=CLIENT_CLOSED_REQUEST)  # it left while it was written to: nobody is told, or logged
     except Exception as error:  # noqa: BLE001 - the boundary: whatever happens, the client gets one envelope
         answer = exchange.tell(error, exchange.request_id)
         if answer.expected:

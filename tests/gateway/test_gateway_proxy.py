@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from typing import Any
 
 import aiohttp
@@ -197,6 +198,37 @@ async def test_a_client_that_leaves_stops_its_generation(
     await endless_server.wait_log(b"cancel task")
     await endless_server.wait_log(b"all slots are idle")
     assert (runtime.granted, runtime.released) == (1, 1)
+
+
+async def test_a_client_that_leaves_while_it_is_written_to_is_no_error_in_the_log(
+    serve: Serve, runtime: FakeRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The runner's next event and the client's end come in one turn of the loop, in this order."""
+    got_it = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\ndata: 0\n\n")
+        await got_it.wait()
+        writer.write(b"data: 1\n\n")
+        client.close()
+        await runtime.returned.wait()
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        url = URL(await serve())
+        client = socket.create_connection((url.host or "", url.port or 0))
+        client.setblocking(False)
+        body = b'{"model": "mock", "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, head + body)
+        while b"data: 0" not in await loop.sock_recv(client, 4096):
+            pass
+        got_it.set()
+        await runtime.returned.wait()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def until_busy(server: LlamaServer) -> None:

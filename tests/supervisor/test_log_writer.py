@@ -6,6 +6,8 @@ import os
 import sys
 from subprocess import PIPE, Popen
 
+import pytest
+
 from supervisor.log_writer import LogWriter
 
 PIPE_BYTES = 1 << 16
@@ -41,6 +43,20 @@ def test_the_last_lines_of_a_process_are_written() -> None:
         assert process.stderr is not None
         said = process.stderr.read()
     assert said.count(b'"event": "said"') == 100
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_a_failure_is_told_by_its_places_and_not_with_the_prompts_and_keys_at_hand(style: str) -> None:
+    program = (
+        f"from supervisor import log_setup; import structlog; log_setup.configure({style!r}, debug=False)\n"
+        "def fail(prompt):\n    raise ValueError('it failed')\n"
+        "try:\n    fail('a ' + 'secret')\nexcept ValueError:\n    structlog.get_logger().exception('told')\n"
+    )
+    with Popen([sys.executable, "-c", program], stderr=PIPE) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert b"it failed" in said
+    assert b"a secret" not in said
 
 
 def test_a_process_whose_log_nobody_reads_still_ends() -> None:
