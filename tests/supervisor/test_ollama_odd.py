@@ -24,6 +24,7 @@ def service(llama_tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("odd-models")
     tiny_models.write_chat_model(folder / "chat.gguf")
     tiny_models.write_chat_model(folder / "base.gguf", template="")
+    tiny_models.write_chat_model(folder / "endless.gguf", endless=True)
     tiny_encoders.write_embedding_model(folder / "embed.gguf")
     with shared(environment(os.environ, folder, tmp_path_factory.mktemp("odd"))) as service:
         yield service
@@ -63,3 +64,15 @@ def test_what_the_model_said_in_two_messages_is_gone_on_with_as_one(service: Ser
     messages = [{"role": "user", "content": "hello"}, *said]
     told = answer(service, "/api/chat", model="chat", messages=messages)
     assert told["message"]["content"] == tiny_models.TEXT.partition("I am")[2]
+
+
+def test_a_model_that_is_deleted_while_it_answers_finishes_its_answer_and_is_gone(service: Service) -> None:
+    assert answer(service, "/api/create", model="own", **{"from": "endless"}) == {"status": "success"}
+    body = {"model": "own", "prompt": "hello", "options": {"num_predict": 400}}
+    stream = service.request("POST", "/api/generate", body)
+    first = json.loads(stream.readline())
+    assert service.request("DELETE", "/api/delete", {"model": "own"}).status == 200
+    lines = [first, *map(json.loads, stream.read().splitlines())]
+    assert (lines[-1]["done_reason"], lines[-1]["eval_count"]) == ("length", 400)
+    assert "own:latest" not in [one["name"] for one in service.get("/api/tags")["models"]]
+    assert service.request("POST", "/api/show", {"model": "own"}).status == 404
