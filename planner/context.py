@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from planner import ggml, overrides, speculation
+from planner import adapters, ggml, overrides, speculation
 from planner.architectures import ARCHITECTURES
 from planner.errors import InvalidRequest
 from planner.flag_table import POOLING_TYPES
@@ -22,8 +22,6 @@ CACHE_RAM_MIB: Final = 8192
 CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
 MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
-
-_LORA_UNAPPLIED: Final = "--lora-init-without-apply"  # adapters are loaded, and in no graph until a request asks
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         pooling=_pooling(request),
         loads_draft_head=speculation.uses_own_head(request),
         n_rs_seq=speculation.n_rs_seq(model, request),
-        applies_adapters=_LORA_UNAPPLIED not in request.passthrough,
+        applies_adapters=adapters.UNAPPLIED not in request.passthrough,
         not_built=_not_built(model, request),
     )
 
@@ -131,7 +129,7 @@ def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:
     missing = []
     if (request.override_kv or ()) != model.overrides:
         missing.append("overridden metadata that was not read (--override-kv)")
-    if len(request.lora or ()) != len(model.adapters):
+    if len(adapters.files(request)) != len(model.adapters):
         missing.append("LoRA adapters that were not read (--lora)")
     if request.mmproj and model.projector is None:
         missing.append("a projector that was not read (--mmproj)")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
-from planner import overrides
+from planner import adapters, overrides
 from planner.errors import InvalidRequest
 from planner.flag_table import BY_NAME, FLAGS, Flag
 from planner.llama_flags import LEFT_OUT, PASSED_ON, REFUSED, UNCOUNTED
@@ -143,7 +143,7 @@ def _pass_on(reading: _Reading, name: str, rest: Iterator[str]) -> None:
     reading.passthrough += [name, *(_next(rest, name, "VALUE") for _ in range(PASSED_ON[name]))]
     if name in UNCOUNTED:
         reading.notes.append(f"{name} is handed to llama-server; the memory that it takes is not in these figures")
-    elif name not in LOOKUP_FLAGS:
+    elif name not in LOOKUP_FLAGS | adapters.COUNTED_FLAGS:
         reading.notes.append(f"{name} moves no memory; it is handed to llama-server as it is")
 
 

@@ -62,10 +62,9 @@ PASSED_ON: Final = MappingProxyType(
 """Flag -> number of values, for flags that llama-server gets as they were written."""
 
 _UNCOUNTED: Final = """
-    --lora-scaled --control-vector --control-vector-scaled -bs --backend-sampling -cmoed --cpu-moe-draft
+    --control-vector --control-vector-scaled -bs --backend-sampling -cmoed --cpu-moe-draft
     --spec-draft-cpu-moe -ncmoed --n-cpu-moe-draft --spec-draft-n-cpu-moe --spec-draft-ncmoe -mmdev --mmproj-device
     --image-min-tokens --image-max-tokens --mtmd-batch-max-tokens -lcs --lookup-cache-static -lcd --lookup-cache-dynamic
-    --spec-default
 """
 
 UNCOUNTED: Final = frozenset(_UNCOUNTED.split())

@@ -23,7 +23,9 @@ _BY_LOOKUP: Final[dict[str, tuple[int, str | None]]] = {
     "ngram-mod": (64, "--spec-ngram-mod-n-max"),
     "ngram-cache": (8, None),
 }
-LOOKUP_FLAGS: Final = frozenset(flag for _, flag in _BY_LOOKUP.values() if flag is not None)
+_BY_DEFAULT: Final = "--spec-default"  # one kind more, whose numbers are those of its own defaults
+_ITS_KIND: Final = "ngram-mod"
+LOOKUP_FLAGS: Final = frozenset({_BY_DEFAULT, *(flag for _, flag in _BY_LOOKUP.values() if flag is not None)})
 """Flags that are handed on as they are, and counted here."""
 
 _KINDS: Final = (SIMPLE, "draft-eagle3", OWN_HEAD, "draft-dflash", "draft-dspark", *_BY_LOOKUP)
@@ -66,13 +68,14 @@ def types(request: PlanRequest) -> tuple[str, ...]:
 
     (common/speculative.cpp, ``common_speculative_types_from_names``.) Raises InvalidRequest for a kind that is none.
     """
+    by_default = (_ITS_KIND,) if _BY_DEFAULT in request.passthrough else ()
     words = (request.spec_type or NONE).split(",")
     for word in words:
         if word == NONE:
-            return ()
+            return by_default
         if word not in _KINDS:
             raise InvalidRequest(f"--spec-type {word}: expected {NONE}, {', '.join(_KINDS)}")
-    return tuple(words)
+    return (*words, *by_default)
 
 
 def n_draft(request: PlanRequest) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from planner import companions
+from planner import adapters, companions
 from planner.accounting import DeviceBytes, account
 from planner.build import PINNED_COMMIT, is_pinned
 from planner.context import context_params
@@ -112,8 +112,9 @@ def verify(
     """Return the comparison for the placement that would be launched. Raises InvalidRequest as the search does."""
     path = model.summary.path
     beside = [flag for name, flag in _BESIDE.items() if getattr(request, name)]
+    beside += sorted({*request.passthrough} & adapters.COUNTED_FLAGS)
     notes = (f"{', '.join(beside)}: left out here, the model alone is compared",) if beside else ()
-    request = replace(request, lora=None, mmproj=None, model_draft=None, spec_type=None)
+    request = replace(request, lora=None, mmproj=None, model_draft=None, spec_type=None, passthrough=())
     model = companions.attach(model, request)
     outcome = search.search(model, request, machine, policy, build, oracle)
     if not isinstance(outcome, Plan):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner import speculation, weights
+from planner import adapters, speculation, weights
 from planner.companions import draft, draft_head, lora, projector
 from planner.model import read_attachment, read_model
 
@@ -27,11 +27,12 @@ def attach(model: ModelFacts, request: PlanRequest) -> ModelFacts:
     overrides = request.override_kv or ()
     if overrides:
         model = read_model(model.summary.path, overrides)
-    if not (request.lora or request.mmproj or request.model_draft):
+    files = adapters.files(request)
+    if not (files or request.mmproj or request.model_draft):
         return model
     return replace(
         model,
-        adapters=tuple(read_attachment(path) for path in request.lora or ()),
+        adapters=tuple(read_attachment(path) for path in files),
         projector=read_attachment(request.mmproj) if request.mmproj else None,
         draft=read_model(request.model_draft, overrides) if request.model_draft else None,
     )

@@ -91,6 +91,14 @@ def test_adapters_take_what_the_plan_says(
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
 
 
+def test_a_scaled_adapter_takes_what_any_other_takes(endless_model: Path, adapters: tuple[Path, Path]) -> None:
+    plain = outcome(endless_model, n_ctx=512, lora=tuple(map(str, adapters)))
+    small, large = adapters
+    scaled = outcome(endless_model, n_ctx=512, passthrough=("--lora-scaled", f"{small}:0.5,{large}:2"))
+    assert scaled.usages == plain.usages != outcome(endless_model, n_ctx=512).usages
+    assert "--lora-scaled" in scaled.launch.argv
+
+
 def test_an_adapter_of_an_embedding_that_is_the_output_too_is_told(tmp_path: Path) -> None:
     """Seen with a really loading server: it aborts over a product whose shapes do not go together."""
     model = write_model(tmp_path / "tied.gguf", dimensions("small")["small-gemma2"])

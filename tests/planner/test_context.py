@@ -122,6 +122,8 @@ def test_what_needs_flash_attention_turns_it_on(model: ModelFacts, knobs: dict[s
         ("--spec-type ngram-mod --spec-draft-n-max 5", 130),
         ("--spec-type ngram-mod --spec-ngram-mod-n-max 100", 202),
         ("--spec-type ngram-cache,none", 2),
+        ("--spec-default", 130),
+        ("--spec-default --spec-type ngram-cache", 130),
     ],
 )
 def test_tokens_drafted_from_the_text_itself_need_outputs_and_nothing_else(

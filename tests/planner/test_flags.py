@@ -204,6 +204,7 @@ def test_an_unbounded_batch_is_bounded_by_what_it_is_made_of(words: str) -> None
 
 def test_a_flag_that_the_figures_count_has_no_note() -> None:
     assert flags.parse(["--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", "64"]).notes == ()
+    assert flags.parse(["--spec-default", "--lora-scaled", "a.gguf:0.5", "--lora-init-without-apply"]).notes == ()
     assert flags.parse(["--spec-ngram-simple-size-n", "9"]).notes
 
 
