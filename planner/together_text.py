@@ -35,10 +35,13 @@ def together_to_json(result: Together) -> dict[str, Any]:
     }
 
 
-def together_to_text(result: Together, width: int = 80, style: Style = PLAIN) -> str:
-    """Return the answer, a sentence for each model, and what each takes on which device, ready to print."""
+def together_to_text(result: Together, width: int = 80, style: Style = PLAIN, words: Sequence[str] = ()) -> str:
+    """Return the answer, a sentence for each model, and what each takes on which device, ready to print.
+
+    ``words`` are how the models were written on the command line: the paths of their files, where not given.
+    """
     width = bounded(width)
-    names = _names(result.outcomes)
+    names = _names(words or [outcome.model.path for outcome in result.outcomes])
     colour = BOLD if result.fits else f"{BOLD};{RED}"
     blocks = [[style.paint(colour, line) for line in wrap("", together_headline(result) + ".", width)]]
     blocks.append([line for pair in zip(names, result.outcomes, strict=True) for line in _model(*pair, width, style)])
@@ -48,9 +51,9 @@ def together_to_text(result: Together, width: int = 80, style: Style = PLAIN) ->
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
-def _names(outcomes: Sequence[PlanOutcome]) -> list[str]:
-    """Return what each model is called: its file's name, as it was written on the command line, without the ending."""
-    return [outcome.model.path.rpartition("/")[2].removesuffix(".gguf") for outcome in outcomes]
+def _names(words: Sequence[str]) -> list[str]:
+    """Return what each model is called: its name or its file's, without folders and ending."""
+    return [word.rpartition("/")[2].removesuffix(".gguf") for word in words]
 
 
 def _model(name: str, outcome: PlanOutcome, width: int, style: Style) -> list[str]:

@@ -39,6 +39,7 @@ planner explain MODEL [flags]
 planner explain MODEL MODEL ... [flags]
 
 Says where llama-server would put the model on this machine, how much memory that takes on each device, and why.
+MODEL is a GGUF file, or the name of a model that `planner serve` would serve: it is then planned as it would be there.
 Flags are llama-server's own, so that its command line can be pasted; what is not pinned is planned. Several models are
 to be loaded at a time: flags hold for each of them, and the order in which they are named does not matter.
 Exit status: 0 it fits, 3 it does not, 2 wrong usage, 65 not a model that can be read.

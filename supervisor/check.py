@@ -11,13 +11,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 from config import models_file
 from config.model_settings import ExternalRunner
 from config.resolve import ConfigError
-from config.settings import Settings, load
+from config.settings import load
 from planner import companions, flags
 from planner.commands import terminal
 from planner.commands.surroundings import Surroundings, surroundings
@@ -28,14 +27,13 @@ from planner.oracle import ask
 from planner.search import placement
 from planner.together import Search, Wanted, together
 from planner.types import Plan, PlanOutcome, Policy
-from supervisor import catalogue, configured, operator_files
+from supervisor import configured, operator_files
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.model_request import request_of
 from supervisor.operator_files import OperatorFiles
 from supervisor.placing import as_told
-from supervisor.store import listing
-from supervisor.store.folder import StoreFolder
+from supervisor.served import served
 
 USAGE: Final = """\
 planner check [--machine FILE] [--json]
@@ -77,7 +75,7 @@ def main(name: str, words: Sequence[str]) -> int:
         files = operator_files.read(settings)
     except ConfigError as error:
         raise InvalidRequest(str(error)) from None
-    verdicts = _verdicts(files, _entries(settings, files), surroundings(line))
+    verdicts = _verdicts(files, served(settings, files.models), surroundings(line))
     if line.options.json:
         terminal.write_json({"schema": 1, "fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts]})
     else:
@@ -95,23 +93,6 @@ def _all_fit(verdicts: Iterable[Verdict]) -> bool:
 
 def _json(verdict: Verdict) -> dict[str, Any]:
     return {"model": verdict.model, "fits": verdict.fits, "story": verdict.story}
-
-
-def _entries(settings: Settings, files: OperatorFiles) -> Catalogue:
-    """Return the models as the service would serve them. Raises InvalidRequest where their folder cannot be read."""
-    read = cache(read_model)
-    store = listing.scan(StoreFolder(settings.store, settings.registry), read)
-    try:
-        found = catalogue.scan(settings.models, read)
-    except FileNotFoundError:
-        found = ()
-    except OSError as error:
-        raise InvalidRequest(f"{settings.models} cannot be read ({error.strerror}): check PLANNER_MODELS") from None
-    taken = {entry.id for entry in found}
-    both = (*found, *(entry for entry in store if entry.id not in taken))
-    entries = Catalogue()
-    entries.replace(configured.apply(files.models, both))
-    return entries
 
 
 def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> list[Verdict]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from planner import companions, flags
 from planner.commands import terminal
+from planner.commands.named import Models
 from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest
 from planner.explain import to_json
@@ -40,7 +41,7 @@ def main(name: str, words: Sequence[str]) -> int:
     if not line.options.models:
         raise InvalidRequest("which model? planner explain MODEL [flags]")
     where = surroundings(line)
-    question = _Question(line, where, None if line.options.no_oracle else ask(where.build))
+    question = _Question(line, where, None if line.options.no_oracle else ask(where.build), Models(line))
     if len(line.options.models) == 1:
         fits = _alone(question)
     elif line.options.versus is None:
@@ -57,11 +58,11 @@ class _Question:
     line: flags.CommandLine
     where: Surroundings
     oracle: Oracle | None
+    models: Models
 
-    def asked(self, path: str) -> Asked:
-        """Return the model at this path, its companions attached, and what is asked of it. Raises ModelFileError."""
-        model = read_model(path)
-        request = self.line.request_of(model.role)
+    def asked(self, word: str) -> Asked:
+        """Return a model, its companions attached, and what is asked of it. Raises PlannerError."""
+        model, request = self.models.asked(word)
         return companions.attach(model, request), request
 
     def planned(
@@ -113,12 +114,12 @@ def _together(question: _Question) -> bool:
     from planner.together import Wanted, together
     from planner.together_text import together_to_json, together_to_text
 
-    wanted = [Wanted(*question.asked(path)) for path in question.line.options.models]
+    wanted = [Wanted(*question.asked(word)) for word in question.line.options.models]
     result = together(wanted, question.where.policy, partial(question.planned, advises=False), question.planned)
     if question.line.options.json:
         terminal.write_json(together_to_json(result))
     else:
-        terminal.write(together_to_text(result, terminal.columns(), terminal.style()))
+        terminal.write(together_to_text(result, terminal.columns(), terminal.style(), question.line.options.models))
     return result.fits
 
 

@@ -8,10 +8,12 @@ from typing import Final
 
 from planner import flags, verify
 from planner.commands import terminal
+from planner.commands.named import Models
 from planner.commands.surroundings import Surroundings, surroundings
 from planner.errors import InvalidRequest, ModelFileError
 from planner.model import ModelFacts, read_model
 from planner.oracle import ask
+from planner.types.request import PlanRequest
 from planner.verify import Verification
 
 AGREES: Final = 0
@@ -41,7 +43,7 @@ def main(name: str, words: Sequence[str]) -> int:
         raise InvalidRequest("--no-oracle: verifying is asking llama.cpp")
     where = surroundings(line)
     if folder is None:
-        results: tuple[Verification, ...] = (_verified(read_model(models[0]), line, where),)
+        results: tuple[Verification, ...] = (_verified(*Models(line).asked(models[0]), where),)
     else:
         results = _folder(folder, line, where)
     if line.options.json:
@@ -69,12 +71,12 @@ def _without_folder(words: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     return words[at + 1], [*words[:at], *words[at + 2 :]]
 
 
-def _verified(model: ModelFacts, line: flags.CommandLine, where: Surroundings) -> Verification:
+def _verified(model: ModelFacts, request: PlanRequest, where: Surroundings) -> Verification:
     oracle = ask(where.build, any_build=True)
     if oracle is None:
         found = where.build.path or "no llama-server was found, so there is nothing"
         raise InvalidRequest(f"{found}: no libraries beside it to ask; run `make llama`, or set PLANNER_LLAMA_SERVER")
-    return verify.verify(model, line.request_of(model.role), where.machine, where.policy, where.build, oracle)
+    return verify.verify(model, request, where.machine, where.policy, where.build, oracle)
 
 
 def _folder(folder: str, line: flags.CommandLine, where: Surroundings) -> tuple[Verification, ...]:
@@ -91,7 +93,7 @@ def _folder(folder: str, line: flags.CommandLine, where: Surroundings) -> tuple[
         if problem is not None:
             return Verification(path, problem=problem.removeprefix(f"{path}: "))
         try:
-            return _verified(facts[path], line, where)
+            return _verified(facts[path], line.request_of(facts[path].role), where)
         except ModelFileError as error:
             return Verification(path, problem=error.problem)
 
