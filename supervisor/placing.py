@@ -144,14 +144,16 @@ class Placing:
     def _beside(self, gone: frozenset[ModelId]) -> tuple[Machine, Policy]:
         """Return the machine and the policy with these gone and the others there."""
         staying = self._staying(gone)
-        emptier = emptied(self.machine, _sum(one for one in self.question.neighbours if one not in staying))
+        emptier = emptied(
+            self.machine, _sum(_given_back(one) for one in self.question.neighbours if one not in staying)
+        )
         taken = self._whole(staying)
         leased = without(
-            occupied(emptier, _sum(one for one in staying if not one.loading)),  # what is promised comes off as well
+            occupied(emptier, _sum(one.held_bytes for one in staying if not one.loading)),  # else it is promised
             lambda device: device.name in taken,
             "it takes one process at a time, and another runner has it",
         )
-        held, promised = _sum(staying), _sum(one for one in staying if one.loading)
+        held, promised = _sum(one.held_bytes for one in staying), _sum(one.promised_bytes for one in staying)
         policy = replace(self.policy, held=held, promised=promised)
         caps = (*self.question.caps, *(Cap(frozenset({name}), held.get(name, 0)) for name in taken))
         return capped(leased, with_margins(policy, leased, self.question.margins), caps)
@@ -216,7 +218,8 @@ def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:
     on_host = usage.kind is DeviceKind.HOST
     taken = budget.host_bytes(usage.context, usage.compute, host) if on_host else usage.known_bytes
     headroom = None if usage.budget_bytes is None else usage.budget_bytes - taken
-    return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom)
+    later = (host.prompt_cache_bytes or 0) if on_host else 0
+    return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom, later)
 
 
 def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
@@ -232,10 +235,15 @@ def _pinned(plan: Plan, machine: Machine) -> tuple[PinnedDevice, ...]:
     return tuple(PinnedDevice(device.name, name, device.pci_bus_id, device.endpoint) for device, name in devices)
 
 
-def _sum(neighbours: Iterable[Neighbour]) -> dict[str, int]:
+def _given_back(one: Neighbour) -> Mapping[str, int]:
+    """Return what its going adds to what is free: not what it would have taken in use only."""
+    return {device: size - one.later_bytes.get(device, 0) for device, size in one.held_bytes.items()}
+
+
+def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
-    for one in neighbours:
-        total.update(one.held_bytes)
+    for part in parts:
+        total.update(part)
     return dict(total)
 
 

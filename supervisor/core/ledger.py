@@ -84,6 +84,12 @@ def held_on(pool: Pool, devices: Iterable[str]) -> int:
     return sum(held.get(device, 0) for device in devices)
 
 
+def later_on(pool: Pool, devices: Iterable[str]) -> int:
+    """Return the part of it that drivers call free as long as our runners do not use it."""
+    later = _sum_by_device(one.later_bytes() for one in pool.runners.values())
+    return sum(later.get(device, 0) for device in devices)
+
+
 def neighbour(pool: Pool, runner: Runner, now: float) -> Neighbour:
     """Return this runner as one beside which another model is to be planned."""
     settings = pool.settings_of(runner.model)
@@ -93,9 +99,14 @@ def neighbour(pool: Pool, runner: Runner, now: float) -> Neighbour:
         standing = Standing.FIXED
     else:
         standing = Standing.IDLE if runner.idle else Standing.BUSY
-    loading = runner.state in IS_LOADING
     return Neighbour(
-        runner.model, standing, runner.held_bytes(), _cost_s(runner, now), settings.priority, loading=loading
+        runner.model,
+        standing,
+        runner.held_bytes(),
+        _cost_s(runner, now),
+        settings.priority,
+        loading=runner.state in IS_LOADING,
+        later_bytes=runner.later_bytes(),
     )
 
 

@@ -124,6 +124,12 @@ class Runner:
             device: max(planned.get(device, 0), measured.get(device, 0)) for device in planned.keys() | measured.keys()
         }
 
+    def later_bytes(self) -> dict[str, int]:
+        """Return the part of it that its child takes in use only, where there is one that has loaded."""
+        if self.state not in HAS_CHILD - IS_LOADING or self.plan is None:
+            return {}
+        return {use.device: use.later_bytes for use in self.plan.uses if use.later_bytes}
+
     def held_on(self, devices: Iterable[str]) -> int:
         """Return what its child holds on these devices together."""
         held = self.held_bytes()

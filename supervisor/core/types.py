@@ -67,7 +67,7 @@ class PlannedUse:
     """What a plan takes on one device: in all as llama.cpp counts it (None: not known), and beside its buffers.
 
     ``taken_bytes`` is what nobody else can have meanwhile, as far as it is known. On the host that leaves out what is
-    mapped, which is page cache.
+    mapped, which is page cache. ``later_bytes`` of it are taken in use only, bit by bit: the prompt cache.
     """
 
     device: str
@@ -75,6 +75,7 @@ class PlannedUse:
     taken_bytes: int
     overhead_bytes: int = 0
     headroom_bytes: int | None = None
+    later_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,8 @@ class Standing(StrEnum):
 class Neighbour:
     """A runner beside which a model is to be planned. ``loading``: drivers need not show yet what it holds.
 
-    ``cost_s`` is about how many seconds its going would cost, ``priority`` as in ``ModelSettings``.
+    ``cost_s`` is about how many seconds its going would cost, ``priority`` as in ``ModelSettings``; ``later_bytes`` is
+    what it takes in use only, if ever.
     """
 
     model: ModelId
@@ -204,6 +206,12 @@ class Neighbour:
     cost_s: float
     priority: int = 0
     loading: bool = False
+    later_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def promised_bytes(self) -> Mapping[str, int]:
+        """Return what drivers need not show yet of what it holds."""
+        return self.held_bytes if self.loading else self.later_bytes
 
 
 @dataclass(frozen=True, slots=True)

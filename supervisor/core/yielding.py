@@ -27,7 +27,8 @@ FOR_OTHERS: Final = "its memory is another program's for now"
 
 def begin(pool: Pool, event: YieldRequested, now: float) -> Pool:
     """Return the pool in which this memory is another program's (case 1)."""
-    most_bytes = ledger.held_on(pool, event.devices) + event.free_bytes - event.wanted_bytes
+    free_bytes = event.free_bytes - ledger.later_on(pool, event.devices)
+    most_bytes = ledger.held_on(pool, event.devices) + free_bytes - event.wanted_bytes
     return replace(pool, yields=(*pool.yields, Yielded(Cap(event.devices, most_bytes), now, event.until)))
 
 

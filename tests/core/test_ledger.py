@@ -63,6 +63,22 @@ def test_yielded_memory_caps_what_our_runners_may_hold_until_its_time_is_over_si
     assert row(bench, "CUDA0", free_bytes=None).cap_bytes is None
 
 
+def test_what_is_taken_in_use_only_is_held_but_neither_shown_nor_free_once_the_runner_has_loaded() -> None:
+    bench = Bench()
+    bench.arrive(A)
+    bench.answer(replace(make_plan(), uses=(PlannedUse("CUDA0", 10, 10, later_bytes=4),)))
+    assert (ledger.later_on(bench.pool, CUDA0), ledger.neighbour(bench.pool, bench.pool.runner(A), 0.0).loading) == (
+        0,
+        True,
+    )
+    bench.finish_load(A)
+    assert ledger.neighbour(bench.pool, bench.pool.runner(A), 0.0).promised_bytes == {"CUDA0": 4}
+    bench.post(YieldRequested(CUDA0, wanted_bytes=20, free_bytes=50, until=9.0))
+    assert row(bench, "CUDA0").cap_bytes == 36
+    bench.exit(A)
+    assert ledger.later_on(bench.pool, CUDA0) == 0
+
+
 def test_memory_that_a_load_was_promised_counts_when_other_memory_is_yielded() -> None:
     bench = Bench()
     bench.arrive(A)

@@ -219,6 +219,21 @@ def test_what_would_fit_but_for_memory_that_was_yielded_does_not_fit_for_now_onl
     assert (found.never, found.yielded) == (True, False)
 
 
+def test_what_a_runner_takes_in_use_only_is_promised_to_it_and_not_given_back_when_it_goes(question: MakePlan) -> None:
+    """Its prompt cache, of which the kernel calls free what is not filled yet."""
+    caching = replace(neighbour("a", {HOST: 3_000}), later_bytes={HOST: 2_000 * MIB})
+    assert devices_of(program(question, machine(), {HOST: 6_000}, caching)) == set()
+    assert isinstance(program(question, machine(), {HOST: 6_001}, caching), MakeRoom)
+    assert isinstance(program(question, machine(), {HOST: 9_000}, caching), MakeRoom)
+    assert isinstance(program(question, machine(), {HOST: 9_001}, caching), DoesNotFit)
+
+
+def test_the_prompt_cache_of_a_plan_is_what_it_takes_in_use_only(question: MakePlan) -> None:
+    found = outcome(question, machine(CUDA0=90), request=replace(REQUEST, cache_ram_mib=100))
+    assert isinstance(found, LoadPlan)
+    assert {use.device: use.later_bytes for use in found.uses} == {"CUDA0": 0, HOST: 100 * MIB}
+
+
 def test_a_card_that_takes_one_process_is_left_to_the_runner_that_has_it_until_that_has_gone(
     question: MakePlan,
 ) -> None:
