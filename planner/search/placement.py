@@ -263,7 +263,7 @@ class _Search:
             n_ctx_per_slot=self._per_slot(found),
             causes=found.shortfalls,
             decisions=self.decisions,
-            warnings=self.warnings,
+            warnings=self.warnings + _cut_context(self.model, found),
         )
 
     def _per_slot(self, found: Candidate) -> int:
@@ -378,10 +378,15 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
         warnings.append(reason)
     if found.request.model_draft and not speculation.types(found.request):
         warnings.append("no --spec-type uses the draft model: llama-server loads it and frees it again")
-    trained = model.hparams.n_ctx_train
-    if trained is not None and found.params.n_ctx_seq > trained:
-        warnings.append(
-            f"a conversation has {trained:,} tokens, not {found.params.n_ctx_seq:,}: the model was trained for no more,"
-            " and llama-server uses no more"
-        )
-    return tuple(warnings)
+    return (*warnings, *_cut_context(model, found))
+
+
+def _cut_context(model: ModelFacts, found: Candidate) -> tuple[str, ...]:
+    """Return a line for each bound that leaves a slot less than its share of the context."""
+    has, trained, whole = found.params.n_ctx_seq, model.hparams.n_ctx_train, found.params.n_ubatch
+    lines = []
+    if trained is not None and has > trained:
+        lines.append(f"a slot uses {trained:,} tokens of its {has:,}: the model was trained for no more")
+    if knobs.needs_whole_text(model, found.request) and whole < min(has, trained or has):
+        lines.append(f"a text has {whole:,} tokens at most, not {has:,}: it has to pass in one micro-batch")
+    return tuple(lines)

@@ -375,7 +375,18 @@ def test_a_pinned_context_beyond_the_trained_one_is_told_with_both_lengths(model
     outcome = plan(model, PlanRequest(n_ctx=65_536), machine())
     assert isinstance(outcome, Plan)
     assert outcome.n_ctx_per_slot == 32_768
-    assert outcome.warnings[-1].startswith("a conversation has 32,768 tokens, not 65,536: the model was trained for")
+    assert outcome.warnings[-1] == "a slot uses 32,768 tokens of its 65,536: the model was trained for no more"
+    refused = plan(model, PlanRequest(n_ctx=65_536, n_gpu_layers="all"), machine(16 * MIB))
+    assert isinstance(refused, NoFit)
+    assert refused.warnings[-1] == outcome.warnings[-1]
+
+
+def test_texts_that_a_micro_batch_cuts_short_are_told_of(embedding_model: Path) -> None:
+    facts = read_model(os.fspath(embedding_model))
+    outcome = plan(facts, PlanRequest(role=facts.role, n_ctx=512, n_ubatch=128), machine())
+    assert isinstance(outcome, Plan)
+    assert outcome.n_ctx_per_slot == 128
+    assert outcome.warnings[-1] == "a text has 128 tokens at most, not 512: it has to pass in one micro-batch"
 
 
 def test_what_llama_cpp_rejects_is_refused_with_its_reason(model: ModelFacts) -> None:
