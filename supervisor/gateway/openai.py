@@ -82,7 +82,7 @@ class OpenAI:
             body = _amended(request.path, body, lease.amendments, view.preset)
             chat = await templated.written(request.path, body, view)
             if chat is not None:
-                return await forward(lease, request, templated.COMPLETIONS, chat.body, chat.retelling)
+                return await forward(lease, request, chat.path, chat.body, chat.retelling)
             return await forward(lease, request, request.path, body)
 
     async def _models(self, _request: web.Request) -> web.Response:

@@ -9,7 +9,7 @@ llama-server takes apart, and those of Anthropic's API and of ``/v1/responses``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,9 +18,13 @@ from supervisor.gateway.events import EVENT_END, sse_event
 from supervisor.gateway.ollama.chat import ANY_OBJECT
 from supervisor.gateway.ollama.form import written_by_modelfile
 from supervisor.gateway.ollama.messages import ASSISTANT, SYSTEM, USER, Message
+from supervisor.gateway.proxy import Retelling
 
 CHATS: Final = "/v1/chat/completions"
+COUNTS: Final = "/v1/chat/completions/input_tokens"
+TEMPLATES: Final = "/apply-template"
 COMPLETIONS: Final = "/v1/completions"
+TOKENS: Final = "/tokenize"
 DATA: Final = b"data: "
 TOP_LOGPROBS: Final = 20  # llama-server's own number where a chat asks for log probabilities and not for how many
 _ROLES: Final[Mapping[str, str]] = {SYSTEM: SYSTEM, "developer": SYSTEM, USER: USER, ASSISTANT: ASSISTANT}
@@ -30,30 +34,20 @@ _OF_CHATS: Final = frozenset(
 )
 
 
-class ChatRetelling:
-    """Tells the answer of a completion as that of a chat."""
+class StreamRetelling:
+    """Tells the events of a completion as those of a chat; ``with_usage`` where they are to end with its counts."""
 
-    def __init__(self, *, stream: bool, with_usage: bool) -> None:
-        self._stream = stream
-        self._with_usage = with_usage  # whether a stream is to end with its counts
+    def __init__(self, *, with_usage: bool) -> None:
+        self._with_usage = with_usage
         self._begun: set[int] = set()
-        self._body = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """Return a stream's events as those of a chat; what is no stream is kept."""
-        if self._stream:
-            return b"".join(self._event(one) for one in piece.split(EVENT_END) if one)
-        self._body += piece
-        return b""
+        """Return what these events come to."""
+        return b"".join(self._event(one) for one in piece.split(EVENT_END) if one)
 
     def rest(self) -> bytes:
-        """Return the answer that was no stream."""
-        if self._stream:
-            return b""
-        answer = json.loads(self._body)
-        answer["object"] = "chat.completion"
-        answer["choices"] = [_whole(choice) for choice in answer["choices"]]
-        return json.dumps(answer).encode()
+        """Return nothing: every event was told when it came."""
+        return b""
 
     def _event(self, event: bytes) -> bytes:
         """Return one event as those that a chat has for it; comments, errors and the end as they are."""
@@ -82,17 +76,35 @@ class ChatRetelling:
                 yield {"choices": [], **told, "usage": usage}
 
 
+class WholeRetelling:
+    """Tells an answer that comes whole, by this function."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        self._tell = tell
+        self._body = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """Keep what comes."""
+        self._body += piece
+        return b""
+
+    def rest(self) -> bytes:
+        """Return the answer."""
+        return json.dumps(self._tell(json.loads(self._body))).encode()
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A chat as the completion that is asked for in its place, and what tells the answer."""
+    """What is asked of llama-server in place of a chat, and what tells its answer as that of a chat."""
 
+    path: str
     body: bytes
-    retelling: ChatRetelling
+    retelling: Retelling
 
 
 async def written(path: str, body: bytes, model: ModelView) -> Written | None:
     """Return what is asked in place of a chat; None where the request goes on as it is."""
-    if path != CHATS or model.preset.spoken_template is None:
+    if path not in {CHATS, COUNTS, TEMPLATES} or model.preset.spoken_template is None:
         return None
     fields = json.loads(body)
     messages = _messages(fields.get("messages"))
@@ -102,13 +114,31 @@ async def written(path: str, body: bytes, model: ModelView) -> Written | None:
     found = await written_by_modelfile(model, messages, think=None)
     if found is None:
         return None
+    _, text = found
+    if path != CHATS:
+        return _only_written(path, text)
     kept = {name: value for name, value in fields.items() if name not in _OF_CHATS}
+    asked = json.dumps({**kept, "prompt": text, **constraints}).encode()
+    return Written(COMPLETIONS, asked, _retelling(fields))
+
+
+def _only_written(path: str, text: str) -> Written:
+    """Return what tells a chat's text, or how many tokens that is; both by the tokens that llama-server makes of it."""
+    asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+
+    def tell(answer: dict[str, Any]) -> Mapping[str, Any]:
+        if path == TEMPLATES:
+            return {"prompt": text}
+        return {"input_tokens": len(answer["tokens"]), "object": "response.input_tokens"}
+
+    return Written(TOKENS, asked, WholeRetelling(tell))
+
+
+def _retelling(fields: Mapping[str, Any]) -> Retelling:
+    if fields.get("stream") is not True:
+        return WholeRetelling(_chat)
     options = fields.get("stream_options")
-    with_usage = isinstance(options, dict) and options.get("include_usage") is True
-    return Written(
-        json.dumps({**kept, "prompt": found[1], **constraints}).encode(),
-        ChatRetelling(stream=fields.get("stream") is True, with_usage=with_usage),
-    )
+    return StreamRetelling(with_usage=isinstance(options, dict) and options.get("include_usage") is True)
 
 
 def _messages(given: Any) -> tuple[Message, ...]:
@@ -157,6 +187,10 @@ def _constraints(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     elif fields.get("top_logprobs") is not None:
         return None
     return told
+
+
+def _chat(answer: dict[str, Any]) -> dict[str, Any]:
+    return {**answer, "object": "chat.completion", "choices": [_whole(choice) for choice in answer["choices"]]}
 
 
 def _whole(choice: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from planner.types import Role
 from supervisor.api import ModelView, Preset
-from supervisor.gateway.templated import CHATS, ChatRetelling, written
+from supervisor.gateway.templated import CHATS, StreamRetelling, written
 
 MODEL = ModelView(
     "m", "/m.gguf", Role.CHAT, "llama", 1, 0.0, 4096, 4096, preset=Preset(template="{{ .Prompt }}{{ .Response }}")
@@ -63,7 +63,7 @@ async def test_no_body_is_anything_but_written_or_left(fields: dict[str, Any]) -
 
 
 def test_comments_errors_and_the_end_of_a_stream_go_through() -> None:
-    retelling = ChatRetelling(stream=True, with_usage=False)
+    retelling = StreamRetelling(with_usage=False)
     for event in (b": ping\n\n", b'data: {"error": {"message": "x"}}\n\n', b"data: [DONE]\n\n"):
         assert retelling.feed(event) == event
     assert retelling.rest() == b""
@@ -74,7 +74,7 @@ def test_every_choice_begins_with_its_role() -> None:
         choice = {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
         return b"data: " + json.dumps({"choices": [choice], "object": "text_completion"}).encode() + b"\n\n"
 
-    retelling = ChatRetelling(stream=True, with_usage=False)
+    retelling = StreamRetelling(with_usage=False)
     told = retelling.feed(event(0, "a") + event(1, "b") + event(0, "c") + event(1, "", "stop"))
     choices = [json.loads(one[6:])["choices"][0] for one in told.split(b"\n\n") if one]
     assert [(one["index"], one["delta"].get("role"), one["delta"].get("content")) for one in choices] == [

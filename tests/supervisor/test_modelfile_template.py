@@ -70,6 +70,18 @@ def test_the_same_prompt_goes_out_under_both_apis(service: Service, client: open
     assert answer["prompt_eval_count"] == told.usage.prompt_tokens
 
 
+def test_the_prompt_and_its_length_are_told_as_they_go_out(service: Service, client: openai.OpenAI) -> None:
+    body = {"model": "wide", "messages": [HELLO]}
+    told = json.loads(service.request("POST", "/apply-template", body).read())
+    assert told == {"prompt": "one two three four five six: hello "}
+    counted = json.loads(service.request("POST", "/v1/chat/completions/input_tokens", body).read())
+    usage = client.chat.completions.create(model="wide", messages=[HELLO]).usage
+    assert usage is not None
+    assert counted["input_tokens"] == usage.prompt_tokens
+    plain = json.loads(service.request("POST", "/v1/chat/completions/input_tokens", {**body, "model": "plain"}).read())
+    assert plain.keys() == counted.keys()
+
+
 def test_a_stream_has_the_events_of_any_other(client: openai.OpenAI) -> None:
     streams = {}
     for name in ("wide", "plain"):
@@ -143,6 +155,7 @@ def test_where_only_the_header_can_the_header_does(service: Service) -> None:
         return int(json.loads(service.chat(model, max_tokens=1, **more).read())["usage"]["prompt_tokens"])
 
     assert tokens("rendered") == tokens("plain") < tokens("wide")
-    by_header = json.loads(service.request("POST", "/apply-template", {"model": "tools", "messages": [HELLO]}).read())
+    body = {"model": "tools", "messages": [HELLO], "tools": [TOOL]}
+    by_header = json.loads(service.request("POST", "/apply-template", body).read())
     assert "one two three" not in by_header["prompt"]
     assert tokens("tools", tools=[TOOL], tool_choice="none") != tokens("tools")
