@@ -156,7 +156,8 @@ class Placing:
         held, promised = _sum(one.held_bytes for one in staying), _sum(one.promised_bytes for one in staying)
         policy = replace(self.policy, held=held, promised=promised)
         caps = (*self.question.caps, *(Cap(frozenset({name}), held.get(name, 0)) for name in taken))
-        return capped(leased, with_margins(policy, leased, self.question.margins), caps)
+        below, policy = capped(leased, policy, caps)
+        return below, with_margins(policy, below, self.question.margins)
 
     def _whole(self, staying: Sequence[Neighbour]) -> set[str]:
         """Return the devices that these have for themselves: all of a worker, since it serves one client at a time."""

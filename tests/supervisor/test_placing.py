@@ -209,6 +209,12 @@ def test_a_cap_on_memory_that_devices_share_holds_for_all_of_them_together(
     assert isinstance(program(below, there, {names[1]: 61}, loading), DoesNotFit)
 
 
+def test_a_margin_is_left_free_of_what_a_cap_leaves(question: MakePlan) -> None:
+    below = replace(question, caps=(Cap(frozenset({HOST}), 100 * MIB),), margins={HOST: 30 * MIB})
+    assert devices_of(program(below, machine(), {HOST: 70})) == set()
+    assert isinstance(program(below, machine(), {HOST: 71}), DoesNotFit)
+
+
 def test_what_would_fit_but_for_memory_that_was_yielded_does_not_fit_for_now_only(question: MakePlan) -> None:
     yielded = replace(question, caps=(Cap(frozenset({HOST}), 0),))
     found = outcome(yielded, machine())
