@@ -275,7 +275,7 @@ def _shares(
             tensor, type_ = weight.tensor, ggml.TYPES[weight.tensor.type_id]
             place = overridden.get(tensor.name)
             if place in buffers:
-                if not weight.tied:  # the input's copy is there already
+                if not weight.tied or twice:  # else the input's copy is there already
                     elsewhere[place] += buffers[place].allocation(type_, tensor.shape[0], tensor.nbytes)
             elif place is None and buffer is not None and runs_on(kind, weight.reads, tensor, model):
                 device_bytes += buffer.allocation(type_, tensor.shape[0], tensor.nbytes)
