@@ -178,7 +178,7 @@ class _Search:
     def _largest_context(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         best = Best(finder, order_is_settled=self.request.devices is not None)
-        if best.applies(knobs.with_context(settled, floor)):
+        if best.applies(knobs.with_context(settled, floor)) and settled.kv_offload is not False:
             found = Stretch(best, settled, floor, trained).longest()
             found = Overflow.after(best).longest(settled, floor, trained, found)
             if found is not None and found.placement.devices:
@@ -189,6 +189,11 @@ class _Search:
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
             return finder.complete(knobs.with_context(settled, floor))
         if complete is not None:
+            if not complete.unknown and best.applies(
+                complete.request
+            ):  # the host held the caches: what is fastest now?
+                fastest = self._best_of(finder, complete.request)
+                complete = fastest if fastest.fits_in_memory else complete
             self._decide_context(complete, trained)
             return complete
         partial = self._best_of(finder, knobs.with_context(settled, floor))

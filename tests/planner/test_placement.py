@@ -371,6 +371,20 @@ def test_an_open_context_leaves_a_reserve_of_the_hosts_memory(model: ModelFacts,
     assert warning.endswith("a shorter --ctx-size or a smaller --cache-ram leaves more")
 
 
+@pytest.mark.parametrize("mib", [54, 96, 144])
+def test_caches_that_stay_on_the_host_are_as_long_as_it_has_room(model: ModelFacts, mib: int) -> None:
+    request = PlanRequest(cache_ram_mib=4, kv_offload=False)
+    outcome = plan(model, request, machine(64 * MIB, host_bytes=mib * MIB))
+    assert isinstance(outcome, Plan)
+    assert outcome.placement.kind is PlacementKind.GPU
+    n_ctx = outcome.n_ctx_per_slot or 0
+    assert 4096 < n_ctx <= 32_768
+    assert (outcome.usages[-1].headroom_bytes or 0) >= mib * MIB // 8
+    if n_ctx < 32_768:
+        longer = plan(model, replace(request, n_ctx=n_ctx + STEP), machine(64 * MIB, host_bytes=mib * MIB))
+        assert any(FILLED in warning for warning in longer.warnings)
+
+
 def test_a_pinned_context_beyond_the_trained_one_is_told_with_both_lengths(model: ModelFacts) -> None:
     outcome = plan(model, PlanRequest(n_ctx=65_536), machine())
     assert isinstance(outcome, Plan)
