@@ -178,9 +178,11 @@ class _Search:
     def _largest_context(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
         best = Best(finder, order_is_settled=self.request.devices is not None)
-        if best.applies(knobs.with_context(settled, floor)) and settled.kv_offload is not False:
-            found = Stretch(best, settled, floor, trained).longest()
-            found = Overflow.after(best).longest(settled, floor, trained, found)
+        if best.applies(knobs.with_context(settled, floor)):
+            found = self._cached_on_host(finder, settled, floor, trained) if settled.kv_offload is False else None
+            if found is None:
+                found = Stretch(best, settled, floor, trained).longest()
+                found = Overflow.after(best).longest(settled, floor, trained, found)
             if found is not None and found.placement.devices:
                 self._decide_context(found, trained)
                 return found
@@ -189,11 +191,6 @@ class _Search:
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
             return finder.complete(knobs.with_context(settled, floor))
         if complete is not None:
-            if not complete.unknown and best.applies(
-                complete.request
-            ):  # the host held the caches: what is fastest now?
-                fastest = self._best_of(finder, complete.request)
-                complete = fastest if fastest.fits_in_memory else complete
             self._decide_context(complete, trained)
             return complete
         partial = self._best_of(finder, knobs.with_context(settled, floor))
@@ -207,6 +204,14 @@ class _Search:
             return partial
         self._decide_context(on_host, trained)
         return on_host
+
+    def _cached_on_host(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate | None:
+        """Return the fastest placement on devices with the longest context that the host can hold, if there is one."""
+        found = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        if found is None or found.unknown:
+            return None
+        fastest = self._best_of(finder, found.request)
+        return fastest if fastest.fits_in_memory else found
 
     def _decide_context(self, found: Candidate, trained: int) -> None:
         n_ctx = min(found.params.n_ctx_seq, trained)
