@@ -100,5 +100,5 @@ def _left(outcome: PlanOutcome) -> dict[str, str]:
 
 
 def _free_after(usage: DeviceUsage) -> int | None:
-    planned = usage.planned_bytes
-    return None if usage.free_bytes is None or planned is None else usage.free_bytes - planned
+    occupied = usage.occupied_bytes
+    return None if usage.free_bytes is None or occupied is None else usage.free_bytes - occupied

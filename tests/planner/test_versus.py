@@ -49,6 +49,13 @@ def test_what_they_leave_out_has_llama_server_s_default_and_not_ours(explain: An
     assert request["tensor_split"][0] == 2 * request["tensor_split"][1]
 
 
+def test_what_is_left_on_the_host_is_without_a_full_prompt_cache(explain: Any) -> None:
+    """llama-server's own takes up to 8 GiB, ours 1 GiB of the 16."""
+    lines = explain(*DEVICES, "-c", "4096", "--versus", "-c 4096 --fit off").stdout.splitlines()
+    (host,) = [line.split() for line in lines if line.startswith("left on Host")]
+    assert host[3:] == ["15.0", "GiB", "8.0", "GiB"]
+
+
 def test_it_is_said_where_they_run_out_and_by_how_much(explain: Any) -> None:
     words = (*DEVICES, "--versus", "-ngl 99 -ts 1,8 -c 8192 --fit off")
     done = explain(*words, "--json")
