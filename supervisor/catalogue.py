@@ -24,7 +24,7 @@ from config.model_settings import ExternalRunner, ModelSettings
 from planner.errors import InvalidRequest, PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
-from supervisor.api import Preset
+from supervisor.api.models import Preset
 from supervisor.capabilities import CHAT_TEMPLATE, capabilities
 from supervisor.core.types import ModelId
 
@@ -44,8 +44,8 @@ class ModelEntry:
     """One model. ``problem`` is the line that says why it cannot be served; what could not be read is then None.
 
     ``path`` is the file that llama-server loads, ``file_bytes`` everything that belongs to the model. The other fields
-    are as in ``supervisor.api.ModelView``; ``settings`` and ``aliases`` are the operator's. ``external`` is set where a
-    program of the operator's stands in for llama-server, and there is no file; ``runs_as`` where another
+    are as in ``supervisor.api.models.ModelView``; ``settings`` and ``aliases`` are the operator's. ``external`` is set
+    where a program of the operator's stands in for llama-server, and there is no file; ``runs_as`` where another
     model loads the same files in the same way.
     """
 

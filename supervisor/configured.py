@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.types import Role
-from supervisor.api import Amendments
+from supervisor.api.lease import Amendments
 from supervisor.catalogue import ModelEntry
 from supervisor.core import types as core
 from supervisor.core.types import ModelId

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from supervisor.api import (
+from supervisor.api.errors import (
     AcquireError,
     BadModel,
     CannotFit,

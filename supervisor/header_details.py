@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import gguf
-from supervisor.api import JsonText
+from supervisor.api.models import JsonText
 from supervisor.planning_messages import Details
 
 

@@ -16,7 +16,8 @@ from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.errors import InvalidRequest
 from planner.types import LlamaBuild, Machine, PlanRequest, Role
 from supervisor import catalogue, configured
-from supervisor.api import Amendments, BadModel, PlannerFailed, UnknownModel, WrongRole
+from supervisor.api.errors import BadModel, PlannerFailed, UnknownModel, WrongRole
+from supervisor.api.lease import Amendments
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned

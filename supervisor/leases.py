@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from supervisor.api import Amendments, Endpoint
+from supervisor.api.lease import Amendments, Endpoint
 from supervisor.core.types import ModelId, Refusal
 
 
 class ChildLease:
-    """A grant to send one request for ``model`` to one child of ``runner``; implements ``supervisor.api.Lease``."""
+    """A grant to send one request for ``model`` to one child of ``runner``; implements ``api.lease.Lease``."""
 
     def __init__(
         self,

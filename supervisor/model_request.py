@@ -10,7 +10,7 @@ from planner import flags
 from planner.errors import InvalidRequest
 from planner.llama_flags import LEFT_OUT
 from planner.types import PlanRequest, Role
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.catalogue import ModelEntry
 
 DRAFT_BY_ITSELF: Final = "draft-mtp"  # llama-server's --spec-type for a model's own prediction layers

@@ -30,7 +30,7 @@ from planner.types import (
     Shortfall,
 )
 from planner.units import format_size
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.core import eviction
 from supervisor.core.pinning import PinnedDevice
 from supervisor.core.types import (

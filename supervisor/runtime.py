@@ -1,4 +1,4 @@
-"""The interface of ``supervisor.api`` over the single writer: questions become events, its state becomes answers."""
+"""What ``api.runtime`` asks for, over the single writer: questions become events, its state becomes answers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,11 @@ from anyio.abc import TaskStatus
 from config.model_settings import ModelsFile
 from planner.types import Role
 from supervisor import configured, views
-from supervisor.api import (
-    NO_NEED,
-    LoadOptions,
-    LoadProgress,
-    ModelView,
-    Need,
-    Snapshot,
-    UnknownDevice,
-    UnknownModel,
-    YieldResult,
-)
+from supervisor.api.errors import UnknownDevice, UnknownModel
+from supervisor.api.models import ModelView
+from supervisor.api.need import NO_NEED, LoadOptions, Need
+from supervisor.api.runtime import LoadProgress, YieldResult
+from supervisor.api.snapshot import Snapshot
 from supervisor.catalogue import ModelEntry
 from supervisor.core import ledger, yielding
 from supervisor.core.events import (
@@ -72,7 +66,7 @@ class RuntimeOptions:
 
 
 class Supervisor:
-    """The runtime behind ``supervisor.api.Runtime``. ``run`` has to run for anything to happen."""
+    """The runtime behind ``supervisor.api.runtime.Runtime``. ``run`` has to run for anything to happen."""
 
     def __init__(self, options: RuntimeOptions, inventory: Inventory) -> None:
         self._options = options
@@ -121,7 +115,7 @@ class Supervisor:
         self._writer.post(ShutdownRequested())
 
     # -----------------------------------------------------------------------------------------------------------------
-    # supervisor.api.Runtime
+    # supervisor.api.runtime.Runtime
 
     def snapshot(self) -> Snapshot:
         """Return the state of everything, at once."""

@@ -9,7 +9,9 @@ from types import MappingProxyType
 from typing import Final, assert_never
 
 from planner.types import Machine
-from supervisor.api import DeviceLedger, DeviceUse, FailureView, LoadProgress, ModelCounters, ModelView, RunnerView
+from supervisor.api.models import ModelView
+from supervisor.api.runtime import LoadProgress
+from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView
 from supervisor.catalogue import ModelEntry
 from supervisor.core import ledger, loading, yielding
 from supervisor.core.commands import (

@@ -19,7 +19,9 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
 from supervisor import views
-from supervisor.api import Endpoint, LoadOptions, ModelCounters
+from supervisor.api.lease import Endpoint
+from supervisor.api.need import LoadOptions
+from supervisor.api.snapshot import ModelCounters
 from supervisor.catalogue import ModelEntry
 from supervisor.children import Children
 from supervisor.core import scheduler

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from planner.errors import InvalidRequest
+from supervisor.api.store import BadCreate
 from supervisor.client.service import Service, ServiceError
 from supervisor.client.transfer import Transfer
 from supervisor.store import modelfile, parts
-from supervisor.store_api import BadCreate
 
 CHUNK_BYTES: Final = 1 << 20
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from planner.types import HOST, Decision
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.core.types import NO_OPTIONS, Failure, Limits, LoadPlan, ModelId, RunnerId
 
 

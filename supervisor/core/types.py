@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final, NewType
 
 from planner.types import HOST, Decision, LaunchSpec, Role, Shortfall
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.core.loglines import Shortage
 from supervisor.core.pinning import PinnedDevice
 

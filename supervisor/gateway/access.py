@@ -15,18 +15,12 @@ from typing import Any, Final
 
 from config.keys_file import Client, hash_of
 from planner.types import Role
-from supervisor.api import (
-    NO_NEED,
-    ClientLimit,
-    Lease,
-    LoadProgress,
-    ModelView,
-    Need,
-    Runtime,
-    Snapshot,
-    UnknownModel,
-    YieldResult,
-)
+from supervisor.api.errors import ClientLimit, UnknownModel
+from supervisor.api.lease import Lease
+from supervisor.api.models import ModelView
+from supervisor.api.need import NO_NEED, Need
+from supervisor.api.runtime import LoadProgress, Runtime, YieldResult
+from supervisor.api.snapshot import Snapshot
 from supervisor.gateway.errors import NotPermitted, Unauthorized
 
 SHARED: Final = "shared key"  # how the names begin of those who hold a key of API_KEYS, which have none

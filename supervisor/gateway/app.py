@@ -7,7 +7,8 @@ from typing import Final
 
 from aiohttp import web
 
-from supervisor.api import Runtime
+from supervisor.api.runtime import Runtime
+from supervisor.api.store import Store
 from supervisor.gateway.access import Clients, PermittedRuntime
 from supervisor.gateway.malformed import EnvelopeServer, connection_log
 from supervisor.gateway.manage import Manage
@@ -18,7 +19,6 @@ from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.patience import Patience
 from supervisor.status.metrics import Exposition
-from supervisor.store_api import Store
 
 CLIENTS: Final = web.AppKey("clients", Clients)
 PATIENCE: Final = web.AppKey("patience", Patience)

@@ -1,6 +1,6 @@
 """Every way a request can fail, and how it is told to the client.
 
-One table maps the errors of ``supervisor.api`` and the gateway's own to a status, an OpenAI error type and a code. The
+One table maps those of ``api.errors`` and the gateway's own to a status, an OpenAI error type and a code. The
 types are those that llama-server itself sends (tools/server/server-common.cpp, ``format_error_response``), so that a
 client sees one vocabulary whether the gateway or the runner answers. Other APIs tell the same errors in an envelope of
 their own: each has an ``ErrorTeller``.
@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from supervisor.api import (
+from supervisor.api.errors import (
     AcquireError,
     BadModel,
     CannotFit,

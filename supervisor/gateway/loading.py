@@ -15,7 +15,8 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api import Lease, LoadProgress, Runtime
+from supervisor.api.lease import Lease
+from supervisor.api.runtime import LoadProgress, Runtime
 from supervisor.gateway.events import sse_comment
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.proxy import SSE_CONTENT_TYPE, name_model

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api import LoadOptions, Need, Runtime
+from supervisor.api.need import LoadOptions, Need
+from supervisor.api.runtime import Runtime
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive

@@ -11,7 +11,7 @@ from typing import Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api import Runtime
+from supervisor.api.runtime import Runtime
 from supervisor.status.metrics import CONTENT_TYPE, Exposition
 from supervisor.status.view import is_ready, status
 

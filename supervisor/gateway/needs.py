@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from config.parse import parse_duration
-from supervisor.api import LoadOptions, Need
+from supervisor.api.need import LoadOptions, Need
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
 from supervisor.gateway.peek import Peek

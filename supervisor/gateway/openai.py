@@ -10,7 +10,10 @@ from typing import Any, Final
 from aiohttp import hdrs, web
 
 from planner.types import Role
-from supervisor.api import Amendments, ModelView, Preset, Runtime, Snapshot
+from supervisor.api.lease import Amendments
+from supervisor.api.models import ModelView, Preset
+from supervisor.api.runtime import Runtime
+from supervisor.api.snapshot import Snapshot
 from supervisor.gateway import templated
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE

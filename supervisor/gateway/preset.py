@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from planner.types import Role
-from supervisor.api import LoadOptions, Preset
+from supervisor.api.models import Preset
+from supervisor.api.need import LoadOptions
 from supervisor.gateway.ollama.options import RENAMED, load_options, of_preset
 from supervisor.parameters import SAMPLING
 

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, MultiMapping
 
-from supervisor.api import Lease
+from supervisor.api.lease import Lease
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE

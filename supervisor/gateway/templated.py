@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from supervisor.api import ModelView
+from supervisor.api.models import ModelView
 from supervisor.gateway.events import EVENT_END, sse_event
 from supervisor.gateway.ollama.chat import ANY_OBJECT
 from supervisor.gateway.ollama.form import written_by_modelfile

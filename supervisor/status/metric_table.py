@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from planner.types import Device
-from supervisor.api import DeviceLedger, ModelCounters, RunnerView, Snapshot
+from supervisor.api.snapshot import DeviceLedger, ModelCounters, RunnerView, Snapshot
 from supervisor.status.view import is_ready, measured_on, planned_on
 
 Samples = Iterable[tuple[tuple[str, ...], float | None]]

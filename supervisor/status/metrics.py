@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
-from supervisor.api import Runtime
+from supervisor.api.runtime import Runtime
 from supervisor.status.metric_table import METRICS, MetricRow, Samples
 
 CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from planner.types import Device, Machine
-from supervisor.api import DeviceLedger, FailureView, ModelCounters, ModelView, RunnerView, Snapshot
+from supervisor.api.models import ModelView
+from supervisor.api.snapshot import DeviceLedger, FailureView, ModelCounters, RunnerView, Snapshot
 
 SCHEMA: Final = 1
 # A model that no runner serves at the moment, and one that none can serve.

@@ -13,11 +13,11 @@ from typing import Final, Self
 import anyio
 from anyio import to_thread
 
+from supervisor.api.store import BadCreate, Progress, RegistryFailed, StoreFull
 from supervisor.store import download, writing
 from supervisor.store.download import Source
 from supervisor.store.folder import StoreFolder
 from supervisor.store.partial import Busy, Partial
-from supervisor.store_api import BadCreate, Progress, RegistryFailed, StoreFull
 
 LOOK_AGAIN_S: Final = 0.5  # whether another process has finished a blob that we want too
 TOLD_EVERY_S: Final = 0.1  # a client's bar moves smoothly

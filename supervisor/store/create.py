@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from supervisor.api.store import BadCreate, CreateRequest, NotInStore, Progress
 from supervisor.store import building, listing, manifests, modelfile, parts, writing
 from supervisor.store.folder import StoreFolder
 from supervisor.store.heeding import FORMS, not_heeded
 from supervisor.store.manifests import Layer
 from supervisor.store.names import ModelName
-from supervisor.store_api import BadCreate, CreateRequest, NotInStore, Progress
 
 # Kinds of which a model has one, so that a new one takes the old one's place; licences are added to the parent's.
 _SINGLE: Final[Mapping[str, tuple[str, ...]]] = {

@@ -11,9 +11,9 @@ from typing import Final
 import aiohttp
 import anyio
 
+from supervisor.api.store import RegistryFailed
 from supervisor.store.fetching import Transient
 from supervisor.store.partial import Partial
-from supervisor.store_api import RegistryFailed
 
 STREAMS: Final = 8  # of one pull; more gain nothing on a line, and cost its servers
 MAX_TRIES: Final = 6  # without a byte in between; with the pauses about half a minute, as Ollama's

@@ -20,7 +20,7 @@ import aiohttp
 from multidict import CIMultiDict
 from yarl import URL
 
-from supervisor.store_api import RegistryFailed
+from supervisor.api.store import RegistryFailed
 
 MAX_REDIRECTS: Final = 5
 CONNECT_WITHIN_S: Final = 30.0

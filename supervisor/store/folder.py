@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from supervisor.api.store import BadCreate, BadModelName, NotInStore, StoreError
 from supervisor.store import manifests, names
 from supervisor.store.manifests import BadManifest, Manifest
 from supervisor.store.names import ModelName
-from supervisor.store_api import BadCreate, BadModelName, NotInStore, StoreError
 
 MAX_MANIFESTS: Final = 10_000  # as many files as a folder of models may have
 DEFAULT_HOST_FILE: Final = ".default-host"  # written by us; hidden, so that nobody takes it for a model

@@ -18,6 +18,7 @@ import aiohttp
 from anyio import to_thread
 from yarl import URL
 
+from supervisor.api.store import Progress, RegistryFailed
 from supervisor.store import building, manifests, names, parts, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Fetcher, Transient
@@ -25,7 +26,6 @@ from supervisor.store.folder import StoreFolder
 from supervisor.store.logins import Login
 from supervisor.store.names import ModelName
 from supervisor.store.registry import check
-from supervisor.store_api import Progress, RegistryFailed
 
 SUFFIX: Final = ".gguf"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)

@@ -15,14 +15,14 @@ from typing import Any, Final
 
 from planner.errors import PlannerError
 from planner.model import ModelFacts
-from supervisor.api import Preset
+from supervisor.api.models import Preset
+from supervisor.api.store import FOR_OLLAMA, StoreError
 from supervisor.catalogue import ModelEntry, described
 from supervisor.core.types import ModelId
 from supervisor.store import manifests, parts
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import ModelName
-from supervisor.store_api import FOR_OLLAMA, StoreError
 
 MAX_TEXT_BYTES: Final = 1 << 20  # a template, a licence; the longest known are 100 KiB
 PLACE_FOR_SUFFIX: Final = ".Suffix"  # in a template that says how text between two others is asked for

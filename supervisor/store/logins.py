@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from supervisor.store_api import RegistryFailed
+from supervisor.api.store import RegistryFailed
 
 MAX_FILE_BYTES: Final = 1 << 20
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from supervisor.store_api import BadModelName
+from supervisor.api.store import BadModelName
 
 DEFAULT_NAMESPACE: Final = "library"
 DEFAULT_TAG: Final = "latest"

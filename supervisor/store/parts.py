@@ -18,10 +18,10 @@ from typing import Final
 
 from planner.errors import PlannerError
 from planner.model import read_attachment
+from supervisor.api.store import BadCreate
 from supervisor.store import manifests
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest
-from supervisor.store_api import BadCreate
 
 LINKS: Final = "split"
 MAX_PARTS: Final = 1000  # a model of 50 TB, at the size in which hubs split them

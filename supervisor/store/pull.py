@@ -9,6 +9,7 @@ from anyio import to_thread
 
 from planner.errors import PlannerError
 from planner.model import read_attachment
+from supervisor.api.store import Progress, RegistryFailed
 from supervisor.store import listing, manifests, parts, writing
 from supervisor.store.blobs import Fetch, Tell, Wanted
 from supervisor.store.fetching import Transient
@@ -17,7 +18,6 @@ from supervisor.store.heeding import not_heeded
 from supervisor.store.manifests import BadManifest, Manifest
 from supervisor.store.names import ModelName
 from supervisor.store.registry import Registry
-from supervisor.store_api import Progress, RegistryFailed
 
 
 async def pull(folder: StoreFolder, registry: Registry, name: ModelName, tell: Tell) -> None:

@@ -11,13 +11,13 @@ from typing import Any, Final
 import aiohttp
 from yarl import URL
 
+from supervisor.api.store import BadModelName, RegistryFailed
 from supervisor.store import names
 from supervisor.store.fetching import Answer, Fetcher, Transient, read_answer
 from supervisor.store.folder import StoreFolder
 from supervisor.store.logins import Login
 from supervisor.store.manifests import MANIFEST_TYPE
 from supervisor.store.names import ModelName
-from supervisor.store_api import BadModelName, RegistryFailed
 
 HOW_TO_LOG_IN: Final = "docker login HOST writes one into the file of PLANNER_REGISTRY_LOGINS, which is shown over TLS"
 SHOWN_ERROR: Final = 200  # characters of what a registry says of its failure

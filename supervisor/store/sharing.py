@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import anyio
 import structlog
 
-from supervisor.store_api import Progress, StoreError
+from supervisor.api.store import Progress, StoreError
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.store")
 

@@ -1,4 +1,4 @@
-"""The store behind ``supervisor.api.Store``: what clients may do to the models on disk."""
+"""The store behind ``supervisor.api.store``: what clients may do to the models on disk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from anyio import from_thread, to_thread
 from anyio.abc import TaskGroup
 from yarl import URL
 
+from supervisor.api.store import CreateRequest, Progress, StoreError
 from supervisor.store import create, hub, names, parts, writing
 from supervisor.store.fetching import STALL_S, Fetcher, open_session
 from supervisor.store.folder import StoreFolder
@@ -22,14 +23,13 @@ from supervisor.store.logins import Login, Logins
 from supervisor.store.pull import pull
 from supervisor.store.registry import Registry, base_url, is_plain
 from supervisor.store.sharing import Shared, Tell, Work
-from supervisor.store_api import CreateRequest, Progress, StoreError
 
 COPIED_BYTES: Final = 4 << 20  # at a time
 MAX_PULLS: Final = 16  # different models at once; more only slow each other down
 
 
 class ModelStore:
-    """Changes a store, as ``supervisor.api.Store`` says. Use within ``async with``, which ends what is under way.
+    """Changes a store, as ``supervisor.api.store.Store`` says. Use within ``async with``, which ends what is under way.
 
     ``logins`` are for registries and hubs. ``stall_s`` is how long a server may be silent before it is asked anew.
     ``files_of`` returns the files of a model that is served from elsewhere, of which one can be made here too; nothing

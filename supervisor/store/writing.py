@@ -20,11 +20,11 @@ from typing import Final
 
 from anyio import to_thread
 
+from supervisor.api.store import BadCreate, StoreError, StoreFull
 from supervisor.store import parts
 from supervisor.store.folder import BLOB_NAME, DEFAULT_HOST_FILE, StoreFolder
 from supervisor.store.manifests import Layer, Manifest
 from supervisor.store.names import LOCAL_HOST, ModelName
-from supervisor.store_api import BadCreate, StoreError, StoreFull
 
 LOCK_FILE: Final = ".lock"
 PARTIAL: Final = "partial-"  # what is not whole yet

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from planner.types import LaunchSpec
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.core import scheduler
 from supervisor.core.commands import Command, Grant, PlanModel, Reject
 from supervisor.core.events import (

@@ -20,19 +20,12 @@ import aiohttp
 import pytest
 
 from planner.types import Role
-from supervisor.api import (
-    NO_NEED,
-    Amendments,
-    Endpoint,
-    Lease,
-    LoadProgress,
-    ModelView,
-    Need,
-    Snapshot,
-    UnknownModel,
-    WrongRole,
-    YieldResult,
-)
+from supervisor.api.errors import UnknownModel, WrongRole
+from supervisor.api.lease import Amendments, Endpoint, Lease
+from supervisor.api.models import ModelView
+from supervisor.api.need import NO_NEED, Need
+from supervisor.api.runtime import LoadProgress, YieldResult
+from supervisor.api.snapshot import Snapshot
 
 LISTENING = re.compile(rb"listening on (http://127\.0\.0\.1:\d+)")
 ROLE_FLAGS = {Role.CHAT: (), Role.EMBEDDING: ("--embeddings",), Role.RERANK: ("--reranking",)}

@@ -11,7 +11,7 @@ import pytest
 from fake_runtime import FakeRuntime, LlamaServer, Serve
 
 from config.keys_file import Client, hash_of
-from supervisor.api import Endpoint
+from supervisor.api.lease import Endpoint
 
 pytestmark = pytest.mark.anyio
 

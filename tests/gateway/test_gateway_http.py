@@ -14,7 +14,7 @@ from fake_runtime import FakeRuntime, LlamaServer, Serve
 from structlog.testing import capture_logs
 
 from planner.types import Shortfall
-from supervisor.api import (
+from supervisor.api.errors import (
     AcquireError,
     BadModel,
     CannotFit,

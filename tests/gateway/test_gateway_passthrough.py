@@ -14,7 +14,8 @@ import pytest
 from fake_runtime import FakeRuntime, LlamaServer, Serve
 from tiny_models import TOOL_NAME
 
-from supervisor.api import LoadFailed, LoadProgress
+from supervisor.api.errors import LoadFailed
+from supervisor.api.runtime import LoadProgress
 from supervisor.gateway.openai import PASSED_THROUGH
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from fake_runtime import FakeRuntime, LlamaServer, Serve
 from raw_runner import raw_runner, read_request
 from yarl import URL
 
-from supervisor.api import Endpoint
+from supervisor.api.lease import Endpoint
 
 pytestmark = pytest.mark.anyio
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.types import Role
-from supervisor.api import ModelView, Preset
+from supervisor.api.models import ModelView, Preset
 from supervisor.gateway.templated import CHATS, StreamRetelling, written
 
 MODEL = ModelView(

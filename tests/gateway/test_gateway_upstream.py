@@ -13,7 +13,7 @@ import pytest
 from fake_runtime import FakeRuntime, Serve
 from raw_runner import raw_runner, read_request
 
-from supervisor.api import Endpoint
+from supervisor.api.lease import Endpoint
 
 pytestmark = pytest.mark.anyio
 

@@ -10,27 +10,16 @@ from typing import Any
 import pytest
 
 from planner.types import Role
-from supervisor.api import (
-    BadModel,
-    CannotFit,
-    ClientLimit,
-    DeviceUse,
-    LoadFailed,
-    LoadTimeout,
-    ModelView,
-    PlannerFailed,
-    Preset,
-    QueueFull,
-    RunnerView,
-    Snapshot,
-)
+from supervisor.api.errors import BadModel, CannotFit, ClientLimit, LoadFailed, LoadTimeout, PlannerFailed, QueueFull
+from supervisor.api.models import ModelView, Preset
+from supervisor.api.snapshot import DeviceUse, RunnerView, Snapshot
+from supervisor.api.store import BadCreate, NotInStore, RegistryFailed, StoreFull
 from supervisor.gateway.errors import RunnerLost, Unauthorized
 from supervisor.gateway.ollama import models
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader, Piece, call_json
 from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused, ollama_answer_to
 from supervisor.gateway.ollama.names import human_number, shown
 from supervisor.go_template.nodes import TemplateError
-from supervisor.store_api import BadCreate, NotInStore, RegistryFailed, StoreFull
 
 MODEL = ModelView(
     id="llama3.2",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from planner.types import HOST, HOST_POOL, Decision, Device, DeviceKind, DeviceName, Machine, PoolId, ProcessUse, Role
-from supervisor.api import DeviceLedger, DeviceUse, FailureView, ModelCounters, ModelView, RunnerView, Snapshot
+from supervisor.api.models import ModelView
+from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView, Snapshot
 
 GIB = 1 << 30
 NOW = 1_800_000_000.0

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from snapshots import GIB, LOADING, READY, busy_machine, empty_machine
 
 from planner.types import Role
-from supervisor.api import Lease, Snapshot
+from supervisor.api.lease import Lease
+from supervisor.api.snapshot import Snapshot
 from supervisor.gateway.errors import HTTP_CODES, RULES
 from supervisor.status.metric_table import METRICS
 from supervisor.status.metrics import Exposition

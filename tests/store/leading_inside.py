@@ -13,9 +13,9 @@ from pathlib import Path
 from aiohttp import web
 from web_server import Answer
 
+from supervisor.api.store import RegistryFailed
 from supervisor.store.folder import StoreFolder
 from supervisor.store.store import ModelStore
-from supervisor.store_api import RegistryFailed
 
 PUBLIC = "8.8.8.8"
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import anyio
 
+from supervisor.api.store import Progress, StoreError
 from supervisor.store.folder import StoreFolder
 from supervisor.store.store import ModelStore
-from supervisor.store_api import Progress, StoreError
 
 
 def tell(status: str, completed: int | str | None) -> None:

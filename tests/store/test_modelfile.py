@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from supervisor.api.store import BadCreate
 from supervisor.store import modelfile
-from supervisor.store_api import BadCreate
 
 
 def test_every_command_is_read_whatever_its_case() -> None:

@@ -11,11 +11,11 @@ from docker_registry import RegistryServer
 from store_layout import HOST, digest_of, put_blob, put_model, said
 
 from planner.model import read_model
-from supervisor.api import Preset
+from supervisor.api.models import Preset
+from supervisor.api.store import CreateRequest
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan
 from supervisor.store.store import ModelStore
-from supervisor.store_api import CreateRequest
 
 pytestmark = pytest.mark.anyio
 

@@ -9,11 +9,11 @@ from web_server import WebServer, ranged, web_server
 from yarl import URL
 
 from planner.model import read_model
+from supervisor.api.store import BadCreate, BadModelName, RegistryFailed
 from supervisor.store import hub
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan
 from supervisor.store.store import ModelStore
-from supervisor.store_api import BadCreate, BadModelName, RegistryFailed
 
 pytestmark = pytest.mark.anyio
 FILE = "/user/Repo.GGUF/resolve/main/tiny-Q4_K_M.gguf"

@@ -14,10 +14,10 @@ from docker_registry import BASIC, PASSWORD, USER, RegistryServer, private_regis
 from store_layout import said
 from web_server import ranged, web_server
 
+from supervisor.api.store import RegistryFailed
 from supervisor.store.folder import StoreFolder
 from supervisor.store.logins import Logins
 from supervisor.store.store import ModelStore
-from supervisor.store_api import RegistryFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("free_environment")]
 

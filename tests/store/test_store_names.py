@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from store_layout import HOST
 
+from supervisor.api.store import BadCreate, BadModelName
 from supervisor.store import names
 from supervisor.store.folder import StoreFolder
 from supervisor.store.names import ModelName
-from supervisor.store_api import BadCreate, BadModelName
 
 
 @pytest.mark.parametrize(

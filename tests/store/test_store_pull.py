@@ -18,9 +18,9 @@ import pytest
 from docker_registry import RegistryServer
 from store_layout import digest_of, said, tree
 
+from supervisor.api.store import BadModelName, Progress, RegistryFailed, StoreFull
 from supervisor.store.folder import StoreFolder
 from supervisor.store.store import ModelStore
-from supervisor.store_api import BadModelName, Progress, RegistryFailed, StoreFull
 
 MIB = 1 << 20
 BIG_BYTES = 200 * MIB

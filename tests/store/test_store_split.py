@@ -14,12 +14,12 @@ from store_layout import HOST, digest_of, put_blob, put_model, said
 from web_server import ranged, web_server
 
 from planner.model import read_model
+from supervisor.api.store import BadCreate, CreateRequest, RegistryFailed
 from supervisor.catalogue import ModelEntry
 from supervisor.store import parts
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan
 from supervisor.store.store import ModelStore
-from supervisor.store_api import BadCreate, CreateRequest, RegistryFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 

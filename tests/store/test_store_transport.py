@@ -18,10 +18,10 @@ from store_layout import CONFIG, LAYER, MANIFEST, digest_of, said
 from web_server import WebServer, ranged, web_server
 from yarl import URL
 
+from supervisor.api.store import RegistryFailed, StoreFull
 from supervisor.store.fetching import Fetcher, open_session
 from supervisor.store.folder import StoreFolder
 from supervisor.store.store import ModelStore
-from supervisor.store_api import RegistryFailed, StoreFull
 
 MODEL = bytes(range(256)) * 8192  # 2 MiB
 CONFIG_BLOB = b"{}"

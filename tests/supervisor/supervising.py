@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from supervisor.api import Lease
+from supervisor.api.lease import Lease
 from supervisor.runtime import Supervisor
 
 Models = Callable[..., Path]

@@ -16,7 +16,8 @@ from running_service import Serve
 from supervising import Supervising, story_of_loss
 
 from planner.types import Role
-from supervisor.api import Lease, RunnerView
+from supervisor.api.lease import Lease
+from supervisor.api.snapshot import RunnerView
 from supervisor.runtime import Supervisor
 
 pytestmark = pytest.mark.llama

@@ -7,7 +7,7 @@ import pytest
 from config.model_settings import ModelSettings
 from planner.errors import InvalidRequest
 from planner.types import PlanRequest, Role
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.catalogue import ModelEntry
 from supervisor.core.types import ModelId
 from supervisor.model_request import request_of

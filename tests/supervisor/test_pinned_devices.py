@@ -12,7 +12,7 @@ from event_log import EventLog
 from supervising import Supervising
 
 from planner.types import Role
-from supervisor.api import LoadFailed
+from supervisor.api.errors import LoadFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 

@@ -20,7 +20,7 @@ from supervising import Supervising
 
 from planner.types import Role
 from planner.units import GIB, MIB
-from supervisor.api import PlannerFailed
+from supervisor.api.errors import PlannerFailed
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import ScanModels

@@ -20,21 +20,20 @@ from event_log import EventLog
 from supervising import Models, Supervising, story_of_loss
 
 from planner.types import Role
-from supervisor.api import (
+from supervisor.api.errors import (
     BadModel,
     CannotFit,
-    Lease,
     LoadFailed,
-    LoadOptions,
-    Need,
     PlannerFailed,
     QueueFull,
-    RunnerView,
     ShuttingDown,
     UnknownDevice,
     UnknownModel,
     WrongRole,
 )
+from supervisor.api.lease import Lease
+from supervisor.api.need import LoadOptions, Need
+from supervisor.api.snapshot import RunnerView
 from supervisor.hanging import Patience
 from supervisor.runtime import Supervisor
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from supervisor.api import ModelView
+from supervisor.api.models import ModelView
 from supervisor.gateway.ollama import chat, generate
 from supervisor.gateway.ollama.answer import CompletionReader, Ending, Piece
 from supervisor.gateway.ollama.chat import ChatRequest

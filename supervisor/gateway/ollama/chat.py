@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from supervisor.api import Preset
+from supervisor.api.models import Preset
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.answer import Piece, call_json
 from supervisor.gateway.ollama.errors import TOP_LOGPROBS_RANGE, OllamaError

@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from planner.types import Role
-from supervisor.api import ModelView
+from supervisor.api.models import ModelView
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.answer import NS_PER_S

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-from supervisor.api import (
+from supervisor.api.errors import (
     BadModel,
     CannotFit,
     ClientLimit,
@@ -22,9 +22,9 @@ from supervisor.api import (
     QueueFull,
     ShuttingDown,
 )
+from supervisor.api.store import BadCreate, BadModelName, NotInStore, StoreError
 from supervisor.gateway.errors import ErrorAnswer, RequestError, RunnerLost, answer_to
 from supervisor.go_template.nodes import TemplateError
-from supervisor.store_api import BadCreate, BadModelName, NotInStore, StoreError
 
 # Where these paths begin, Ollama's clients ask.
 PREFIX: Final = "/api/"

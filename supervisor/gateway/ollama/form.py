@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import structlog
 from anyio import to_thread
 
-from supervisor.api import ModelView
+from supervisor.api.models import ModelView
 from supervisor.gateway.ollama.answer import ChatReader, CompletionReader
 from supervisor.gateway.ollama.chat import Common, chat_body
 from supervisor.gateway.ollama.generate import GenerateRequest, completion_body

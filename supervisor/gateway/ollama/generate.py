@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from supervisor.api import Preset
+from supervisor.api.models import Preset
 from supervisor.gateway.ollama.answer import Piece
 from supervisor.gateway.ollama.chat import Common, read_common
 from supervisor.gateway.ollama.errors import RAW_EXCLUDES, RAW_WITHOUT_IMAGES, OllamaError

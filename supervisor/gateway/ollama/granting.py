@@ -10,7 +10,10 @@ from typing import Any
 from aiohttp import web
 
 from planner.types import Role
-from supervisor.api import ModelView, Need, Runtime, UnknownModel
+from supervisor.api.errors import UnknownModel
+from supervisor.api.models import ModelView
+from supervisor.api.need import Need
+from supervisor.api.runtime import Runtime
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.errors import MODEL_REQUIRED, OllamaError, model_not_found
 from supervisor.gateway.ollama.options import load_options, of_preset, sampling

@@ -9,14 +9,15 @@ from typing import Any, Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api import Runtime, UnknownModel
+from supervisor.api.errors import UnknownModel
+from supervisor.api.runtime import Runtime
+from supervisor.api.store import FOR_OLLAMA, CreateRequest, NotInStore, Progress, Store
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama import models
 from supervisor.gateway.ollama.errors import MODEL_REQUIRED, OllamaError, model_not_found
 from supervisor.gateway.ollama.fields import Fields, read_fields
 from supervisor.gateway.ollama.granting import Granting
 from supervisor.gateway.ollama.ndjson import Json, send_lines, send_whole
-from supervisor.store_api import FOR_OLLAMA, CreateRequest, NotInStore, Progress, Store
 
 # Clients compare it with the version in which Ollama got what they need: it is that of the API that is spoken here.
 API_VERSION: Final = "0.17.4"

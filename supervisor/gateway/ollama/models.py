@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from planner.types import HOST, Role
-from supervisor.api import ModelView, Preset, RunnerView, Snapshot
+from supervisor.api.models import ModelView, Preset
+from supervisor.api.snapshot import RunnerView, Snapshot
 from supervisor.capabilities import CHAT_TEMPLATE
 from supervisor.gateway.ollama.names import human_number, shown
 from supervisor.gateway.ollama.ndjson import timestamp

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import structlog
 from aiohttp import web
 
-from supervisor.api import JsonText
+from supervisor.api.models import JsonText
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.proxy import MODEL_HEADER
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import structlog
 
 from planner.types import Role
-from supervisor.api import LoadOptions
+from supervisor.api.need import LoadOptions
 from supervisor.gateway.errors import BadRequest
 from supervisor.parameters import KINDS, Kind
 

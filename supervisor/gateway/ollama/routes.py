@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from supervisor.api import Runtime
+from supervisor.api.runtime import Runtime
+from supervisor.api.store import Store
 from supervisor.gateway.ollama.embed import Embedding
 from supervisor.gateway.ollama.granting import Granting
 from supervisor.gateway.ollama.inference import Inference
 from supervisor.gateway.ollama.library import Library
-from supervisor.store_api import Store
 
 
 def ollama_routes(runtime: Runtime, store: Store | None, version: str) -> list[web.AbstractRouteDef]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from aiohttp import hdrs
 from multidict import CIMultiDict
 
-from supervisor.api import Lease
+from supervisor.api.lease import Lease
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import EVENT_END, WholeEvents
 from supervisor.gateway.ollama.errors import ContextExceeded, RunnerRefused

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from supervisor.api import Fault
+from supervisor.api.errors import Fault
 
 # What a Modelfile says that only Ollama's own service can heed: it names code of it, or a version.
 FOR_OLLAMA: Final = ("renderer", "parser", "requires")
@@ -64,7 +64,7 @@ class CreateRequest:
     """What a new model is made of: a parent's name, or files in the store as blobs (file name -> ``sha256:...``).
 
     ``modelfile`` is a Modelfile's text; the fields beside it win over what it says. None: as the parent has it.
-    ``for_ollama`` is as in ``supervisor.api.Preset``.
+    ``for_ollama`` is as in ``supervisor.api.models.Preset``.
     """
 
     model: str
