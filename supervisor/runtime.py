@@ -161,8 +161,10 @@ class Supervisor:
 
     async def unload(self, model: str) -> bool:
         """Let the model's runner finish what it serves, stop it, and return once its child is gone."""
-        entry = await self._inventory.resolve(model)
-        runner = self._writer.pool.runner(entry.runner)
+        return await self._unload((await self._inventory.resolve(model)).runner)
+
+    async def _unload(self, model: ModelId) -> bool:
+        runner = self._writer.pool.runner(model)
         if runner.state not in HAS_CHILD:
             return False
         self._stop(runner)
@@ -239,6 +241,13 @@ class Supervisor:
                 f"there is no device {device!r} here; there are: {', '.join(names) or 'none known yet'}"
             )
         return shares(machine, device)
+
+    async def forget(self, model: str) -> None:
+        """Follow that a model was deleted: stop its runner, unless other names share it, and read the models again."""
+        runner = self._inventory.runner_of(model)
+        if not any(entry.runner == runner and entry.id != model for entry in self._inventory.entries):
+            await self._unload(runner)
+        await self.rescan()
 
     async def rescan(self) -> None:
         """Read the models again, now."""

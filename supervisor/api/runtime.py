@@ -89,6 +89,10 @@ class Runtime(Protocol):
         """
         ...
 
+    async def forget(self, model: str) -> None:
+        """Follow that a model was deleted: stop its runner, unless other names share it, and read the models again."""
+        ...
+
     async def rescan(self) -> None:
         """Read the models again, now."""
         ...

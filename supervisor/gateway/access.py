@@ -181,6 +181,12 @@ class PermittedRuntime:
         check_may_manage()
         return await self._runtime.yield_memory(device, wanted_bytes, for_s)
 
+    async def forget(self, model: str) -> None:
+        """Follow that the model was deleted. Raises NotPermitted, UnknownModel."""
+        check_may_manage()
+        self._check(model)
+        await self._runtime.forget(model)
+
     async def rescan(self) -> None:
         """Read the models again."""
         await self._runtime.rescan()

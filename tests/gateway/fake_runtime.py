@@ -235,6 +235,10 @@ class FakeRuntime:
         """Free nothing, since nothing is held."""
         return YieldResult(device, 0, wanted_bytes, 0, {}, time.time() + for_s)
 
+    async def forget(self, model: str) -> None:
+        """Remember who was to go."""
+        self.unloaded.append(model)
+
     async def rescan(self) -> None:
         """Count how often it was asked."""
         self.scans += 1

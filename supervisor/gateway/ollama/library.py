@@ -89,7 +89,7 @@ class Library:
         return web.Response()
 
     async def delete(self, request: web.Request) -> web.Response:
-        """Answer ``DELETE /api/delete``. The model's runner, if any, is stopped, unless other names for it are left."""
+        """Answer ``DELETE /api/delete``."""
         fields = await read_fields(request, "DeleteRequest")
         name = _name(fields)
         try:
@@ -100,10 +100,7 @@ class Library:
             await self._kept().delete(name)
         except NotInStore as error:
             raise OllamaError(HTTPStatus.NOT_FOUND, f"model '{name}' not found{await self._why(name)}") from error
-        runners = {one.id: one.runner for one in self._runtime.snapshot().models}
-        if list(runners.values()).count(runners.get(model, model)) <= 1:
-            await self._runtime.unload(model)
-        await self._runtime.rescan()
+        await self._runtime.forget(model)
         return web.Response()
 
     async def has_blob(self, request: web.Request) -> web.Response:
