@@ -28,8 +28,7 @@ from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.search import placement
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
-from supervisor import header_details
-from supervisor.catalogue import scan
+from supervisor import header_details, places
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
 from supervisor.placing import Placing, as_told, by_search
@@ -47,7 +46,6 @@ from supervisor.planning_messages import (
     pack,
     read_message,
 )
-from supervisor.store import listing
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
 SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond
@@ -79,18 +77,13 @@ class Worker:
             case MakePlan():
                 return self._plan(question)
 
-    def _scan(self, places: ScanModels) -> Answer:
-        store = () if places.store is None else listing.scan(places.store, self._read)
+    def _scan(self, asked: ScanModels) -> Answer:
+        folder, store = asked.folder, asked.store
+        optional = asked.folder_optional and store is not None and store.root.is_dir()
         try:
-            found = scan(places.folder, self._read)
-        except FileNotFoundError as error:
-            if places.store is None or not places.folder_optional or not places.store.root.is_dir():
-                return _unreadable(places.folder, error)
-            found = ()
+            return places.scan(folder, store, self._read, folder_optional=optional)
         except OSError as error:
-            return _unreadable(places.folder, error)
-        taken = {entry.id for entry in found}
-        return (*found, *(entry for entry in store if entry.id not in taken))
+            return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
 
     def _read(self, path: str) -> ModelFacts:
         try:
@@ -170,10 +163,6 @@ class Worker:
 
         place = by_search(search, open_context=asked.n_ctx_per_slot is None and asked.n_ctx in {None, "auto"})
         return Placing(question, detected.machine, policy, place).outcome()
-
-
-def _unreadable(folder: Path, error: OSError) -> Failed:
-    return Failed(f"the models folder {folder} cannot be read ({error.strerror}): check PLANNER_MODELS")
 
 
 def _endpoints(situation: Situation, names: Iterable[str]) -> set[str]:

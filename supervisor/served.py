@@ -8,24 +8,18 @@ from config.model_settings import ModelsFile
 from config.settings import Settings
 from planner.errors import InvalidRequest
 from planner.model import read_model
-from supervisor import catalogue, configured
+from supervisor import configured, places
 from supervisor.catalogue import Catalogue
-from supervisor.store import listing
 from supervisor.store.folder import StoreFolder
 
 
 def served(settings: Settings, file: ModelsFile) -> Catalogue:
     """Return the models as the service would serve them. Raises InvalidRequest where their folder cannot be read."""
-    read = cache(read_model)
-    store = listing.scan(StoreFolder(settings.store, settings.registry), read)
+    store = StoreFolder(settings.store, settings.registry)
     try:
-        found = catalogue.scan(settings.models, read)
-    except FileNotFoundError:
-        found = ()
+        found = places.scan(settings.models, store, cache(read_model), folder_optional=True)
     except OSError as error:
         raise InvalidRequest(f"{settings.models} cannot be read ({error.strerror}): check PLANNER_MODELS") from None
-    taken = {entry.id for entry in found}
-    both = (*found, *(entry for entry in store if entry.id not in taken))
     models = Catalogue()
-    models.replace(configured.apply(file, both))
+    models.replace(configured.apply(file, found))
     return models
