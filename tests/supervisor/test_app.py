@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from rpc_worker import RpcWorker
 from running_service import WITHIN_S, Serve, Service, run
+from supervising import PRINTED_TO
 
 pytestmark = pytest.mark.llama
 
 GONE_WITHIN_S = 2.0
-PRINTED_TO = 3 * 0.01 * 1024 * 1024  # llama-server prints each of the three sums in MiB with two decimals
 
 
 def test_a_model_is_loaded_on_demand_and_its_plan_logged_once(serve: Serve, chat_model: Path) -> None:

@@ -13,11 +13,10 @@ import pytest
 from event_log import EventLog
 from rpc_worker import RpcWorker, start_worker
 from running_service import Serve
-from supervising import Supervising, story_of_loss
+from supervising import Supervising, only_runner, story_of_loss
 
 from planner.types import Role
 from supervisor.api.lease import Lease
-from supervisor.api.snapshot import RunnerView
 from supervisor.runtime import Supervisor
 
 pytestmark = pytest.mark.llama
@@ -65,12 +64,6 @@ def used(supervisor: Supervisor) -> list[str]:
     """Return the devices that the one runner uses."""
     runner = only_runner(supervisor)
     return [use.device for use in runner.uses if use.planned_bytes]
-
-
-def only_runner(supervisor: Supervisor) -> RunnerView:
-    """Return the one runner."""
-    (runner,) = supervisor.snapshot().runners
-    return runner
 
 
 @pytest.mark.anyio

@@ -11,10 +11,10 @@ import pytest
 from published_models import dimensions, write_model
 from rpc_worker import RpcWorker
 from running_service import Serve
+from supervising import PRINTED_TO
 
 pytestmark = pytest.mark.llama
 
-PRINTED_TO = 3 * 0.01 * 1024 * 1024  # llama-server prints each of the three sums in MiB with two decimals
 AUTO = {"PLANNER_CONTEXT_LENGTH": ""}
 
 
