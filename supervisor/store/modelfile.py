@@ -54,7 +54,7 @@ _FORGOTTEN: Final = frozenset(
 class Modelfile:
     """What a Modelfile says. ``sources`` and ``adapters`` are what stands behind FROM and ADAPTER, in order.
 
-    ``for_ollama`` is as in ``supervisor.api.Preset``.
+    ``for_ollama`` is as in ``supervisor.api.models.Preset``.
     """
 
     sources: tuple[str, ...]
