@@ -23,6 +23,7 @@ from gpu.rpc import PINNED_PROTOCOL
 from planner.build import PINNED_BUILD, is_pinned
 from planner.types import DeviceKind, LlamaBuild
 from planner.units import MIB, format_size
+from planner.visible_devices import PCI_ORDER
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -213,7 +214,7 @@ def _environment(environ: Environ, config_home: str) -> dict[str, str]:
     NVML's. ``config_home`` is an empty folder, since a user's own llama.cpp configuration would add flags.
     """
     kept = {name: value for name, value in environ.items() if not _SCRUBBED.fullmatch(name)}
-    return kept | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "GGML_NO_BACKTRACE": "1", "XDG_CONFIG_HOME": config_home}
+    return kept | {**PCI_ORDER, "GGML_NO_BACKTRACE": "1", "XDG_CONFIG_HOME": config_home}
 
 
 def parse_list(text: str) -> tuple[ListedDevice, ...]:

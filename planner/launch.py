@@ -1,12 +1,11 @@
 """A plan as a llama-server command line with its environment, and back.
 
 Every knob is written out, so that neither llama-server's defaults nor its configuration files have a say. A runner sees
-only the devices it is to use: an idle CUDA context costs hundreds of MiB. Its own names for them therefore count from
-0 again; ``child_names`` maps the plan's names to those.
+only the devices it is to use (``visible_devices``). Its own names for them therefore count from 0 again;
+``child_names`` maps the plan's names to those.
 
-The environment is what is added to one that was scrubbed of ``LLAMA_ARG_*``; a ``*_VISIBLE_DEVICES`` that is not set
-here stays what it was when the machine was looked at. Port, alias, key and an empty ``XDG_CONFIG_HOME`` are added by
-whoever starts the child.
+The environment is what is added to one that was scrubbed of ``LLAMA_ARG_*``. Port, alias, key and an empty
+``XDG_CONFIG_HOME`` are added by whoever starts the child.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
-from planner import flags
+from planner import flags, visible_devices
 from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
 from planner.types.plan import LaunchSpec
 from planner.types.request import PlanRequest
@@ -28,8 +27,7 @@ MIN_FIT_CTX: Final = 4096  # llama-server's own -fitc
 
 _FIXED: Final = ("-lv", LOG_VERBOSITY)
 _NO_FIT: Final = ("--fit", "off")
-_CUDA_ORDER: Final = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-_HIDE_ALL: Final = {DeviceKind.CUDA: "CUDA_VISIBLE_DEVICES", DeviceKind.VULKAN: "GGML_VK_VISIBLE_DEVICES"}
+_NO_BACKTRACE: Final = {"GGML_NO_BACKTRACE": "1"}  # an abort would hold its memory while a debugger looks at it
 
 
 def spec(
@@ -59,7 +57,7 @@ def spec(
     )
     fit = _NO_FIT if fit_margins is None else _fit(fit_margins)
     argv = (build.path or BINARY, "-m", model_path, *fit, *flags.write(request), *_FIXED)
-    return LaunchSpec(argv, MappingProxyType(_environment(used, machine, build)))
+    return LaunchSpec(argv, MappingProxyType(_NO_BACKTRACE | visible_devices.variables(used, machine, build)))
 
 
 def read(argv: Sequence[str]) -> PlanRequest:
@@ -83,8 +81,8 @@ def child_names(used: Iterable[Device], machine: Machine) -> dict[str, str]:
     """
     used = tuple(used)
     names: dict[str, str] = {device.name: device.name for device in used}
-    for kind in (DeviceKind.CUDA, DeviceKind.ROCM):
-        visible = _visible(used, kind)
+    for kind in visible_devices.NARROWED_KINDS:
+        visible = visible_devices.narrowed(used, kind)
         names |= {device.name: _prefix(device) + str(rank) for rank, device in enumerate(visible)}
     workers = _worker_devices(used, machine)
     names |= {name: f"RPC{rank}" for rank, name in enumerate(workers) if name in names}
@@ -118,37 +116,6 @@ def _worker_devices(used: Sequence[Device], machine: Machine) -> tuple[str, ...]
     return tuple(
         device.name for endpoint in _endpoints(used) for device in machine.devices if device.endpoint == endpoint
     )
-
-
-def _visible(used: Sequence[Device], kind: DeviceKind) -> tuple[Device, ...]:
-    """Return the devices of this kind where all of them can be named by UUID, else none."""
-    devices = tuple(device for device in used if device.kind is kind)
-    if kind is DeviceKind.CUDA and _reads_cudas_variable(used):
-        return ()
-    return devices if all(device.uuid for device in devices) else ()
-
-
-def _reads_cudas_variable(used: Sequence[Device]) -> bool:
-    """Say whether HIP would take CUDA's variable for its own, having none: it would find none of its cards there."""
-    return any(device.kind is DeviceKind.ROCM and not device.uuid for device in used)
-
-
-def _environment(used: Sequence[Device], machine: Machine, build: LlamaBuild) -> dict[str, str]:
-    env = {"GGML_NO_BACKTRACE": "1"}  # an abort would otherwise hold its memory while a debugger looks at it
-    if cuda := _visible(used, DeviceKind.CUDA):
-        env |= dict([_CUDA_ORDER])
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid or "" for device in cuda)
-    if rocm := _visible(used, DeviceKind.ROCM):
-        env["ROCR_VISIBLE_DEVICES"] = ",".join(device.uuid or "" for device in rocm)
-        env["HIP_VISIBLE_DEVICES"] = ",".join(str(rank) for rank in range(len(rocm)))  # counted after ROCR's choice
-    present = {device.kind for device in machine.devices}
-    for kind, variable in _HIDE_ALL.items():
-        known = kind in present or kind.value in build.backends
-        if kind is DeviceKind.CUDA and _reads_cudas_variable(used):
-            continue
-        if known and not machine.what_if and all(device.kind is not kind for device in used):
-            env[variable] = ""
-    return env
 
 
 def _fit(margins: Sequence[int]) -> tuple[str, ...]:

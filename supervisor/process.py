@@ -20,6 +20,8 @@ from typing import Final
 
 import anyio
 
+from planner.visible_devices import PCI_ORDER
+
 READ_BYTES: Final = 65536  # a full pipe
 SHIM: Final = Path(__file__).with_name("exec_child.py")
 SHELL: Final = "/bin/sh"
@@ -35,12 +37,11 @@ exec "$@"
 """
 
 # What must not reach a child: llama-server's own settings, ours (keys among them), what systemd says to us, and what
-# oversubscribes devices. A variable that hides or renumbers devices (CUDA_VISIBLE_DEVICES and its like) is the
-# operator's: the machine was looked at under it, so names count under it wherever the plan does not set its own.
+# oversubscribes devices. A variable that hides devices is the operator's: the machine was looked at under it, so names
+# count under it wherever the plan does not set its own (``planner.visible_devices``).
 SCRUBBED_PREFIXES: Final = ("LLAMA_", "PLANNER_", "OLLAMA_", "AIP_", "LISTEN_", "WATCHDOG_")
 SCRUBBED_NAMES: Final = frozenset({"NOTIFY_SOCKET", "GGML_CUDA_ENABLE_UNIFIED_MEMORY", "MTMD_BACKEND_DEVICE"})
 KEPT_NAMES: Final = frozenset({"LLAMA_CACHE"})
-ALWAYS: Final = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # as the machine was looked at
 
 
 def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
@@ -50,7 +51,7 @@ def scrubbed(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name in KEPT_NAMES or not (name.startswith(SCRUBBED_PREFIXES) or name in SCRUBBED_NAMES)
     }
-    return kept | ALWAYS
+    return kept | PCI_ORDER  # as the machine was looked at
 
 
 @functools.cache
