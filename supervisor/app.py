@@ -19,7 +19,8 @@ from anyio.abc import TaskStatus
 from config import render
 from config.resolve import DEFAULT_ORIGIN, ConfigError
 from config.settings import Loaded, Settings, load
-from supervisor import children, listener, lock, log_setup, operator_files
+from supervisor import listener, lock, log_setup, operator_files
+from supervisor.children import tending
 from supervisor.core.types import Limits
 from supervisor.gateway.access import Clients
 from supervisor.gateway.app import CLIENTS, build_app, make_runner
@@ -61,7 +62,7 @@ def serve(environ: Mapping[str, str]) -> int:
             lock.held(settings.state_dir),
             listener.bound(settings.host.host, settings.host.port) as bound,
         ):
-            children.prepare(settings.state_dir)
+            tending.prepare(settings.state_dir)
             anyio.run(_serve, loaded, files, environ, bound)
     except (lock.AlreadyRunning, listener.CannotListen) as error:
         return _complain(str(error), EXIT_CANNOT_RUN)

@@ -15,8 +15,8 @@ from typing import Any, Final, Self
 import anyio
 from anyio.abc import Process
 
+from supervisor.children.process import describe_exit, find_setpriv, tied
 from supervisor.planning_messages import LENGTH_BYTES, Answer, Question, pack
-from supervisor.process import describe_exit, find_setpriv, tied
 
 ANSWER_WITHIN_S: Final = 60.0  # a cold driver takes seconds per card, a scan of a slow disk more; longer is a hang
 END_WITHIN_S: Final = 5.0  # of a killed process; one that hangs in a driver goes when the driver lets it

@@ -24,6 +24,7 @@ from supervisor.api.need import NO_NEED, LoadOptions, Need
 from supervisor.api.runtime import LoadProgress, YieldResult
 from supervisor.api.snapshot import Snapshot
 from supervisor.catalogue import ModelEntry
+from supervisor.children.hanging import PATIENCE, Patience
 from supervisor.core import ledger, yielding
 from supervisor.core.events import (
     ResetRequested,
@@ -35,7 +36,6 @@ from supervisor.core.events import (
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
-from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease
 from supervisor.planned_machine import Share, shares

@@ -23,7 +23,8 @@ from supervisor.api.lease import Endpoint
 from supervisor.api.need import LoadOptions
 from supervisor.api.snapshot import ModelCounters
 from supervisor.catalogue import ModelEntry
-from supervisor.children import Children
+from supervisor.children.hanging import Patience
+from supervisor.children.tending import Children
 from supervisor.core import scheduler
 from supervisor.core.commands import (
     Command,
@@ -41,7 +42,6 @@ from supervisor.core.events import Event, RequestAbandoned, RequestArrived, Requ
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
-from supervisor.hanging import Patience
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease, Waiter
 from supervisor.timers import Alarm

@@ -21,10 +21,10 @@ from running_service import Serve, Service, environment, serving
 from supervising import Supervising
 from terminal import Terminal
 
-from supervisor import children
+from supervisor.children import tending
+from supervisor.children.hanging import PATIENCE, Patience
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
-from supervisor.hanging import PATIENCE, Patience
 from supervisor.inventory import Inventory
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
@@ -79,7 +79,7 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
             environ=environ,
             patience=patience,
         )
-        children.prepare(options.state_dir)
+        tending.prepare(options.state_dir)
         async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
             inventory = Inventory(folder, planning)
             supervisor = Supervisor(options, inventory)

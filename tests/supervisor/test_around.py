@@ -12,7 +12,7 @@ import pytest
 import structlog
 
 from supervisor import listener, lock
-from supervisor.logs import KEPT_LINES, MAX_LINE_BYTES, TAIL_LINES, ChildLog
+from supervisor.children.logs import KEPT_LINES, MAX_LINE_BYTES, TAIL_LINES, ChildLog
 from supervisor.notify import Notifier
 from supervisor.timers import Alarm
 

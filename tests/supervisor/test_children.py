@@ -16,12 +16,12 @@ import pytest
 from anyio.abc import TaskGroup
 
 from planner.types import LaunchSpec
-from supervisor.children import Children, prepare
+from supervisor.children.hanging import PATIENCE
+from supervisor.children.process import find_setpriv
+from supervisor.children.tending import Children, prepare
 from supervisor.core.commands import Spawn
 from supervisor.core.events import BecameReady, Event, ProcessExited, ProcessSpawned
 from supervisor.core.types import LoadPlan, ModelId, RunnerId
-from supervisor.hanging import PATIENCE
-from supervisor.process import find_setpriv
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,9 @@ from typing import Any
 import anyio
 import pytest
 
-from supervisor.hanging import HangWatch, Patience, is_stopped
-from supervisor.health import LOADING, wait_serving
-from supervisor.weights_read import WeightsRead
+from supervisor.children.hanging import HangWatch, Patience, is_stopped
+from supervisor.children.health import LOADING, wait_serving
+from supervisor.children.weights_read import WeightsRead
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import anyio
 import pytest
 import structlog
 
-from supervisor.logs import KEPT_LINES, ChildLog
+from supervisor.children.logs import KEPT_LINES, ChildLog
 
 pytestmark = pytest.mark.anyio
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from supervisor import strays
-from supervisor.process import Child, describe_exit, find_setpriv, scrubbed, started, tied
+from supervisor.children import strays
+from supervisor.children.process import Child, describe_exit, find_setpriv, scrubbed, started, tied
 
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
 
@@ -129,7 +129,7 @@ def test_arguments_and_environment_arrive_as_they_are(setpriv: str | None) -> No
 
 def test_a_child_dies_with_its_parent_however_that_dies() -> None:
     program = (
-        "import os, sys, time; from supervisor.process import find_setpriv, started, tied; "
+        "import os, sys, time; from supervisor.children.process import find_setpriv, started, tied; "
         f"command = tied([sys.executable, '-c', {DEAF!r}], find_setpriv(), os.getpid()); "
         "print(started(command, {}).pid, flush=True); time.sleep(60)"
     )

@@ -18,7 +18,7 @@ from supervisor.api.errors import (
     PlannerFailed,
     UnknownModel,
 )
-from supervisor.hanging import Patience
+from supervisor.children.hanging import Patience
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from supervisor.process import find_setpriv
-from supervisor.spare import Spare
+from supervisor.children.process import find_setpriv
+from supervisor.children.spare import Spare
 
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
 TELL_ALL = (
@@ -63,7 +63,7 @@ def test_a_program_that_cannot_be_run_says_so(setpriv: str, program: str, why: s
 def test_its_death_is_tied_to_that_of_whoever_started_it(setpriv: str, told: list[str] | None) -> None:
     """Waiting or told: whoever is killed takes it along."""
     program = (
-        "import psutil, time; from supervisor.spare import Spare\n"
+        "import psutil, time; from supervisor.children.spare import Spare\n"
         f"with Spare({setpriv!r}, {{}}) as spare:\n"
         f"    told = {told!r} and spare.become({told!r}, {{}})\n"
         "    print(psutil.Process().children()[0].pid, flush=True); time.sleep(60)"

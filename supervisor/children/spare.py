@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final, Self
 
-from supervisor.process import started, waiting
+from supervisor.children.process import started, waiting
 
 # What the shell is told: its new arguments and what joins its environment; and that its stdin is nobody's any more.
 TOLD: Final = "{exports}\nset -- {argv}\nexec </dev/null\n"

@@ -20,7 +20,13 @@ import structlog
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
-from supervisor import strays
+from supervisor.children import strays
+from supervisor.children.hanging import HangWatch, Patience, is_stopped
+from supervisor.children.health import wait_healthy, wait_serving
+from supervisor.children.logs import ChildLog
+from supervisor.children.process import READ_BYTES, Child, find_setpriv, scrubbed, started, tied
+from supervisor.children.spare import Spare
+from supervisor.children.weights_read import WeightsRead
 from supervisor.core.commands import Spawn
 from supervisor.core.events import (
     BecameReady,
@@ -35,12 +41,6 @@ from supervisor.core.events import (
 from supervisor.core.loglines import Fact, Listening, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId, Program
-from supervisor.hanging import HangWatch, Patience, is_stopped
-from supervisor.health import wait_healthy, wait_serving
-from supervisor.logs import ChildLog
-from supervisor.process import READ_BYTES, Child, find_setpriv, scrubbed, started, tied
-from supervisor.spare import Spare
-from supervisor.weights_read import WeightsRead
 
 LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer would hold up the news of its death
 # A child that serves says two hundred lines for each request: they are taken together. Shorter than LAST_WORDS_S.

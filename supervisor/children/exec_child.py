@@ -5,8 +5,8 @@
 A program of its own, since the kernel's PR_SET_PDEATHSIG has to be set in the child between fork and exec: Python code
 run there (``preexec_fn``) can deadlock in a process with threads. The setting survives exec, and the kernel acts on it
 however the parent dies. It is tied to the *thread* that forked, so children are started from the service's main thread.
-It costs 25 ms per launch, so it is taken only where setpriv is missing (``supervisor.process.tied``). Needs nothing but
-the standard library.
+It costs 25 ms per launch, so it is taken only where setpriv is missing (``process.tied``). Needs nothing but the
+standard library.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Final
 
 import anyio
 
-from supervisor.health import ALIVE, ANSWER_WITHIN_S, WORKING, ask
+from supervisor.children.health import ALIVE, ANSWER_WITHIN_S, WORKING, ask
 
 
 @dataclass(frozen=True, slots=True)
