@@ -19,16 +19,16 @@ from anyio.abc import TaskStatus
 from config import render
 from config.resolve import DEFAULT_ORIGIN, ConfigError
 from config.settings import Loaded, Settings, load
-from supervisor import listener, lock, log_setup, operator_files
 from supervisor.children import tending
 from supervisor.core.types import Limits
+from supervisor.daemon import listener, lock, log_setup, operator_files
+from supervisor.daemon.notify import Notifier
+from supervisor.daemon.operator_files import OperatorFiles
 from supervisor.gateway.access import Clients
 from supervisor.gateway.app import CLIENTS, build_app, make_runner
 from supervisor.gateway.options import GatewayOptions
 from supervisor.inventory import Inventory
 from supervisor.learned import Learned
-from supervisor.notify import Notifier
-from supervisor.operator_files import OperatorFiles
 from supervisor.planning import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 from supervisor.store.folder import StoreFolder

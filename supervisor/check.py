@@ -27,11 +27,12 @@ from planner.oracle import ask
 from planner.search import placement
 from planner.together import Search, Wanted, together
 from planner.types import Plan, PlanOutcome, Policy
-from supervisor import configured, operator_files
+from supervisor import configured
 from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
+from supervisor.daemon import operator_files
+from supervisor.daemon.operator_files import OperatorFiles
 from supervisor.model_request import request_of
-from supervisor.operator_files import OperatorFiles
 from supervisor.placing import as_told
 from supervisor.served import served
 

@@ -11,9 +11,9 @@ import anyio
 import pytest
 import structlog
 
-from supervisor import listener, lock
 from supervisor.children.logs import KEPT_LINES, MAX_LINE_BYTES, TAIL_LINES, ChildLog
-from supervisor.notify import Notifier
+from supervisor.daemon import listener, lock
+from supervisor.daemon.notify import Notifier
 from supervisor.timers import Alarm
 
 

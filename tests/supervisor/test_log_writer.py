@@ -8,7 +8,7 @@ from subprocess import PIPE, Popen
 
 import pytest
 
-from supervisor.log_writer import LogWriter
+from supervisor.daemon.log_writer import LogWriter
 
 PIPE_BYTES = 1 << 16
 LINE = "x" * 999 + "\n"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import structlog
 
-from supervisor.log_writer import LogWriter
+from supervisor.daemon.log_writer import LogWriter
 
 # Where it failed, and not what was in its hands there: prompts and keys.
 TRACEBACK_OF_PLACES = structlog.processors.ExceptionRenderer(
