@@ -27,14 +27,14 @@ from planner.oracle import ask
 from planner.search import placement
 from planner.together import Search, Wanted, together
 from planner.types import Plan, PlanOutcome, Policy
-from supervisor import configured
-from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.daemon import operator_files
 from supervisor.daemon.operator_files import OperatorFiles
 from supervisor.model_request import request_of
+from supervisor.models import configured
+from supervisor.models.catalogue import Catalogue, ModelEntry
+from supervisor.models.served import served
 from supervisor.placing import as_told
-from supervisor.served import served
 
 USAGE: Final = """\
 planner check [--machine FILE] [--json]

@@ -15,15 +15,15 @@ from anyio import to_thread
 from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.errors import InvalidRequest
 from planner.types import LlamaBuild, Machine, PlanRequest, Role
-from supervisor import catalogue, configured
 from supervisor.api.errors import BadModel, PlannerFailed, UnknownModel, WrongRole
 from supervisor.api.lease import Amendments
-from supervisor.catalogue import Catalogue, ModelEntry
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import ModelId, PlanProblem
 from supervisor.learned import Learned
 from supervisor.model_request import request_of
+from supervisor.models import catalogue, configured
+from supervisor.models.catalogue import Catalogue, ModelEntry
 from supervisor.planned_machine import occupied
 from supervisor.planning import PlanningFailed, PlanningProcess
 from supervisor.planning_messages import (

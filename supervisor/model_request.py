@@ -11,7 +11,7 @@ from planner.errors import InvalidRequest
 from planner.llama_flags import LEFT_OUT
 from planner.types import PlanRequest, Role
 from supervisor.api.need import LoadOptions
-from supervisor.catalogue import ModelEntry
+from supervisor.models.catalogue import ModelEntry
 
 DRAFT_BY_ITSELF: Final = "draft-mtp"  # llama-server's --spec-type for a model's own prediction layers
 AS_SET: Final = LoadOptions()

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Final
 
 from config.model_settings import ExternalRunner
 from planner.types import LearnedOverhead, LlamaBuild, Machine, PlanRequest
-from supervisor.catalogue import ModelEntry
 from supervisor.core.types import Cap, ModelId, Neighbour, PlanOutcome
+from supervisor.models.catalogue import ModelEntry
 from supervisor.store.folder import StoreFolder
 
 LENGTH_BYTES: Final = 8

@@ -28,9 +28,10 @@ from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.search import placement
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
-from supervisor import header_details, places
+from supervisor import header_details
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
+from supervisor.models import places
 from supervisor.placing import Placing, as_told, by_search
 from supervisor.planning_messages import (
     Answer,

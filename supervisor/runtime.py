@@ -17,13 +17,12 @@ from anyio.abc import TaskStatus
 
 from config.model_settings import ModelsFile
 from planner.types import Role
-from supervisor import configured, views
+from supervisor import views
 from supervisor.api.errors import UnknownDevice, UnknownModel
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, LoadOptions, Need
 from supervisor.api.runtime import LoadProgress, YieldResult
 from supervisor.api.snapshot import Snapshot
-from supervisor.catalogue import ModelEntry
 from supervisor.children.hanging import PATIENCE, Patience
 from supervisor.core import ledger, yielding
 from supervisor.core.events import (
@@ -38,6 +37,8 @@ from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease
+from supervisor.models import configured
+from supervisor.models.catalogue import ModelEntry
 from supervisor.planned_machine import Share, shares
 from supervisor.writer import Writer
 

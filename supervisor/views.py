@@ -12,7 +12,6 @@ from planner.types import Machine
 from supervisor.api.models import ModelView
 from supervisor.api.runtime import LoadProgress
 from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView
-from supervisor.catalogue import ModelEntry
 from supervisor.core import ledger, loading, yielding
 from supervisor.core.commands import (
     Command,
@@ -29,6 +28,7 @@ from supervisor.core.commands import (
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner, RunnerState
 from supervisor.core.types import LoadPlan, ModelId
+from supervisor.models.catalogue import ModelEntry
 
 # The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
 CLOCK_STEP_S: Final = 0.1

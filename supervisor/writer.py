@@ -22,7 +22,6 @@ from supervisor import views
 from supervisor.api.lease import Endpoint
 from supervisor.api.need import LoadOptions
 from supervisor.api.snapshot import ModelCounters
-from supervisor.catalogue import ModelEntry
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children
 from supervisor.core import scheduler
@@ -44,6 +43,7 @@ from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
 from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease, Waiter
+from supervisor.models.catalogue import ModelEntry
 from supervisor.timers import Alarm
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")

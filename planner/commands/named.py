@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from config.settings import Settings
     from planner.flags import CommandLine
     from planner.model import ModelFacts
-    from supervisor.catalogue import Catalogue
+    from supervisor.models.catalogue import Catalogue
 
 _PATH_BEGINS: Final = ("/", ".", "~")
 _PATH_ENDS: Final = ".gguf"
@@ -64,7 +64,7 @@ def _look() -> tuple[Settings, Catalogue]:
     from config import models_file
     from config.resolve import ConfigError
     from config.settings import load
-    from supervisor.served import served
+    from supervisor.models.served import served
 
     try:
         settings = load(os.environ).settings

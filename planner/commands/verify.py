@@ -81,7 +81,7 @@ def _verified(model: ModelFacts, request: PlanRequest, where: Surroundings) -> V
 
 def _folder(folder: str, line: flags.CommandLine, where: Surroundings) -> tuple[Verification, ...]:
     """Return a result for every model below the folder, those that cannot be read among them."""
-    from supervisor.catalogue import scan
+    from supervisor.models.catalogue import scan
 
     facts: dict[str, ModelFacts] = {}
 

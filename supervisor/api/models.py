@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from planner.types import Role
+
+CHAT_TEMPLATE: Final = "tokenizer.chat_template"  # under which a header says how a conversation is written
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from typing import Any, Final
 from planner.types import Role
 from supervisor.api.models import Preset
 from supervisor.api.need import LoadOptions
+from supervisor.api.parameters import SAMPLING
 from supervisor.gateway.ollama.options import RENAMED, load_options, of_preset
-from supervisor.parameters import SAMPLING
 
 # Where a system prompt is a message, and where it is a field.
 _CONVERSATIONS: Final = frozenset({"/v1/chat/completions", "/v1/chat/completions/input_tokens", "/apply-template"})

@@ -10,7 +10,7 @@ from typing import Final
 from planner.errors import PlannerError
 from planner.model import ModelFacts, read_attachment, read_model
 from supervisor.api.store import BadCreate
-from supervisor.catalogue import PROJECTOR_ARCHITECTURE
+from supervisor.models.catalogue import PROJECTOR_ARCHITECTURE
 from supervisor.store import manifests, parts, writing
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from supervisor.api.models import Preset
-from supervisor.capabilities import CHAT_TEMPLATE
+from supervisor.api.models import CHAT_TEMPLATE, Preset
 from supervisor.go_template.nodes import TemplateError
 from supervisor.go_template.syntax import parse
 

@@ -17,8 +17,8 @@ from planner.errors import PlannerError
 from planner.model import ModelFacts
 from supervisor.api.models import Preset
 from supervisor.api.store import FOR_OLLAMA, StoreError
-from supervisor.catalogue import ModelEntry, described
 from supervisor.core.types import ModelId
+from supervisor.models.catalogue import ModelEntry, described
 from supervisor.store import manifests, parts
 from supervisor.store.folder import StoreFolder
 from supervisor.store.manifests import Layer, Manifest

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from supervisor.api.parameters import KINDS, Kind
 from supervisor.api.store import FOR_OLLAMA, BadCreate
-from supervisor.parameters import KINDS, Kind
 
 MAX_TEXT: Final = 4 << 20  # characters; a licence or a long conversation, not a model
 _COMMANDS: Final = (

@@ -14,7 +14,7 @@ from store_layout import HOST, digest_of, put_blob, put_model, said, tree
 
 from planner.model import read_model
 from supervisor.api.store import BadCreate, BadModelName, CreateRequest, NotInStore, StoreError, StoreFull
-from supervisor.catalogue import ModelEntry
+from supervisor.models.catalogue import ModelEntry
 from supervisor.store import writing
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan

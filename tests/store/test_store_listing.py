@@ -11,7 +11,7 @@ from store_layout import HOST, digest_of, put_blob, put_model, tree
 
 from planner.model import read_model
 from planner.types import Role
-from supervisor.catalogue import Catalogue, ModelEntry
+from supervisor.models.catalogue import Catalogue, ModelEntry
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan
 

@@ -15,7 +15,7 @@ from web_server import ranged, web_server
 
 from planner.model import read_model
 from supervisor.api.store import BadCreate, CreateRequest, RegistryFailed
-from supervisor.catalogue import ModelEntry
+from supervisor.models.catalogue import ModelEntry
 from supervisor.store import parts
 from supervisor.store.folder import StoreFolder
 from supervisor.store.listing import scan

@@ -10,8 +10,8 @@ import pytest
 
 from planner.model import read_model
 from planner.types import Role
-from supervisor.catalogue import Catalogue, ModelEntry, scan
 from supervisor.core.types import ModelId
+from supervisor.models.catalogue import Catalogue, ModelEntry, scan
 
 
 def ids(entries: tuple[ModelEntry, ...]) -> list[str]:

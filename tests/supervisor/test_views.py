@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from supervisor.catalogue import ModelEntry
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId
+from supervisor.models.catalogue import ModelEntry
 from supervisor.views import model_view
 
 

@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from planner.types import HOST, Role
-from supervisor.api.models import ModelView, Preset
+from supervisor.api.models import CHAT_TEMPLATE, ModelView, Preset
 from supervisor.api.snapshot import RunnerView, Snapshot
-from supervisor.capabilities import CHAT_TEMPLATE
 from supervisor.gateway.ollama.names import human_number, shown
 from supervisor.gateway.ollama.ndjson import timestamp
 from supervisor.gateway.ollama.template import PLAIN_TEMPLATE

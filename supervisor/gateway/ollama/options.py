@@ -13,8 +13,8 @@ import structlog
 
 from planner.types import Role
 from supervisor.api.need import LoadOptions
+from supervisor.api.parameters import KINDS, Kind
 from supervisor.gateway.errors import BadRequest
-from supervisor.parameters import KINDS, Kind
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("loadmaster.ollama")
 

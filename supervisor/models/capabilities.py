@@ -7,8 +7,8 @@ from typing import Final
 
 from planner.model import ModelFacts
 from planner.types import Role
+from supervisor.api.models import CHAT_TEMPLATE
 
-CHAT_TEMPLATE: Final = "tokenizer.chat_template"
 # Keys by which llama.cpp knows a model's fill-in-the-middle tokens (src/llama-vocab.cpp, llama_vocab::impl::load). It
 # also guesses them by the tokens' texts, which a reader of the header's scalars does not see.
 _FILL_IN: Final = ("tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.prefix_token_id")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from planner.model import ModelFacts
-from supervisor import catalogue
-from supervisor.catalogue import ModelEntry
+from supervisor.models import catalogue
+from supervisor.models.catalogue import ModelEntry
 from supervisor.store import listing
 from supervisor.store.folder import StoreFolder
 

@@ -24,9 +24,9 @@ from config.model_settings import ExternalRunner, ModelSettings
 from planner.errors import InvalidRequest, PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
-from supervisor.api.models import Preset
-from supervisor.capabilities import CHAT_TEMPLATE, capabilities
+from supervisor.api.models import CHAT_TEMPLATE, Preset
 from supervisor.core.types import ModelId
+from supervisor.models.capabilities import capabilities
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
 # Ollama's clients write a model's name with this tag, or leave it out.

@@ -8,9 +8,9 @@ from dataclasses import replace
 from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.types import Role
 from supervisor.api.lease import Amendments
-from supervisor.catalogue import ModelEntry
 from supervisor.core import types as core
 from supervisor.core.types import ModelId
+from supervisor.models.catalogue import ModelEntry
 
 
 def apply(file: ModelsFile, entries: Iterable[ModelEntry]) -> tuple[ModelEntry, ...]:

@@ -8,8 +8,8 @@ from config.model_settings import ModelsFile
 from config.settings import Settings
 from planner.errors import InvalidRequest
 from planner.model import read_model
-from supervisor import configured, places
-from supervisor.catalogue import Catalogue
+from supervisor.models import configured, places
+from supervisor.models.catalogue import Catalogue
 from supervisor.store.folder import StoreFolder
 
 
