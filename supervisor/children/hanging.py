@@ -8,16 +8,14 @@ uses no processor time at all; and without that only after very long.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import anyio
 
 from supervisor.children.health import ALIVE, ANSWER_WITHIN_S, WORKING, ask
+from supervisor.children.proc_stat import cpu_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +40,6 @@ class Patience:
 PATIENCE: Final = Patience()
 # A thread that waits and now and then looks uses less of a core; one that computes, or spins for a GPU, uses all of it.
 IDLE_SHARE: Final = 0.01
-
-CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")
-_UTIME, _STIME = 11, 12  # columns of /proc/PID/stat after the name
-
-
-def is_stopped(pid: int) -> bool:
-    """Say whether somebody has stopped this process (proc(5), state ``T``), so that it does nothing at all."""
-    with suppress(OSError, IndexError):
-        return (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0] in {b"T", b"t"}
-    return False
 
 
 class HangWatch:
@@ -109,11 +97,3 @@ class HangWatch:
         if now - self._silent_since >= self._patience.busy_silence_s:
             return f"{silence} {self._patience.busy_silence_s:g} s"
         return None
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used; 0 where it is gone."""
-    with suppress(OSError, IndexError, ValueError):
-        columns = (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()
-        return (int(columns[_UTIME]) + int(columns[_STIME])) / CLOCK_TICKS
-    return 0.0

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from supervisor.children.proc_stat import start_ticks
+
 GONE_WITHIN_S: Final = 5.0  # for the kernel to take a killed process's memory apart, tens of GiB of it
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_START_TIME_FIELD: Final = 22 - 3  # proc(5): field 22 of stat, counted after the name, which may contain anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,8 @@ class Record:
 
 def record(folder: Path, pid: int, model: str) -> None:
     """Remember that this child runs; one that has ended already is not remembered. Raises OSError."""
-    start_ticks = _start_ticks(pid)
-    if start_ticks is not None:
-        entry = Record(pid, start_ticks, _BOOT_ID.read_text().strip(), model)
+    if (started := start_ticks(pid)) is not None:
+        entry = Record(pid, started, _BOOT_ID.read_text().strip(), model)
         (folder / f"{pid}.json").write_text(json.dumps(asdict(entry)))
 
 
@@ -72,7 +72,7 @@ def _end(entry: Record) -> bool:
         return False
     try:  # the pidfd holds the identity from here on; only then is it compared
         same_boot = entry.boot_id == _BOOT_ID.read_text().strip()
-        if not same_boot or _start_ticks(entry.pid) != entry.start_ticks:
+        if not same_boot or start_ticks(entry.pid) != entry.start_ticks:
             return False
         with suppress(ProcessLookupError):
             os.killpg(entry.pid, signal.SIGKILL)
@@ -80,11 +80,3 @@ def _end(entry: Record) -> bool:
         return True
     finally:
         os.close(pidfd)
-
-
-def _start_ticks(pid: int) -> int | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[_START_TIME_FIELD])

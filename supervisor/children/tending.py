@@ -21,9 +21,10 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
 from supervisor.children import strays
-from supervisor.children.hanging import HangWatch, Patience, is_stopped
+from supervisor.children.hanging import HangWatch, Patience
 from supervisor.children.health import wait_healthy, wait_serving
 from supervisor.children.logs import ChildLog
+from supervisor.children.proc_stat import is_stopped
 from supervisor.children.process import READ_BYTES, Child, find_setpriv, scrubbed, started, tied
 from supervisor.children.spare import Spare
 from supervisor.children.weights_read import WeightsRead

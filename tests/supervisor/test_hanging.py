@@ -15,8 +15,9 @@ from typing import Any
 import anyio
 import pytest
 
-from supervisor.children.hanging import HangWatch, Patience, is_stopped
+from supervisor.children.hanging import HangWatch, Patience
 from supervisor.children.health import LOADING, wait_serving
+from supervisor.children.proc_stat import is_stopped
 from supervisor.children.weights_read import WeightsRead
 
 pytestmark = pytest.mark.anyio
