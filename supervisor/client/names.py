@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from planner.errors import InvalidRequest
+from supervisor.api.names import folded
 
-DEFAULT_TAG: Final = ":latest"
 LISTED: Final = 8  # names in an error line
 
 
@@ -17,8 +17,8 @@ def choose(name: str, ids: Sequence[str]) -> str:
     Case and ``:latest`` do not count. A name that is part of none is returned as it is: the service may know it by an
     alias, and says best what it knows instead. Raises InvalidRequest where several ids fit.
     """
-    wanted = name.lower().removesuffix(DEFAULT_TAG)
-    by_name = {each.lower().removesuffix(DEFAULT_TAG): each for each in ids}
+    wanted = folded(name)
+    by_name = {folded(each): each for each in ids}
     if wanted in by_name:
         return by_name[wanted]
     for fits in (str.startswith, str.__contains__):

@@ -25,12 +25,11 @@ from planner.errors import InvalidRequest, PlannerError
 from planner.model import ModelFacts
 from planner.types import Role
 from supervisor.api.models import CHAT_TEMPLATE, Preset
+from supervisor.api.names import DEFAULT_TAG, folded
 from supervisor.core.types import ModelId
 from supervisor.models.capabilities import capabilities
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
-# Ollama's clients write a model's name with this tag, or leave it out.
-DEFAULT_TAG: Final = ":latest"
 PROJECTOR_ARCHITECTURE: Final = "clip"  # gguf-py/gguf/constants.py, MODEL_ARCH.MMPROJ
 CLOSEST: Final = 3
 CLOSEST_CUTOFF: Final = 0.4  # difflib's ratio; below it names have little in common
@@ -124,7 +123,7 @@ class Catalogue:
         self._entries = {entry.id: entry for entry in entries}
         named = [(name, entry) for entry in entries for name in (entry.id, entry.full_name) if name]
         named += [(alias, entry) for entry in entries for alias in entry.aliases]
-        self._folded = {_folded(name): entry for name, entry in reversed(named)}
+        self._folded = {folded(name): entry for name, entry in reversed(named)}
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -134,7 +133,7 @@ class Catalogue:
     def find(self, name: str) -> ModelEntry | None:
         """Return the model of exactly this id; else of this name with or without Ollama's default tag, in any case."""
         exact = self._entries.get(ModelId(name)) or self._entries.get(ModelId(name.removesuffix(DEFAULT_TAG)))
-        return exact or self._folded.get(_folded(name))
+        return exact or self._folded.get(folded(name))
 
     def draft_of(self, settings: ModelSettings) -> str | None:
         """Return the path of the draft model: a model by its name, else a file. Raises InvalidRequest."""
@@ -151,11 +150,6 @@ class Catalogue:
         by_lower = {name.lower(): name for one in self._entries.values() for name in (str(one.id), *one.aliases)}
         found = difflib.get_close_matches(name.lower(), by_lower, n=CLOSEST, cutoff=CLOSEST_CUTOFF)
         return tuple(by_lower[one] for one in found)
-
-
-def _folded(name: str) -> str:
-    """Return what the spellings of one name have in common, as Ollama compares them."""
-    return name.lower().removesuffix(DEFAULT_TAG)
 
 
 def _files(root: Path) -> Iterator[Path]:

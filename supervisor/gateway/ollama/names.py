@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-DEFAULT_TAG: Final = "latest"
+from supervisor.api.names import DEFAULT_TAG
 
 BILLION: Final = 1_000_000_000
 MILLION: Final = 1_000_000
@@ -13,7 +13,7 @@ THOUSAND: Final = 1_000
 
 def shown(model: str) -> str:
     """Return a model's id as Ollama lists it: with a tag, ``:latest`` where it has none."""
-    return model if ":" in model.rpartition("/")[2] else f"{model}:{DEFAULT_TAG}"
+    return model if ":" in model.rpartition("/")[2] else f"{model}{DEFAULT_TAG}"
 
 
 def human_number(count: int) -> str:
