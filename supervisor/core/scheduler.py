@@ -2,9 +2,10 @@
 
 ``admission`` says who waits and who is served, ``loading`` how models come to be loaded, ``yielding`` what becomes of
 memory that another program wants, ``runner_table`` what becomes of one runner, ``ledger`` what each holds, ``eviction``
-(asked by whoever plans) which runners go. What follows from the
-state alone is not done by the event that brought it about, but here, by settling: rules are applied until none changes
-anything. So it does not matter which event made a slot free or a device empty.
+(asked by whoever plans) which runners go.
+
+What follows from the state alone is not done by the event that brought it about, but here, by settling: rules are
+applied until none changes anything. So it does not matter which event made a slot free or a device empty.
 """
 
 from __future__ import annotations

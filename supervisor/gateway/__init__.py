@@ -1,1 +1,1 @@
-"""The HTTP side: OpenAI's API passed through to the runners, and the status endpoints."""
+"""The HTTP side: what llama-server answers passed through, Ollama's API over it, what operators ask, the status."""

@@ -13,7 +13,7 @@ from supervisor.api.runtime import Runtime
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
-from supervisor.gateway.peek import object_of
+from supervisor.gateway.peek import object_of, read_body
 
 # Longer than any other program's job; a slip of the keyboard must not take a device away for good.
 MAX_YIELD_S: Final = 7 * 24 * 3600.0
@@ -38,7 +38,7 @@ class Manage:
 
     async def _load(self, request: web.Request) -> web.Response:
         """Answer once the model is loaded; whoever leaves before that leaves the load to go on."""
-        fields = await _fields(request)
+        fields = object_of(await read_body(request))
         model = await self._model(request, fields)
         role = self._runtime.model(model).role
         need = Need(keep_alive_s=parse_keep_alive(fields.get("keep_alive")), load=LoadOptions(n_ctx=_n_ctx(fields)))
@@ -46,11 +46,11 @@ class Manage:
             return web.json_response({"model": model, "loaded": True})
 
     async def _unload(self, request: web.Request) -> web.Response:
-        model = await self._model(request, await _fields(request))
+        model = await self._model(request, object_of(await read_body(request)))
         return web.json_response({"model": model, "unloaded": await self._runtime.unload(model)})
 
     async def _reset(self, request: web.Request) -> web.Response:
-        model = await self._model(request, await _fields(request))
+        model = await self._model(request, object_of(await read_body(request)))
         return web.json_response({"model": model, "reset": self._runtime.reset(model)})
 
     async def _rescan(self, _request: web.Request) -> web.Response:
@@ -58,7 +58,7 @@ class Manage:
         return web.json_response({"models": len(self._runtime.snapshot().models)})
 
     async def _yield(self, request: web.Request) -> web.Response:
-        fields = await _fields(request)
+        fields = object_of(await read_body(request))
         device, size, for_s = fields.get("device"), fields.get("bytes"), fields.get("for_seconds")
         if not isinstance(device, str):
             raise BadRequest('"device" must be a name such as CUDA0; GET /status lists them', param="device")
@@ -98,13 +98,6 @@ class Manage:
             raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
         request[EXCHANGE].model = model = await self._runtime.resolve(name)
         return model
-
-
-async def _fields(request: web.Request) -> dict[str, Any]:
-    try:
-        return object_of(await request.read())
-    except web.RequestPayloadError as error:
-        raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
 
 
 def _n_ctx(fields: dict[str, Any]) -> int | None:

@@ -15,11 +15,10 @@ from supervisor.api.models import ModelView, Preset
 from supervisor.api.runtime import Runtime
 from supervisor.api.snapshot import Snapshot
 from supervisor.gateway import templated
-from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.loading import progress_told, wants_progress
 from supervisor.gateway.needs import need_of
-from supervisor.gateway.peek import Peek, peek, peek_form
+from supervisor.gateway.peek import Peek, peek, peek_form, read_body
 from supervisor.gateway.preset import is_spoken, loaded_by, with_preset
 from supervisor.gateway.proxy import forward
 from supervisor.status.view import model_state
@@ -64,10 +63,7 @@ class OpenAI:
         ]
 
     async def _pass_through(self, request: web.Request) -> web.StreamResponse:
-        try:
-            body = await request.read()
-        except web.RequestPayloadError as error:
-            raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
+        body = await read_body(request)
         wanted = _peeked(request, body)
         need = need_of(request.headers, wanted)
         exchange = request[EXCHANGE]

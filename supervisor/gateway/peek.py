@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from aiohttp import web
+
 from supervisor.gateway.errors import BadRequest
 
 # A name goes into log lines and error texts; no path below the models folder is longer (PATH_MAX).
@@ -35,6 +37,14 @@ class Peek:
     keep_alive: Any = None
     num_ctx: Any = None
     is_form: bool = False
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the request's body, unpacked where it came compressed. Raises ``BadRequest``."""
+    try:
+        return await request.read()
+    except web.RequestPayloadError as error:
+        raise BadRequest("the request body breaks off, or is not encoded as its headers say") from error
 
 
 def peek(body: bytes) -> Peek:

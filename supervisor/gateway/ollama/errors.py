@@ -34,7 +34,6 @@ SHOWN_NAME: Final = 200  # characters of a name that nobody has
 # Texts that programs look for (server/routes.go, server/sched.go, server/images.go).
 MISSING_BODY: Final = "missing request body"
 MODEL_REQUIRED: Final = "model is required"
-INVALID_MODEL_NAME: Final = "invalid model name"
 BUSY: Final = "server busy, please try again.  maximum pending requests exceeded"
 INPUT_TOO_LONG: Final = "the input length exceeds the context length"
 NO_IMAGE_INPUT: Final = "this model is missing data required for image input"
