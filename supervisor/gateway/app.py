@@ -17,11 +17,11 @@ from supervisor.gateway.monitoring import Monitoring
 from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
-from supervisor.gateway.patience import Patience
+from supervisor.gateway.stalling import StallWatch
 from supervisor.status.metrics import Exposition
 
 CLIENTS: Final = web.AppKey("clients", Clients)
-PATIENCE: Final = web.AppKey("patience", Patience)
+STALLS: Final = web.AppKey("stalls", StallWatch)
 
 # A request line or header field longer than this is no client's of ours: the longest is a key or a cookie.
 MAX_LINE_BYTES: Final = 16 << 10
@@ -40,13 +40,13 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     """
     exposition = Exposition(runtime)
     clients = Clients(options.api_keys, options.clients, options.keys_needed)
-    patience = Patience(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
+    stalls = StallWatch(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
     permitted = PermittedRuntime(runtime)
     app = web.Application(
-        middlewares=[observe(exposition.http, patience), guard(options, clients)],
+        middlewares=[observe(exposition.http, stalls), guard(options, clients)],
         client_max_size=options.max_body_bytes,
     )
-    app[CLIENTS], app[PATIENCE] = clients, patience
+    app[CLIENTS], app[STALLS] = clients, stalls
     app.on_response_prepare.append(add_headers)
     app.add_routes(OpenAI(permitted).routes())
     app.add_routes(ollama_routes(permitted, store, options.version))
@@ -62,7 +62,7 @@ class PatientRunner(web.AppRunner):
         """Make ready to serve."""
         await super().setup()
         assert self.server is not None  # noqa: S101 - what setup has made
-        self._watching = asyncio.create_task(self.app[PATIENCE].watch(self.server))
+        self._watching = asyncio.create_task(self.app[STALLS].watch(self.server))
 
     async def cleanup(self) -> None:
         """Stop serving."""

@@ -12,8 +12,8 @@ from aiohttp.typedefs import Handler, Middleware
 from supervisor.gateway.access import Clients, check_may_manage, check_may_use_all
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, EXCHANGE, Exchange
 from supervisor.gateway.options import GatewayOptions
-from supervisor.gateway.patience import Patience
 from supervisor.gateway.security import OPEN_PATHS, check_host, check_origin, is_managing, is_undivided
+from supervisor.gateway.stalling import StallWatch
 from supervisor.gateway.tellers import teller_for
 from supervisor.status.metrics import NO_MODEL, HttpMetrics
 
@@ -28,7 +28,7 @@ READING: Final = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 PREFLIGHT_AGE_S: Final = 600
 
 
-def observe(metrics: HttpMetrics, patience: Patience) -> Middleware:
+def observe(metrics: HttpMetrics, stalls: StallWatch) -> Middleware:
     """Return the outermost middleware: it numbers, times and logs each request and tells every error."""
 
     @web.middleware
@@ -38,7 +38,7 @@ def observe(metrics: HttpMetrics, patience: Patience) -> Middleware:
         with (
             structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
             metrics.in_flight.labels(exchange.endpoint).track_inprogress(),
-            patience.serving(request),
+            stalls.serving(request),
         ):
             try:
                 response = await _answer(request, handler)

@@ -32,7 +32,7 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class Patience:
+class StallWatch:
     """Watches over the connections of one server. ``kept_s`` is how long aiohttp lets a kept connection idle.
 
     The other limits: see ``GatewayOptions``.
