@@ -210,7 +210,7 @@ def report(sums: dict[str, Sums], through: Way) -> bool:
         verdict("resident memory of the service", through.process.memory_info().rss / 1e6, MAX_RESIDENT_MB, " MB"),
     ]
     for child in through.process.children():
-        if any("planning_worker" in word for word in child.cmdline()):
+        if any("planning.worker" in word for word in child.cmdline()):
             print(f"  its planning process holds {child.memory_info().rss / 1e6:.0f} MB")
     return all(held)
 

@@ -29,7 +29,7 @@ from supervisor.gateway.app import CLIENTS, build_app, make_runner
 from supervisor.gateway.options import GatewayOptions
 from supervisor.inventory import Inventory
 from supervisor.learned import Learned
-from supervisor.planning import PlanningProcess
+from supervisor.planning.process import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 from supervisor.store.folder import StoreFolder
 from supervisor.store.logins import Logins

@@ -30,11 +30,11 @@ from planner.types import Plan, PlanOutcome, Policy
 from supervisor.core.types import DoesNotFit, LoadPlan, PlanProblem
 from supervisor.daemon import operator_files
 from supervisor.daemon.operator_files import OperatorFiles
-from supervisor.model_request import request_of
 from supervisor.models import configured
 from supervisor.models.catalogue import Catalogue, ModelEntry
 from supervisor.models.served import served
-from supervisor.placing import as_told
+from supervisor.planning.model_request import request_of
+from supervisor.planning.placing import as_told
 
 USAGE: Final = """\
 planner check [--machine FILE] [--json]

@@ -21,12 +21,9 @@ from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import ModelId, PlanProblem
 from supervisor.learned import Learned
-from supervisor.model_request import request_of
 from supervisor.models import catalogue, configured
 from supervisor.models.catalogue import Catalogue, ModelEntry
-from supervisor.planned_machine import occupied
-from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import (
+from supervisor.planning.messages import (
     Details,
     Failed,
     LookAround,
@@ -37,6 +34,9 @@ from supervisor.planning_messages import (
     Situation,
     Surroundings,
 )
+from supervisor.planning.model_request import request_of
+from supervisor.planning.planned_machine import occupied
+from supervisor.planning.process import PlanningFailed, PlanningProcess
 from supervisor.store.folder import StoreFolder
 
 # For what is missing, and for files that came, went or grew: a look at the names and times of a hundred costs 1 ms. It

@@ -39,7 +39,7 @@ from supervisor.inventory import Inventory
 from supervisor.leases import ChildLease
 from supervisor.models import configured
 from supervisor.models.catalogue import ModelEntry
-from supervisor.planned_machine import Share, shares
+from supervisor.planning.planned_machine import Share, shares
 from supervisor.writer import Writer
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")

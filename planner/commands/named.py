@@ -40,7 +40,7 @@ class Models:
 
     def _as_served(self, name: str) -> tuple[str, PlanRequest]:
         """Return where the model of this name lies, and what the service would ask the planner for."""
-        from supervisor.model_request import request_of
+        from supervisor.planning.model_request import request_of
 
         settings, models = self._served = self._served or _look()
         entry = models.find(name)

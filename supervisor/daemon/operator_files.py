@@ -13,7 +13,7 @@ from config.model_settings import ModelsFile
 from config.resolve import ConfigError, Problem
 from config.settings import Settings
 from planner.errors import InvalidRequest
-from supervisor.model_request import flags_of
+from supervisor.planning.model_request import flags_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from supervisor.children.hanging import PATIENCE, Patience
 from supervisor.core.invariants import violations
 from supervisor.core.types import Limits
 from supervisor.inventory import Inventory
-from supervisor.planning import PlanningProcess
+from supervisor.planning.process import PlanningProcess
 from supervisor.runtime import RuntimeOptions, Supervisor
 
 LIMITS = Limits(max_loaded_models=2, max_queue=4, keep_alive_s=60.0, load_timeout_s=30.0, drain_timeout_s=5.0)

@@ -20,9 +20,9 @@ from running_service import Serve, Service
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, PoolId
 from planner.units import MIB
 from supervisor.inventory import Inventory
-from supervisor.planning import PlanningProcess
-from supervisor.planning_messages import LookAround, ScanModels, Situation, Surroundings
-from supervisor.planning_worker import Worker
+from supervisor.planning.messages import LookAround, ScanModels, Situation, Surroundings
+from supervisor.planning.process import PlanningProcess
+from supervisor.planning.worker import Worker
 
 Workers = Callable[[int], tuple[RpcWorker, ...]]
 
@@ -92,7 +92,7 @@ def test_a_runner_on_a_worker_of_this_machine_goes_for_the_host_s_memory_that_it
 
 def planning_process() -> psutil.Process:
     """Return the planning process of this test."""
-    (found,) = (one for one in psutil.Process().children() if "supervisor.planning_worker" in one.cmdline())
+    (found,) = (one for one in psutil.Process().children() if "supervisor.planning.worker" in one.cmdline())
     return found
 
 

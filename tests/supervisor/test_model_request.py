@@ -9,8 +9,8 @@ from planner.errors import InvalidRequest
 from planner.types import PlanRequest, Role
 from supervisor.api.need import LoadOptions
 from supervisor.core.types import ModelId
-from supervisor.model_request import request_of
 from supervisor.models.catalogue import ModelEntry
+from supervisor.planning.model_request import request_of
 
 ENTRY = ModelEntry(ModelId("one"), "/models/one.gguf", 1, 0.0, mmproj="/models/mmproj-one.gguf")
 FLAGS = ("-c", "8192", "-np", "2", "--swa-full", "--top-k", "20")

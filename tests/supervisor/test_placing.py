@@ -37,8 +37,8 @@ from supervisor.core.types import (
     PlanOutcome,
     Standing,
 )
-from supervisor.placing import Placing, as_told, by_search
-from supervisor.planning_messages import MakePlan, Situation
+from supervisor.planning.messages import MakePlan, Situation
+from supervisor.planning.placing import Placing, as_told, by_search
 
 CUDA0 = frozenset({"CUDA0"})
 REQUEST = PlanRequest(n_ctx_per_slot=512, cache_ram_mib=0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
-from supervisor.planned_machine import Share, emptied, occupied, shares, without
+from supervisor.planning.planned_machine import Share, emptied, occupied, shares, without
 
 HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
 

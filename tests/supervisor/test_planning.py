@@ -22,14 +22,14 @@ from planner.types import Role
 from planner.units import GIB, MIB
 from supervisor.api.errors import PlannerFailed
 from supervisor.inventory import Inventory
-from supervisor.planning import PlanningFailed, PlanningProcess
-from supervisor.planning_messages import ScanModels
+from supervisor.planning.messages import ScanModels
+from supervisor.planning.process import PlanningFailed, PlanningProcess
 from supervisor.store.folder import StoreFolder
 
 
 def worker() -> psutil.Process:
     """Return the planning process of this test."""
-    (found,) = (one for one in psutil.Process().children() if "supervisor.planning_worker" in one.cmdline())
+    (found,) = (one for one in psutil.Process().children() if "supervisor.planning.worker" in one.cmdline())
     return found
 
 
@@ -172,8 +172,8 @@ import os
 import sys
 
 from planner.units import MIB
-from supervisor.planning_messages import LookAround, Situation
-from supervisor.planning_worker import Worker
+from supervisor.planning.messages import LookAround, Situation
+from supervisor.planning.worker import Worker
 
 worker, runner = Worker(os.environ, settle_within_s=float(sys.argv[1])), {"CUDA0": 40 * MIB}
 for held, gone in ((runner, {}), ({}, runner)):

@@ -52,7 +52,7 @@ async def test_a_worker_in_use_keeps_its_name_when_another_vanishes(
         async with supervisor.acquire("tiny-chat", Role.CHAT):
             assert [use.device for use in only_runner(supervisor).uses] == ["RPC1", "Host"]
             small.stop()
-            planning = next(one for one in psutil.Process().children() if "planning_worker" in one.cmdline()[-1])
+            planning = next(one for one in psutil.Process().children() if "planning.worker" in one.cmdline()[-1])
             planning.kill()
             planning.wait()
             with suppress(PlannerFailed):  # whoever asks first is told

@@ -44,8 +44,8 @@ from supervisor.core.types import (
     PlanProblem,
     Program,
 )
-from supervisor.planned_machine import capped, emptied, occupied, with_margins, without
-from supervisor.planning_messages import MakePlan
+from supervisor.planning.messages import MakePlan
+from supervisor.planning.planned_machine import capped, emptied, occupied, with_margins, without
 
 # A context that was left to the planner is worth an idle runner up to here: the instructions and tools of an agent take
 # ten thousand tokens before it has said a word. Beyond it a longer one is taken where there is room.

@@ -1,7 +1,7 @@
 """The process that plans: reads headers, asks the machine, searches. A question in, an answer out, one at a time.
 
 Planning is pure Python that may take 150 ms, and a driver that is asked may take seconds or hang; neither may hold up a
-stream, so both happen here. What was read of a file is kept until the file changes. Started by ``supervisor.planning``,
+stream, so both happen here. What was read of a file is kept until the file changes. Started by ``planning.process``,
 it ends with its standard input.
 """
 
@@ -28,12 +28,11 @@ from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
 from planner.search import placement
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
-from supervisor import header_details
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
 from supervisor.models import places
-from supervisor.placing import Placing, as_told, by_search
-from supervisor.planning_messages import (
+from supervisor.planning import header_details
+from supervisor.planning.messages import (
     Answer,
     Failed,
     LookAround,
@@ -47,6 +46,7 @@ from supervisor.planning_messages import (
     pack,
     read_message,
 )
+from supervisor.planning.placing import Placing, as_told, by_search
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
 SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond

@@ -10,7 +10,7 @@ from typing import Any
 
 from planner import gguf
 from supervisor.api.models import JsonText
-from supervisor.planning_messages import Details
+from supervisor.planning.messages import Details
 
 
 def read(paths: tuple[str, ...], mmproj: str | None, *, whole: bool) -> Details:

@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import Process
 
 from supervisor.children.process import describe_exit, find_setpriv, tied
-from supervisor.planning_messages import LENGTH_BYTES, Answer, Question, pack
+from supervisor.planning.messages import LENGTH_BYTES, Answer, Question, pack
 
 ANSWER_WITHIN_S: Final = 60.0  # a cold driver takes seconds per card, a scan of a slow disk more; longer is a hang
 END_WITHIN_S: Final = 5.0  # of a killed process; one that hangs in a driver goes when the driver lets it
@@ -79,9 +79,9 @@ class PlanningProcess:
 
     async def _start(self) -> Process:
         """Start it tied to our death, and in a session of its own: a Ctrl-C at the terminal is ours to handle."""
-        path = os.pathsep.join([str(Path(__file__).parents[1]), self._environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        path = os.pathsep.join([str(Path(__file__).parents[2]), self._environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         return await anyio.open_process(
-            tied([sys.executable, "-m", "supervisor.planning_worker"], find_setpriv(), os.getpid()),
+            tied([sys.executable, "-m", "supervisor.planning.worker"], find_setpriv(), os.getpid()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None,
