@@ -73,8 +73,8 @@ class Header:
 def read_header(file: BinaryIO, path: str, *, whole: bool = False) -> Header:
     """Return the header of the GGUF file opened in binary mode; ``path`` is for messages only.
 
-    Vocabularies are left out unless it is read ``whole``, which takes ten times as long. Raises ModelFileError with what
-    is wrong, be it a stray byte or a download that broke off.
+    Vocabularies are left out unless it is read ``whole``, which takes ten times as long. Raises ModelFileError with
+    what is wrong, be it a stray byte or a download that broke off.
     """
     try:
         return _read_header(file, whole=whole)
