@@ -6,7 +6,7 @@ itself is about. KV cache types, slots and the context of the settings are promi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
@@ -27,23 +27,47 @@ class _Step(NamedTuple):
     because: str
 
 
+_NO_PROMPT_CACHE: Final = _Step("cache_ram_mib", "prompt cache, MiB", 0, "the host has no memory left for one")
+
+
+def unburdened(request: PlanRequest, plan: Plan, answer: Callable[[PlanRequest], PlanOutcome]) -> Plan:
+    """Return the plan without a prompt cache that nobody asked for, where its weights on the host then stay in memory.
+
+    Prompts are read again then, once for each conversation that is gone on with, and not weights for each token.
+    """
+    if request.cache_ram_mib is not None or (plan.usages[-1].headroom_bytes or 0) >= 0:
+        return plan
+    without = answer(_with(request, [_NO_PROMPT_CACHE]))
+    if not isinstance(without, Plan) or (without.usages[-1].headroom_bytes or 0) < 0:
+        return plan
+    return _decided(without, [_NO_PROMPT_CACHE])
+
+
 def relaxed(request: PlanRequest, refused: NoFit, answer: Callable[[PlanRequest], PlanOutcome]) -> Plan | None:
     """Return the plan with as few steps as need be, each a decision; None where all of them are not enough."""
     steps: dict[str, _Step] = {}
     for step in _steps(request, refused):
         steps[step.dest] = step
-        outcome = answer(replace(request, **{dest: each.value for dest, each in steps.items()}))
+        outcome = answer(_with(request, steps.values()))
         if isinstance(outcome, Plan):
-            decisions = tuple(Decision(each.name, str(each.value), each.because) for each in steps.values())
-            return replace(outcome, decisions=(*outcome.decisions, *decisions))
+            return _decided(outcome, steps.values())
     return None
+
+
+def _with(request: PlanRequest, steps: Iterable[_Step]) -> PlanRequest:
+    return replace(request, **{step.dest: step.value for step in steps})
+
+
+def _decided(plan: Plan, steps: Iterable[_Step]) -> Plan:
+    decisions = tuple(Decision(step.name, str(step.value), step.because) for step in steps)
+    return replace(plan, decisions=(*plan.decisions, *decisions))
 
 
 def _steps(request: PlanRequest, refused: NoFit) -> Iterator[_Step]:
     """Yield the steps in order: nobody misses a prompt cache; a smaller micro-batch takes time for each prompt."""
     on_host = [cause.device == HOST for cause in refused.causes]
     if request.cache_ram_mib is None and any(on_host):
-        yield _Step("cache_ram_mib", "prompt cache, MiB", 0, "the host has no memory left for one")
+        yield _NO_PROMPT_CACHE
     if request.n_ubatch is None and request.role is Role.CHAT and not all(on_host):
         for n_ubatch in SMALLER_UBATCHES:
             if n_ubatch < (refused.request.n_ubatch or 0):

@@ -21,7 +21,7 @@ from planner.model import ModelFacts
 from planner.search import knobs, reasons
 from planner.search.best import Best
 from planner.search.candidates import Candidate, Finder, Oracle, effective
-from planner.search.ladder import relaxed
+from planner.search.ladder import relaxed, unburdened
 from planner.search.longest import longest
 from planner.search.nearest import nearest
 from planner.search.overflow import Overflow
@@ -59,6 +59,8 @@ def search(
             return _Search(model, changed, there, policy, build, oracle).run()
 
     outcome = answer(request)
+    if isinstance(outcome, Plan):
+        return unburdened(request, outcome, answer)
     if not isinstance(outcome, NoFit):
         return outcome
     if plan := relaxed(request, outcome, answer):

@@ -403,6 +403,22 @@ def test_texts_that_a_micro_batch_cuts_short_are_told_of(embedding_model: Path) 
     assert outcome.warnings[-1] == "a text has 128 tokens at most, not 512: it has to pass in one micro-batch"
 
 
+def test_a_prompt_cache_that_nobody_asked_for_keeps_no_weights_out_of_memory(model: ModelFacts) -> None:
+    """One that was asked for does, and the plan says so; without one there would still be room for the weights."""
+    roomy = plan(model, PlanRequest(n_ctx=4096, cache_ram_mib=0), machine())
+    assert isinstance(roomy, Plan)
+    tight, policy = machine(host_bytes=(roomy.usages[-1].needed_bytes or 0) + 4 * MIB), Policy(cache_ram_mib=8)
+    outcome = plan(model, PlanRequest(n_ctx=4096), tight, policy)
+    assert isinstance(outcome, Plan)
+    assert outcome.request.cache_ram_mib == 0
+    assert outcome.decisions[-1].because == "the host has no memory left for one"
+    assert not _short_of_host_memory(outcome)
+    asked_for = plan(model, PlanRequest(n_ctx=4096, cache_ram_mib=8), tight, policy)
+    assert isinstance(asked_for, Plan)
+    assert asked_for.request.cache_ram_mib == 8
+    assert _short_of_host_memory(asked_for)
+
+
 def test_what_llama_cpp_rejects_is_refused_with_its_reason(model: ModelFacts) -> None:
     outcome = plan(model, PlanRequest(cache_type_v="q8_0", flash_attn="off"), machine(64 * MIB))
     assert isinstance(outcome, Refused)
