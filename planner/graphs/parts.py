@@ -6,7 +6,6 @@ that llama.cpp reserves memory for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -31,9 +30,17 @@ _SHARED_SCALES: Final = """
 _READ_FFN_SCALES: Final = frozenset(_FFN_SCALES.split())
 _READ_SHARED_SCALES: Final = frozenset(_SHARED_SCALES.split())
 
-# Who reads biases of query, key and value only, whatever the file has.
-_READ_FEW_BIASES: Final = frozenset({"ernie4_5", "ernie4_5-moe", "llada", "refact"})
-_QKV: Final = re.compile(r"attn_(?:q|k|v|qkv)$")
+# Which biases are not read, whatever the file has.
+_PROJECTIONS: Final = frozenset({"attn_output", "ffn_gate", "ffn_up", "ffn_down"})
+_UNREAD_BIASES: Final[Mapping[str, frozenset[str]]] = {
+    "dream": frozenset({"output"}),
+    "ernie4_5": _PROJECTIONS,
+    "ernie4_5-moe": _PROJECTIONS,
+    "falcon-h1": frozenset({"attn_output"}),
+    "llada": _PROJECTIONS,
+    "qwen2vl": frozenset({"output"}),
+    "refact": _PROJECTIONS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +214,8 @@ class Parts:
 
     def biased(self, x: Node, name: str) -> Node:
         """Return the tensor with a bias added, where the file has one and it is read."""
-        few = self.hparams.architecture in _READ_FEW_BIASES
-        bias = None if few and not _QKV.search(name) else self.weight(f"{name}.bias")
+        unread = _UNREAD_BIASES.get(self.hparams.architecture, frozenset())
+        bias = None if name.rpartition(".")[2] in unread else self.weight(f"{name}.bias")
         return self.graph.same("add", x, bias) if bias else x
 
     def qkv(
