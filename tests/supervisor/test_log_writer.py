@@ -36,7 +36,7 @@ def test_a_pipe_that_nobody_reads_keeps_nobody_waiting_and_what_was_dropped_is_c
 
 def test_the_last_lines_of_a_process_are_written() -> None:
     program = (
-        "from supervisor import log_setup; import structlog; log_setup.configure('json', debug=False); "
+        "from supervisor.daemon import log_setup; import structlog; log_setup.configure('json', debug=False); "
         "[structlog.get_logger().info('said', number=n) for n in range(100)]"
     )
     with Popen([sys.executable, "-c", program], stderr=PIPE) as process:
@@ -48,7 +48,7 @@ def test_the_last_lines_of_a_process_are_written() -> None:
 @pytest.mark.parametrize("style", ["json", "text"])
 def test_a_failure_is_told_by_its_places_and_not_with_the_prompts_and_keys_at_hand(style: str) -> None:
     program = (
-        f"from supervisor import log_setup; import structlog; log_setup.configure({style!r}, debug=False)\n"
+        f"from supervisor.daemon import log_setup; import structlog; log_setup.configure({style!r}, debug=False)\n"
         "def fail(prompt):\n    raise ValueError('it failed')\n"
         "try:\n    fail('a ' + 'secret')\nexcept ValueError:\n    structlog.get_logger().exception('told')\n"
     )
@@ -61,7 +61,7 @@ def test_a_failure_is_told_by_its_places_and_not_with_the_prompts_and_keys_at_ha
 
 def test_a_process_whose_log_nobody_reads_still_ends() -> None:
     program = (
-        "from supervisor import log_setup; import structlog; log_setup.configure('json', debug=False); "
+        "from supervisor.daemon import log_setup; import structlog; log_setup.configure('json', debug=False); "
         "[structlog.get_logger().info('said', number=n) for n in range(10_000)]"
     )
     with Popen([sys.executable, "-c", program], stderr=PIPE) as process:
