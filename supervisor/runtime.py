@@ -16,11 +16,11 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
 
 from config.model_settings import ModelsFile
-from planner.types import Role
+from planner.types import LoadOptions, Role
 from supervisor import views
 from supervisor.api.errors import UnknownDevice, UnknownModel
 from supervisor.api.models import ModelView
-from supervisor.api.need import NO_NEED, LoadOptions, Need
+from supervisor.api.need import NO_NEED, Need
 from supervisor.api.runtime import LoadProgress, YieldResult
 from supervisor.api.snapshot import Snapshot
 from supervisor.children.hanging import PATIENCE, Patience

@@ -18,9 +18,9 @@ import structlog
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
+from planner.types import LoadOptions
 from supervisor import views
 from supervisor.api.lease import Endpoint
-from supervisor.api.need import LoadOptions
 from supervisor.api.snapshot import ModelCounters
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children

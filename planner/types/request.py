@@ -124,3 +124,17 @@ class PlanRequest:
     spec_draft_n_max: int | None = None
     override_kv: tuple[str, ...] | None = None
     passthrough: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a client asks of the load of a model that is served; None: as the settings have it.
+
+    ``n_ctx`` is tokens for one conversation; a runner that has as many serves it. The others are llama-server's own.
+    """
+
+    n_ctx: int | None = None
+    n_gpu_layers: int | None = None
+    main_gpu: int | None = None
+    n_batch: int | None = None
+    use_mmap: bool | None = None

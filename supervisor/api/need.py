@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What a request asks of the load itself; None: as the settings have it.
-
-    ``n_ctx`` is tokens for one conversation; a runner that has as many serves it. The others are llama-server's own.
-    """
-
-    n_ctx: int | None = None
-    n_gpu_layers: int | None = None
-    main_gpu: int | None = None
-    n_batch: int | None = None
-    use_mmap: bool | None = None
+from planner.types import LoadOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +18,7 @@ class Need:
 
     client: str = ""
     keep_alive_s: float | None = None
-    load: LoadOptions = LoadOptions()
+    load: LoadOptions = field(default_factory=LoadOptions)
 
 
 NO_NEED: Final = Need()

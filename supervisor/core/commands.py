@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core.types import NO_OPTIONS, Cap, Failure, LoadPlan, ModelId, Neighbour, Refusal, RunnerId, TicketId
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Final, assert_never
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core import ledger
 from supervisor.core.commands import Command, PlanModel
 from supervisor.core.events import NoRoomLeft, Planned, StartRequested, StopRequested

@@ -9,7 +9,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core.runner import HAS_CHILD, IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
 from supervisor.core.types import (

@@ -8,8 +8,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from planner.types import HOST, Decision
-from supervisor.api.need import LoadOptions
+from planner.types import HOST, Decision, LoadOptions
 from supervisor.core.types import NO_OPTIONS, Failure, Limits, LoadPlan, ModelId, RunnerId
 
 

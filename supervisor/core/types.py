@@ -9,8 +9,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, NewType
 
-from planner.types import HOST, Decision, LaunchSpec, Role, Shortfall
-from supervisor.api.need import LoadOptions
+from planner.types import HOST, Decision, LaunchSpec, LoadOptions, Role, Shortfall
 from supervisor.core.loglines import Shortage
 from supervisor.core.pinning import PinnedDevice
 

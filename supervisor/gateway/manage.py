@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from aiohttp import hdrs, web
 
-from supervisor.api.need import LoadOptions, Need
+from planner.types import LoadOptions
+from supervisor.api.need import Need
 from supervisor.api.runtime import Runtime
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from config.parse import parse_duration
-from supervisor.api.need import LoadOptions, Need
+from planner.types import LoadOptions
+from supervisor.api.need import Need
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
 from supervisor.gateway.peek import Peek

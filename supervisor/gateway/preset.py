@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from planner.types import Role
+from planner.types import LoadOptions, Role
 from supervisor.api.models import Preset
-from supervisor.api.need import LoadOptions
 from supervisor.api.parameters import SAMPLING
 from supervisor.gateway.ollama.options import RENAMED, load_options, of_preset
 

@@ -9,8 +9,7 @@ from config.model_settings import ModelSettings
 from planner import flags
 from planner.errors import InvalidRequest
 from planner.llama_flags import LEFT_OUT
-from planner.types import PlanRequest, Role
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions, PlanRequest, Role
 from supervisor.models.catalogue import ModelEntry
 
 DRAFT_BY_ITSELF: Final = "draft-mtp"  # llama-server's --spec-type for a model's own prediction layers

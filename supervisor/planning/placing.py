@@ -21,6 +21,7 @@ from planner.types import (
     DeviceUsage,
     HostDetail,
     LaunchSpec,
+    LoadOptions,
     Machine,
     NoFit,
     Plan,
@@ -30,7 +31,6 @@ from planner.types import (
     Shortfall,
 )
 from planner.units import format_size
-from supervisor.api.need import LoadOptions
 from supervisor.core import eviction
 from supervisor.core.pinning import PinnedDevice
 from supervisor.core.types import (

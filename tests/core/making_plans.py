@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-from planner.types import LaunchSpec
-from supervisor.api.need import LoadOptions
+from planner.types import LaunchSpec, LoadOptions
 from supervisor.core import scheduler
 from supervisor.core.commands import Command, Grant, PlanModel, Reject
 from supervisor.core.events import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from making_plans import LIMITS, Bench, granted, make_plan, refusals
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core.commands import PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import RequestAbandoned, TimePassed
 from supervisor.core.runner import RunnerState

@@ -8,7 +8,7 @@ import pytest
 from making_plans import Bench, granted, make_plan
 from tiny_machine import ANY, Shop
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core.commands import PlanModel, Spawn
 from supervisor.core.events import SettingsChanged
 from supervisor.core.runner import RunnerState

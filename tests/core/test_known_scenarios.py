@@ -12,7 +12,7 @@ import pytest
 from making_plans import Bench, granted, make_plan, refusals
 from tiny_machine import ANY, BROKEN, Shop
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core import ledger
 from supervisor.core.commands import PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from making_plans import Bench, granted, make_plan, refusals
 from tiny_machine import ANY
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core.commands import Learn, PlanModel, StopProcess
 from supervisor.core.events import TimePassed
 from supervisor.core.loglines import Shortage

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tiny_machine import BROKEN, CAPACITY, SIZES, answer
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core import ledger, scheduler
 from supervisor.core.commands import Grant, LoseLeases, PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from making_plans import CUDA0, LIMITS, Bench, granted, make_plan, refusals
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core import scheduler
 from supervisor.core.commands import PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import BecameReady, RequestAbandoned, SettingsChanged, TimePassed, YieldRequested

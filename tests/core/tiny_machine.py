@@ -12,7 +12,7 @@ from typing import Final
 
 from making_plans import LIMITS, Bench, make_plan
 
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions
 from supervisor.core import eviction
 from supervisor.core.commands import Command, PlanModel
 from supervisor.core.events import Event, Planned

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from fake_runtime import FakeRuntime, LlamaServer, Serve
 
+from planner.types import LoadOptions
 from supervisor.api.errors import CannotFit, LoadFailed, QueueFull, ShuttingDown
-from supervisor.api.need import LoadOptions
 
 pytestmark = [pytest.mark.llama, pytest.mark.anyio]
 

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.types import Role
+from planner.types import LoadOptions, Role
 from supervisor.api.models import Preset
-from supervisor.api.need import LoadOptions
 from supervisor.gateway.errors import RequestError
 from supervisor.gateway.ollama import chat, generate
 from supervisor.gateway.ollama.embed import cut, read_embed, truncated

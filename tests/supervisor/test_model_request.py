@@ -6,8 +6,7 @@ import pytest
 
 from config.model_settings import ModelSettings
 from planner.errors import InvalidRequest
-from planner.types import PlanRequest, Role
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions, PlanRequest, Role
 from supervisor.core.types import ModelId
 from supervisor.models.catalogue import ModelEntry
 from supervisor.planning.model_request import request_of

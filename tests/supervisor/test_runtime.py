@@ -10,13 +10,13 @@ import pytest
 from event_log import EventLog
 from supervising import Models, Supervising, ask, load, only_runner, pid_of, took_what_was_planned
 
-from planner.types import Role
+from planner.types import LoadOptions, Role
 from supervisor.api.errors import (
     BadModel,
     UnknownModel,
     WrongRole,
 )
-from supervisor.api.need import LoadOptions, Need
+from supervisor.api.need import Need
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 

@@ -11,8 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from planner.types import Role
-from supervisor.api.need import LoadOptions
+from planner.types import LoadOptions, Role
 from supervisor.api.parameters import KINDS, Kind
 from supervisor.gateway.errors import BadRequest
 
