@@ -1,20 +1,8 @@
-"""Why no lease was granted, each with whose fault it is. A text is one line: what is wrong, where, what to do."""
+"""Why no lease was granted. A text is one line: what is wrong, where, what to do."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from planner.types import Shortfall
-
-
-class Fault(StrEnum):
-    """Whose fault an error is; ``gateway.errors`` maps it to a status."""
-
-    CALLER = "caller"
-    US = "us"
-    RUNNER = "runner"
-    HARDWARE = "hardware"
-    UPSTREAM = "upstream"
 
 
 class AcquireError(Exception):
@@ -22,8 +10,6 @@ class AcquireError(Exception):
 
     ``retry_after_s`` is None where trying again cannot help.
     """
-
-    fault = Fault.US
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -33,8 +19,6 @@ class AcquireError(Exception):
 class UnknownModel(AcquireError):
     """The name is not in the folder; ``closest`` are names that are, best first."""
 
-    fault = Fault.CALLER
-
     def __init__(self, message: str, *, closest: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.closest = closest
@@ -43,25 +27,17 @@ class UnknownModel(AcquireError):
 class UnknownDevice(AcquireError):
     """This machine has no device of that name."""
 
-    fault = Fault.CALLER
-
 
 class WrongRole(AcquireError):
     """The model is served for another role than the request needs."""
-
-    fault = Fault.CALLER
 
 
 class BadModel(AcquireError):
     """The model file is in the folder but cannot be read or is refused by llama.cpp."""
 
-    fault = Fault.CALLER
-
 
 class CannotFit(AcquireError):
     """The model does not fit. ``never`` says that it would not fit on an empty machine either."""
-
-    fault = Fault.HARDWARE
 
     def __init__(
         self, message: str, *, causes: tuple[Shortfall, ...], never: bool, retry_after_s: float | None = None
@@ -78,19 +54,13 @@ class QueueFull(AcquireError):
 class ClientLimit(AcquireError):
     """This client has as many requests waiting as CLIENT_QUEUE allows; others are still welcome."""
 
-    fault = Fault.CALLER
-
 
 class LoadTimeout(AcquireError):
     """The runner was not ready within LOAD_TIMEOUT, or no slot came free within QUEUE_TIMEOUT."""
 
-    fault = Fault.RUNNER
-
 
 class LoadFailed(AcquireError):
     """The runner died while loading; the text ends with its last error line."""
-
-    fault = Fault.RUNNER
 
 
 class PlannerFailed(AcquireError):

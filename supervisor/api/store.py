@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from supervisor.api.errors import Fault
-
 # What a Modelfile says that only Ollama's own service can heed: it names code of it, or a version.
 FOR_OLLAMA: Final = ("renderer", "parser", "requires")
 
@@ -16,37 +14,25 @@ FOR_OLLAMA: Final = ("renderer", "parser", "requires")
 class StoreError(Exception):
     """The store could not do what was asked. The text is one line for the client: what is wrong, where, what to do."""
 
-    fault = Fault.US
-
 
 class BadModelName(StoreError):
     """The name is none that a store can hold, or a registry serve."""
-
-    fault = Fault.CALLER
 
 
 class NotInStore(StoreError):
     """There is no model of this name to copy, delete or build on; no blob of this digest."""
 
-    fault = Fault.CALLER
-
 
 class BadCreate(StoreError):
     """What was sent cannot be made into a model: a wrong digest, an unknown parameter, a file that is no GGUF."""
-
-    fault = Fault.CALLER
 
 
 class RegistryFailed(StoreError):
     """The registry refused, has no such model, or cannot be reached."""
 
-    fault = Fault.UPSTREAM
-
 
 class StoreFull(StoreError):
     """The disk is full. Nothing that is not whole was left behind."""
-
-    fault = Fault.HARDWARE
 
 
 @dataclass(frozen=True, slots=True)

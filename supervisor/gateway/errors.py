@@ -23,7 +23,6 @@ from supervisor.api.errors import (
     BadModel,
     CannotFit,
     ClientLimit,
-    Fault,
     LoadFailed,
     LoadTimeout,
     QueueFull,
@@ -37,8 +36,6 @@ from supervisor.gateway.events import sse_event
 
 class RequestError(Exception):
     """The gateway itself refuses the request. The text is one line for the client; ``param`` names what is wrong."""
-
-    fault = Fault.CALLER
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -63,8 +60,6 @@ class NotPermitted(RequestError):
 
 class RunnerLost(Exception):
     """The runner died, or cut the connection, while it worked on this request. The text tells its story."""
-
-    fault = Fault.RUNNER
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from supervisor.api.errors import (
     BadModel,
     CannotFit,
     ClientLimit,
-    Fault,
     LoadFailed,
     LoadTimeout,
     PlannerFailed,
@@ -54,8 +53,6 @@ class OllamaError(RequestError):
 
 class RunnerRefused(Exception):
     """llama-server answered with an error of its own; the text is its message."""
-
-    fault = Fault.RUNNER
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
