@@ -139,6 +139,7 @@ def test_a_program_that_answers_but_never_gets_ready_is_given_up_though_it_logs_
     answer = service.request("POST", "/v1/chat/completions", {"model": "sick"})
     assert answer.status == 503
     assert "LOAD_TIMEOUT" in json.loads(answer.read())["error"]["message"]
+    service.read_log("load.failed")  # its client is told before it has ended
     assert any('"GET /health' in line for line in service.runner()["last_failure"]["log_tail"])
 
 
