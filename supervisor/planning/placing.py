@@ -181,9 +181,10 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
     names = launch.buffer_names(plan.placement.devices, machine)
     used = {*plan.placement.devices, HOST}
     placement = plan.placement
-    on_devices = sum(index >= 0 for index in (*placement.layer_devices, placement.output_device))
+    where = [index >= 0 for index in (*placement.layer_devices, placement.output_device)]
+    if plan.request.mmproj is not None:
+        where.append(bool(placement.devices) and plan.request.mmproj_offload is not False)
     has_devices = any(usage.kind is not DeviceKind.HOST for usage in plan.usages)
-    is_whole = on_devices == len(placement.layer_devices) + 1
     is_long = not open_context or _is_long_enough(plan)
     return LoadPlan(
         launch=plan.launch,
@@ -197,9 +198,9 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
             n_batch=plan.request.n_batch,
             use_mmap=USE_MMAP.get(plan.request.load_mode),
         ),
-        quality=on_devices,
+        quality=sum(where),
         is_long_enough=is_long,
-        is_best_possible=plan.is_known and is_long and (is_whole or not has_devices),
+        is_best_possible=plan.is_known and is_long and (all(where) or not has_devices),
         is_known=plan.is_known,
         is_elastic=open_context,
         document=explain.to_json(plan),

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import companion_models
 import pytest
 import tiny_models
 
 from config.model_settings import ExternalRunner
+from planner import companions
 from planner.model import read_model
 from planner.search import placement
 from planner.types import (
@@ -76,7 +78,7 @@ def question(chat_model: Path) -> MakePlan:
 
 
 def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour, request: PlanRequest = REQUEST) -> PlanOutcome:
-    facts, build = read_model(question.path), LlamaBuild("/llama-server", None, None)
+    facts, build = companions.attach(read_model(question.path), request), LlamaBuild("/llama-server", None, None)
     place = by_search(lambda at, policy: placement.search(facts, request, at, policy, build))
     return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
 
@@ -120,6 +122,24 @@ def test_a_few_layers_that_were_asked_for_evict_nobody(question: MakePlan) -> No
     other, few = neighbour("a", {"CUDA0": 200}), replace(REQUEST, n_gpu_layers=0)
     assert isinstance(outcome(question, machine(CUDA0=1), other), MakeRoom)
     assert isinstance(outcome(question, machine(CUDA0=1), other, request=few), LoadPlan)
+
+
+def test_an_idle_runner_goes_for_a_projector_that_would_else_encode_on_the_cpu(
+    question: MakePlan, tmp_path: Path
+) -> None:
+    """Where it would not help, or the operator wants it there, nobody goes: all layers are on the card."""
+    eyes = tmp_path / "mmproj.gguf"
+    companion_models.write_projector(eyes, kind="qwen2vl_merger", n_embd_text=64)
+    seeing, other = replace(REQUEST, mmproj=str(eyes)), neighbour("a", {"CUDA0": 200})
+    found = outcome(question, machine(CUDA0=9), other, request=seeing)
+    assert isinstance(found, MakeRoom), found
+    assert found.victims == {"a"}
+    kept = outcome(question, machine(CUDA0=9), replace(other, standing=Standing.FIXED), request=seeing)
+    assert isinstance(kept, LoadPlan)
+    assert "--no-mmproj-offload" in kept.launch.argv
+    assert devices_of(kept) == {"CUDA0"}
+    wanted = outcome(question, machine(CUDA0=9), other, request=replace(seeing, mmproj_offload=False))
+    assert devices_of(wanted) == {"CUDA0"}
 
 
 def in_the_open(question: MakePlan, model: Path, there: Machine, *neighbours: Neighbour) -> PlanOutcome:
