@@ -42,7 +42,7 @@ def settle(
         for knob in knobs(model, request, policy, devices):
             if getattr(request, knob.dest) is None:
                 request = replace(request, **{knob.dest: knob.value})
-                decisions.append(Decision(knob.name, _shown(knob.value), knob.because))
+                decisions.append(Decision(knob.name, shown(knob.value), knob.because))
     return request, tuple(decisions)
 
 
@@ -129,5 +129,6 @@ def _cache_type(model: ModelFacts, request: PlanRequest, policy: Policy) -> str:
     return policy.cache_type if refusals.refusal(model, wanted) is None else "f16"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a knob's value as a decision says it."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

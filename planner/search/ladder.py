@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+from planner.search.knobs import shown
 from planner.types.machine import HOST
 from planner.types.plan import Decision, NoFit, Plan, PlanOutcome
 from planner.types.request import PlanRequest, Role
@@ -28,6 +29,25 @@ class _Step(NamedTuple):
 
 
 _NO_PROMPT_CACHE: Final = _Step("cache_ram_mib", "prompt cache, MiB", 0, "the host has no memory left for one")
+_PROJECTOR_ON_HOST: Final = _Step(
+    "mmproj_offload", "projector on the GPU", False, "it leaves no layer any room there; images are encoded on the CPU"
+)
+
+
+def beside_projector(request: PlanRequest, answer: Callable[[PlanRequest], PlanOutcome]) -> PlanOutcome:
+    """Return the answer with the projector on the host where layers find room on devices only so.
+
+    Images then take longer, and every token less. Where some layers have room beside it, it stays: what more of them
+    would save of each token is soon less than what an image takes on the CPU.
+    """
+    outcome = answer(request)
+    is_open = request.mmproj is not None and request.mmproj_offload is None
+    if not is_open or not isinstance(outcome, Plan) or outcome.placement.devices:
+        return outcome
+    without = answer(_with(request, [_PROJECTOR_ON_HOST]))
+    if not isinstance(without, Plan) or not without.placement.devices:
+        return outcome
+    return _decided(without, [_PROJECTOR_ON_HOST])
 
 
 def unburdened(request: PlanRequest, plan: Plan, answer: Callable[[PlanRequest], PlanOutcome]) -> Plan:
@@ -59,12 +79,15 @@ def _with(request: PlanRequest, steps: Iterable[_Step]) -> PlanRequest:
 
 
 def _decided(plan: Plan, steps: Iterable[_Step]) -> Plan:
-    decisions = tuple(Decision(step.name, str(step.value), step.because) for step in steps)
+    decisions = tuple(Decision(step.name, shown(step.value), step.because) for step in steps)
     return replace(plan, decisions=(*plan.decisions, *decisions))
 
 
 def _steps(request: PlanRequest, refused: NoFit) -> Iterator[_Step]:
-    """Yield the steps in order: nobody misses a prompt cache; a smaller micro-batch takes time for each prompt."""
+    """Yield the steps in order: nobody misses a prompt cache; a smaller micro-batch takes time for each prompt.
+
+    A projector on the host takes more of it for each image.
+    """
     on_host = [cause.device == HOST for cause in refused.causes]
     if request.cache_ram_mib is None and any(on_host):
         yield _NO_PROMPT_CACHE
@@ -72,3 +95,5 @@ def _steps(request: PlanRequest, refused: NoFit) -> Iterator[_Step]:
         for n_ubatch in SMALLER_UBATCHES:
             if n_ubatch < (refused.request.n_ubatch or 0):
                 yield _Step("n_ubatch", "micro-batch", n_ubatch, "with a larger one it does not fit")
+    if request.mmproj is not None and request.mmproj_offload is None and not all(on_host):
+        yield _PROJECTOR_ON_HOST

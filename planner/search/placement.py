@@ -21,7 +21,7 @@ from planner.model import ModelFacts
 from planner.search import knobs, reasons
 from planner.search.best import Best
 from planner.search.candidates import Candidate, Finder, Oracle, effective
-from planner.search.ladder import relaxed, unburdened
+from planner.search.ladder import beside_projector, relaxed, unburdened
 from planner.search.longest import longest
 from planner.search.nearest import nearest
 from planner.search.overflow import Overflow
@@ -56,7 +56,7 @@ def search(
 
     def answer(changed: PlanRequest, there: Machine = machine) -> PlanOutcome:
         with _without_collector():
-            return _Search(model, changed, there, policy, build, oracle).run()
+            return beside_projector(changed, lambda asked: _Search(model, asked, there, policy, build, oracle).run())
 
     outcome = answer(request)
     if isinstance(outcome, Plan):

@@ -257,6 +257,34 @@ def test_a_context_that_is_chosen_has_room_for_a_large_image_and_words(
     assert planned(replace(request, n_ctx=1024), room).n_ctx_per_slot == 1024
 
 
+def seeing_on(free_bytes: int, endless_model: Path, tmp_path: Path, **knobs: Any) -> Plan:
+    """Return the plan for a model with eyes on one device of that size."""
+    companion_models.write_projector(tmp_path / "mmproj.gguf", kind="qwen2vl_merger")
+    request = PlanRequest(mmproj=str(tmp_path / "mmproj.gguf"), **knobs)
+    facts = companions.attach(read_model(str(endless_model)), request)
+    (device,) = machine_of(DeviceKind.RPC, 1).devices
+    machine = replace(machine_of(DeviceKind.RPC, 1), devices=(replace(device, free_bytes=free_bytes),))
+    plan = search(facts, request, machine, Policy(), PINNED_BUILD)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def test_a_projector_that_leaves_no_layer_any_room_goes_to_the_host(endless_model: Path, tmp_path: Path) -> None:
+    """It stays where one layer has room beside it, and where it is pinned there."""
+    told = {}
+    for mib in (1, 25, 100):
+        plan = seeing_on(mib * MIB, endless_model, tmp_path, n_ctx=4096)
+        chosen = {each.step: each for each in plan.decisions}["projector on the GPU"]
+        told[mib] = bool(plan.placement.devices), chosen.chosen, "--no-mmproj-offload" in plan.launch.argv
+    assert told == {1: (False, "yes", False), 25: (True, "no", True), 100: (True, "yes", False)}
+    assert seeing_on(25 * MIB, endless_model, tmp_path, n_ctx=4096, mmproj_offload=True).placement.devices == ()
+
+
+def test_a_projector_goes_to_the_host_before_a_model_is_refused(endless_model: Path, tmp_path: Path) -> None:
+    plan = seeing_on(45 * MIB, endless_model, tmp_path, n_ctx=4096, n_gpu_layers="all", n_ubatch=256)
+    assert (plan.request.mmproj_offload, plan.decisions[-1].step) == (False, "projector on the GPU")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Draft models
 
