@@ -50,6 +50,7 @@ RESCAN_AFTER_S: Final = 1.0  # names that nobody knows, asked for in a loop, mus
 LLAMA_SERVER: Final = "llama-server"
 MODELS: Final = "models"
 SHOWN_NAME: Final = 200  # characters of a name that is not ours, in an error line
+WHERE_NAMES_ARE: Final = "GET /v1/models lists the names"
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.inventory")
 
@@ -187,9 +188,9 @@ class Inventory:
 
     @property
     def _where(self) -> str:
-        """Return the places that are looked through, for an error line."""
+        """Return the places that are looked through, for the log."""
         folder, store = self._places.folder, self._places.store
-        return str(folder) if store is None else f"{folder} or the store {store.root}"
+        return str(folder) if store is None else f"{folder} and the store {store.root}"
 
     async def scan(self, *, forced: bool = False) -> None:
         """Read the models folder, unless that was done just now and it is not ``forced``."""
@@ -223,8 +224,9 @@ class Inventory:
         entry = self._catalogue.find(name)
         if entry is None:
             closest = self._catalogue.closest(name)
-            hint = f"did you mean {', '.join(closest)}?" if closest else "GET /v1/models lists the names"
-            raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r} in {self._where}; {hint}", closest=closest)
+            _log.info("model.unknown", asked=name[:SHOWN_NAME], looked_in=self._where)  # clients are told no paths
+            hint = f"did you mean {', '.join(closest)}? " if closest else ""
+            raise UnknownModel(f"there is no model {name[:SHOWN_NAME]!r}; {hint}{WHERE_NAMES_ARE}", closest=closest)
         return entry
 
     def files_of(self, name: str) -> tuple[str, ...]:
@@ -238,7 +240,7 @@ class Inventory:
         """Return the model of this id as it was last seen. Raises UnknownModel where it is not there any more."""
         entry = self._catalogue.find(model)
         if entry is None:
-            raise UnknownModel(f"the model {model!r} is not in {self._where} any more")
+            raise UnknownModel(f"the model {model!r} is not there any more; {WHERE_NAMES_ARE}")
         return entry
 
     def runner_of(self, model: str) -> ModelId:
@@ -279,7 +281,7 @@ class Inventory:
         """Return the plan that was asked for, or why there is none; ``meanwhile`` is called while it is being made."""
         entry = self._catalogue.find(command.model)
         if entry is None:
-            problem = PlanProblem(f"it is no longer in {self._where}")
+            problem = PlanProblem("it is not there any more")
             return Planned(command.model, command.revision, problem)
         missing = self._problems.get(LLAMA_SERVER)
         if missing is not None and anyio.current_time() < self._looked_at + LOOK_AGAIN_S:

@@ -210,7 +210,9 @@ class PermittedRuntime:
 
 
 def _unknown(model: str) -> UnknownModel:
-    return UnknownModel(f"there is no model {model!r} for the key of {_caller.get().name}")
+    return UnknownModel(
+        f"there is no model {model!r} for the key of {_caller.get().name}; GET /v1/models lists those that it may use"
+    )
 
 
 def _may_use(client: Client, model: str, aliases: tuple[str, ...]) -> bool:

@@ -110,7 +110,8 @@ async def test_no_list_tells_a_client_of_a_model_that_is_not_on_its_list(
             assert "private" not in await answer.text(), path
     for path in ("/v1/models/private", "/manage/logs?model=private"):
         async with http.get(url + path, headers=AS_PHONE) as answer:
-            assert answer.status == 404, path
+            told = (await answer.json())["error"]["message"]
+            assert (answer.status, "GET /v1/models lists those that it may use" in told) == (404, True), path
 
 
 async def test_unloading_by_an_empty_prompt_is_managing_too(

@@ -87,7 +87,7 @@ async def test_a_longer_context_loads_the_model_again_and_a_shorter_one_does_not
 
 
 async def test_names_roles_and_files_that_cannot_be_served(
-    supervising: Supervising, models: Models, chat_model: Path
+    supervising: Supervising, models: Models, chat_model: Path, log: EventLog
 ) -> None:
     folder = models(chat_model)
     (folder / "noise.gguf").write_bytes(b"no model")
@@ -95,6 +95,9 @@ async def test_names_roles_and_files_that_cannot_be_served(
         with pytest.raises(UnknownModel, match="did you mean tiny-chat") as unknown:
             await load(supervisor, "tiny-chatt", Role.CHAT)
         assert unknown.value.closest == ("tiny-chat",)
+        assert "GET /v1/models lists the names" in str(unknown.value)
+        assert str(folder) not in str(unknown.value), "clients need not know where the models lie"
+        assert str(folder) in log.of("model.unknown")[0]["looked_in"]
         with pytest.raises(WrongRole, match="served for chat requests, not for embedding"):
             await load(supervisor, "tiny-chat", Role.EMBEDDING)
         with pytest.raises(BadModel, match=r"noise cannot be served: .*noise.gguf"):
