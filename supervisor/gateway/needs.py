@@ -28,8 +28,10 @@ def need_of(headers: Mapping[str, str], wanted: Peek) -> Need:
     keep_alive_s = parse_keep_alive(wanted.keep_alive)
     if keep_alive_s is None and (text := headers.get(KEEP_ALIVE_HEADER)):
         keep_alive_s = _duration_s(text)
-    n_ctx = wanted.num_ctx if wanted.num_ctx is not None else headers.get(NUM_CTX_HEADER)
-    return Need(keep_alive_s=keep_alive_s, load=LoadOptions(n_ctx=_tokens(n_ctx)))
+    n_ctx = _tokens(wanted.num_ctx, "num_ctx")
+    if wanted.num_ctx is None:
+        n_ctx = _tokens(headers.get(NUM_CTX_HEADER), NUM_CTX_HEADER)
+    return Need(keep_alive_s=keep_alive_s, load=LoadOptions(n_ctx=n_ctx))
 
 
 def _duration_s(text: str) -> float:
@@ -40,12 +42,12 @@ def _duration_s(text: str) -> float:
         raise BadRequest(f"{KEEP_ALIVE_HEADER} {text[:50]!r} is not {wanted}", param=KEEP_ALIVE_HEADER) from error
 
 
-def _tokens(value: Any) -> int | None:
-    """Return a number of tokens; None where none is given, or 0, which asks for nothing."""
+def _tokens(value: Any, param: str) -> int | None:
+    """Return the number of tokens that ``param`` asks for; None where none is given, or 0, which asks for nothing."""
     if isinstance(value, str):
         value = json.loads(value) if value.strip().isdecimal() else value
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_CTX:
-        raise BadRequest(f"num_ctx {str(value)[:50]!r} is not a number of tokens", param="num_ctx")
+        raise BadRequest(f"{param} {str(value)[:50]!r} is not a number of tokens", param=param)
     return value or None

@@ -187,17 +187,17 @@ async def test_a_request_says_how_long_its_model_stays_and_how_much_it_holds(
 
 
 @pytest.mark.parametrize(
-    "headers,fields",
+    "headers,fields,param",
     [
-        ({"X-Keep-Alive": "soon"}, {}),
-        ({"X-Num-Ctx": "many"}, {}),
-        ({}, {"keep_alive": "soon"}),
-        ({}, {"keep_alive": True}),
-        ({}, {"keep_alive": math.nan}),
-        ({}, {"keep_alive": 10**400}),
-        ({}, {"num_ctx": -1}),
-        ({}, {"num_ctx": "4096 tokens"}),
-        ({}, {"num_ctx": 1.5}),
+        ({"X-Keep-Alive": "soon"}, {}, "X-Keep-Alive"),
+        ({"X-Num-Ctx": "many"}, {}, "X-Num-Ctx"),
+        ({}, {"keep_alive": "soon"}, "keep_alive"),
+        ({}, {"keep_alive": True}, "keep_alive"),
+        ({}, {"keep_alive": math.nan}, "keep_alive"),
+        ({}, {"keep_alive": 10**400}, "keep_alive"),
+        ({}, {"num_ctx": -1}, "num_ctx"),
+        ({}, {"num_ctx": "4096 tokens"}, "num_ctx"),
+        ({}, {"num_ctx": 1.5}, "num_ctx"),
     ],
 )
 async def test_what_is_no_duration_or_no_context_is_refused(
@@ -206,12 +206,13 @@ async def test_what_is_no_duration_or_no_context_is_refused(
     chat_server: LlamaServer,
     headers: dict[str, str],
     fields: dict[str, object],
+    param: str,
 ) -> None:
     url = await serve([chat_server])
     async with http.post(
         f"{url}/v1/completions", json={"model": chat_server.model, **fields}, headers=headers
     ) as answer:
-        assert answer.status == 400
+        assert (answer.status, (await answer.json())["error"]["param"]) == (400, param)
 
 
 async def test_a_client_that_asks_for_it_is_told_how_the_load_goes(
