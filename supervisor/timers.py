@@ -17,9 +17,8 @@ class Alarm:
     def set(self, deadline: float | None) -> None:
         """Move the deadline; None puts it off until it is set again."""
         self._deadline = math.inf if deadline is None else deadline
-        if (
-            self._scope is not None and self._deadline < self._scope.deadline
-        ):  # a later one is seen when this one passes
+        # A later one is seen when this one passes.
+        if self._scope is not None and self._deadline < self._scope.deadline:
             self._scope.deadline = self._deadline
 
     async def wait(self) -> None:

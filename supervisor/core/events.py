@@ -13,7 +13,7 @@ from supervisor.core.types import NO_OPTIONS, LoadPlan, ModelId, ModelSettings, 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A client wants a lease on a runner of this model, which is known to be in the folder. See ``api.Need``."""
+    """A client wants a lease on a runner of this model, which is known to be in the folder. See ``api.need.Need``."""
 
     ticket: TicketId
     model: ModelId

@@ -27,6 +27,7 @@ from planner.types import Role
 from supervisor.api.models import CHAT_TEMPLATE, Preset
 from supervisor.api.names import DEFAULT_TAG, folded
 from supervisor.core.types import ModelId
+from supervisor.folders import visible
 from supervisor.models.capabilities import capabilities
 
 MAX_FILES: Final = 10_000  # somebody's whole home directory is not a folder of models
@@ -165,7 +166,7 @@ def _files(root: Path) -> Iterator[Path]:
         if real in entered:
             continue
         entered.add(real)
-        for path in _listed(folder):
+        for path in visible(folder):
             if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises where a link leads into what we may not enter
                 (linked if path.is_symlink() else folders).append(path)
             elif path.suffix == ".gguf":
@@ -173,13 +174,6 @@ def _files(root: Path) -> Iterator[Path]:
                 if count > MAX_FILES:
                     return
                 yield path
-
-
-def _listed(folder: Path) -> list[Path]:
-    """Return what a folder holds, hidden entries left out; nothing where it may not be read."""
-    with suppress(OSError):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return []
 
 
 def _read(path: Path, read: Callable[[str], ModelFacts]) -> ModelFacts | str:

@@ -79,7 +79,7 @@ class ReadDetails:
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """Metadata as ``supervisor.api.Runtime.details`` has them, and the tensors as name, type and shape."""
+    """Metadata as ``supervisor.api.runtime.Runtime.details`` has them, and the tensors as name, type and shape."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from supervisor.api.store import BadCreate, BadModelName, NotInStore, StoreError
+from supervisor.folders import visible
 from supervisor.store import manifests, names
 from supervisor.store.manifests import BadManifest, Manifest
 from supervisor.store.names import ModelName
@@ -43,7 +44,7 @@ class StoreFolder:
             kept = (self.root / DEFAULT_HOST_FILE).read_text("utf-8").strip()
             if (self.root / "manifests" / kept / names.DEFAULT_NAMESPACE).is_dir() and names.is_host(kept):
                 return kept
-        hosts = (path.name for path in _listed(self.root / "manifests"))
+        hosts = (path.name for path in visible(self.root / "manifests"))
         filled = (host for host in hosts if (self.root / "manifests" / host / names.DEFAULT_NAMESPACE).is_dir())
         return next((host for host in filled if host != names.LOCAL_HOST), names.LOCAL_HOST)
 
@@ -68,7 +69,7 @@ class StoreFolder:
         found = 0
         level = [self.root / "manifests"]
         for _ in range(4):  # host, namespace, model, tag
-            level = [path for folder in level for path in _listed(folder)]
+            level = [path for folder in level for path in visible(folder)]
         for path in level:
             with suppress(BadModelName):
                 yield ModelName(*path.parts[-4:])
@@ -124,10 +125,3 @@ class StoreFolder:
             raise StoreError(f"the manifest {path} cannot be read ({error.strerror})") from error
         except BadManifest as error:
             raise StoreError(f"the manifest {path} is damaged ({error}): pull or create the model again") from error
-
-
-def _listed(folder: Path) -> list[Path]:
-    """Return what a folder holds, hidden entries left out; nothing where it is none or may not be read."""
-    with suppress(OSError):
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return []
