@@ -263,17 +263,14 @@ class Supervisor:
     async def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
 
-        Raises UnknownModel where no runner of it has said anything.
+        The last one's where none runs. Raises UnknownModel where none has run since the service started.
         """
         runner = self._writer.pool.runner((await self._inventory.resolve(model)).runner)
-        if (log := self._writer.children.log(runner.model, runner.generation)) is not None:
-            async for line in log.lines(follow=follow):
-                yield line
-        elif runner.last_failure is not None:
-            for line in runner.last_failure.log_tail:
-                yield line
-        else:
-            raise UnknownModel(f"no runner of {runner.model} has said anything yet")
+        log = self._writer.children.log(runner.model, runner.generation)
+        if log is None:
+            raise UnknownModel(f"{runner.model} is not loaded, and was not since the service started: it has no log")
+        async for line in log.lines(follow=follow):
+            yield line
 
 
 def _all_of(found: Iterable[Share]) -> frozenset[str]:

@@ -108,6 +108,6 @@ class Runtime(Protocol):
     def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the last lines that the model's runner logged; with ``follow`` what it says from then on, to its end.
 
-        Raises UnknownModel where no runner of it has said anything.
+        The last one's where none runs. Raises UnknownModel where none has run since the service started.
         """
         ...

@@ -129,6 +129,7 @@ class Children:
         self._stop_grace_s = stop_grace_s
         self._patience = patience
         self._running: dict[tuple[ModelId, int], _Running] = {}
+        self._ended: dict[ModelId, ChildLog] = {}  # what the last child of each model said
 
     async def expect_spawn(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Have a shell wait, for a while, that becomes the next child; for when that is being planned."""
@@ -149,9 +150,9 @@ class Children:
         return self._running[model, generation].api_key
 
     def log(self, model: ModelId, generation: int) -> ChildLog | None:
-        """Return what this child says, None once it is gone."""
+        """Return what this child says, else what the last one of the model said; None where there was none."""
         running = self._running.get((model, generation))
-        return None if running is None else running.log
+        return self._ended.get(model) if running is None else running.log
 
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
@@ -231,6 +232,7 @@ class Children:
             child.close()
             strays.forget(self._records, child.pid)
             del self._running[model, generation]
+            self._ended[model] = log
         said = log.tail[-1:] if running.is_program else ()  # nobody knows what its complaints look like
         last_error = log.last_error or "".join(said) or None
         self._post(ProcessExited(model, generation, exit_, last_error, log.tail, log.shortage))

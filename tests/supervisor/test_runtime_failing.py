@@ -168,13 +168,13 @@ async def test_the_service_is_not_ready_without_a_llama_server(
         assert "make llama" in reason
 
 
-async def test_a_runner_s_log_can_be_read_while_it_runs_and_after_it_failed(
+async def test_a_runner_s_log_can_be_read_while_it_runs_and_after_it_failed_or_was_unloaded(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:
     folder = models(chat_model)
     write_without_tokenizer(chat_model, folder / "broken.gguf")
     async with supervising(folder) as supervisor:
-        with pytest.raises(UnknownModel, match="has said anything"):
+        with pytest.raises(UnknownModel, match="not loaded, and was not since the service started"):
             [_ async for _ in supervisor.log_lines("tiny-chat", follow=False)]
         await load(supervisor, "tiny-chat", Role.CHAT)
         assert any(
@@ -183,3 +183,7 @@ async def test_a_runner_s_log_can_be_read_while_it_runs_and_after_it_failed(
         with pytest.raises(LoadFailed):
             await load(supervisor, "broken", Role.CHAT)
         assert any("tokenizer" in line for line in [one async for one in supervisor.log_lines("broken", follow=False)])
+        await supervisor.unload("tiny-chat")
+        assert any(
+            "listening" in line for line in [one async for one in supervisor.log_lines("tiny-chat", follow=True)]
+        )
