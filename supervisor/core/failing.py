@@ -1,9 +1,10 @@
 """What follows from a child's failure: a pause before the next try, a larger margin, or an end to trying.
 
 Out of memory while loading is answered by planning again at once with a larger margin on the device that ran out: the
-planner then takes the next step of its own ladder (micro-batch, cache type, context, experts, layers: what the settings
-allow). Each margin is the failed plan's headroom there and a share of its bytes, so that no plan is tried twice. Out of
-memory while serving says that a runner takes more there than any plan counts: that is learned for good.
+planner then lets the next thing give way, of what nobody pinned (that a layer lies whole on one device, the context,
+feed-forward matrices, experts and layers on devices, the prompt cache, the micro-batch; docs/decisions/0006). Each
+margin is the failed plan's headroom there and a share of its bytes, so that no plan is tried twice. Out of memory while
+serving says that a runner takes more there than any plan counts: that is learned for good.
 """
 
 from __future__ import annotations
