@@ -10,7 +10,7 @@ from operator import add
 from typing import Final, NamedTuple
 
 from planner import budget, cache, ggml, weights
-from planner.buffers import BufferType, buffer_type
+from planner.buffers import HOST_BUFFER, BufferType, buffer_type
 from planner.context import ContextParams
 from planner.model import ModelFacts, Tensor
 from planner.overrides import EXPERTS, FFN, Override
@@ -57,6 +57,11 @@ class Question:
     def spill_sizes(self, device: Device) -> tuple[int, ...]:
         """Return the bytes of each such tensor on this device."""
         return _part_sizes(self.model, buffer_type(device)) if self.parts else ()
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Return the kind of each slot, as a number: slots of a kind have the same tensors and as large a cache."""
+        return _kinds(self.model, self.params)
 
     def part(self, mode: Mode, index: int, *, first: bool, output: bool) -> Part:
         """Return the part that the device of that index plays."""
@@ -168,6 +173,17 @@ def _sizes(model: ModelFacts, params: ContextParams, rule: BufferType) -> tuple[
     if not params.kv_offload:
         return own
     return tuple(map(sum, zip(own, (*cache.layer_bytes(model, params, rule), 0), strict=True)))
+
+
+@lru_cache(maxsize=16)
+def _kinds(model: ModelFacts, params: ContextParams) -> tuple[int, ...]:
+    caches = (*cache.layer_bytes(model, params, HOST_BUFFER), 0)
+    known: dict[object, int] = {}
+    numbers = []
+    for slot, tensors in enumerate(weights.slot_tensors(model, loads_draft_head=params.loads_draft_head)):
+        named = ((each.name.removeprefix(f"blk.{slot}."), each.type_id, each.shape) for each in tensors)
+        numbers.append(known.setdefault((frozenset(named), caches[slot]), slot))
+    return tuple(numbers)
 
 
 @lru_cache(maxsize=64)
