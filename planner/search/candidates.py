@@ -14,6 +14,7 @@ from typing import Final
 
 from planner import budget, companions, layers
 from planner.accounting import DeviceBytes, MemoryLedger, account
+from planner.buffers import buffer_type
 from planner.charges import Charge, charged
 from planner.context import ContextParams, context_params
 from planner.model import ModelFacts
@@ -95,12 +96,14 @@ class Finder:
             return self.on_host(request)
         if request.tensor_split is not None:
             return self.attempt(request, self.devices, n_slots, request.tensor_split)
-        attempt = None
-        for group in self._groups(request):
-            attempt = self._pack(request, group, n_slots)
+        first, *others = self._groups(request)
+        attempt = self._pack(request, first, n_slots)
+        for group in others:
             if attempt.fits or attempt.unknown:
-                return attempt
-        return attempt or self.on_host(request)
+                break
+            if group is others[-1] or not self._is_too_small(group, attempt):
+                attempt = self._pack(request, group, n_slots)
+        return attempt
 
     def partial(self, request: PlanRequest, attempt: Candidate) -> Candidate:
         """Return the placement with the most of the last layers on devices, the host alone where none of them fits.
@@ -173,6 +176,15 @@ class Finder:
         fewest = max(1, sum(device.name in named for device in self.devices))
         for size in (len(self.devices),) if one_size else range(fewest, len(self.devices) + 1):
             yield tuple(self.devices[i] for i in sorted(by_budget[:size]))
+
+    def _is_too_small(self, group: Sequence[Device], attempt: Candidate) -> bool:
+        """Say whether these devices have no room for the layers of an attempt on some of them, however they share them.
+
+        That is told where all are of one kind: on others the same layers may take less.
+        """
+        layers_bytes = sum((each.model.bytes or 0) + (each.context.bytes or 0) for each in attempt.ledger.devices)
+        room = sum(max(self._budget(device) - budget.overhead_bytes(device), 0) for device in group)
+        return layers_bytes > room and len({(device.kind, buffer_type(device)) for device in group}) == 1
 
     def _budget(self, device: Device) -> int:
         limit = self.limits.of(device.name)
