@@ -51,7 +51,8 @@ def _on_fewest(best: Best, request: PlanRequest, roles: Roles, found: Found, lim
             most = len(found.choice.split.segments) - 1
             ways = [way._replace(most=min(way.most, most)) for way in tier]
             fewer = _first(best, request, roles, ways, limit_s)
-            if fewer is None:
+            # The split that was found may itself be slower than the fastest by what counts as equal.
+            if fewer is None or _first(best, request, roles, tier, fewer.choice.split.seconds / EQUAL_SPEED):
                 return found
             found = fewer
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gguf_files import write_header
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from planner import budget, speed
@@ -241,6 +241,25 @@ def test_no_placement_is_better_than_the_chosen_one(
 
 
 @settings(max_examples=25)
+@example(  # three devices, two and one, each 1 % slower than the one before
+    layers=Layers(
+        (
+            ("q4_0", "q4_0", "f16"),
+            ("q4_0", "q8_0", "q4_0"),
+            ("q4_0", "q8_0", "f16"),
+            ("q8_0", "f32", "q4_0"),
+            ("f16", "f32", "q4_0"),
+            ("q8_0", "f32", "q4_0"),
+        ),
+        "f32",
+        8,
+    ),
+    where=Cards(
+        (0.9022467434362083, 0.5362030560780474, 0.4286024247650455, 0.4286024247650455),
+        0.3,
+        (200 * 10**9, None, None, None),
+    ),
+)
 @given(layers=models(most=10), where=cards(most=4))
 def test_no_placement_of_ten_layers_on_four_devices_is_better(
     layers: Layers, where: Cards, tmp_path_factory: pytest.TempPathFactory
