@@ -87,6 +87,20 @@ class GraphAllocator:
         """Return each buffer's bytes for nodes and leafs, each with the backend that it was placed on."""
         for leaf, backend in leafs:
             self._allocate(leaf, backend)
+        self._count_readers(nodes)
+        for node, backend in nodes:
+            for source in node.src:
+                if not source.allocated:
+                    self._allocate(source, backend)
+            self._allocate(node, backend)
+            for source in node.src:
+                source.n_children -= 1
+                if not source.n_children and not source.n_views:
+                    self._done_with(source)
+        return tuple(buffer.high_water_bytes for buffer in self._buffers)
+
+    def _count_readers(self, nodes: Sequence[tuple[Node, int]]) -> None:
+        """Count each tensor's readers and views, and give the inputs their room: they come first."""
         for node, backend in nodes:
             if node.view_of is not None and node.op != "none":
                 node.view_of.n_views += 1
@@ -96,13 +110,6 @@ class GraphAllocator:
                 source.n_children += 1
                 if source.is_input:
                     self._allocate(source, backend)
-        for node, backend in nodes:
-            for source in node.src:
-                self._allocate(source, backend)
-            self._allocate(node, backend)
-            for source in node.src:
-                self._done_with(source)
-        return tuple(buffer.high_water_bytes for buffer in self._buffers)
 
     def _allocate(self, node: Node, backend: int) -> None:
         if node.allocated or node.view_of is not None or node.home is not None:
@@ -126,9 +133,7 @@ class GraphAllocator:
         node.offset = self._buffers[backend].allocate(self._alloc_sizes[backend](node))
 
     def _done_with(self, node: Node) -> None:
-        node.n_children -= 1
-        if node.n_children or node.n_views:
-            return
+        """Free what nobody reads or looks into any more, or the owner of what it looks into."""
         owner = node.view_of
         if owner is None:
             self._free(node)

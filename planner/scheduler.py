@@ -128,8 +128,9 @@ def _split(nodes: list[Node], n_copies: int) -> list[_Split]:
         if node.backend != split.backend or (split.inputs and _needs_foreign_weight(node, split.backend)):
             split = _Split(node.backend, index)
             splits.append(split)
+        backend = split.backend
         for position, source in enumerate(node.src):
-            if source.backend != split.backend and not _resides_on(source, split.backend):
+            if source.backend != backend and not _resides_on(source, backend):
                 node.src[position] = _copy_to(split, source, n_copies)
     for split, following in pairwise(splits):
         split.end = following.start
@@ -138,9 +139,10 @@ def _split(nodes: list[Node], n_copies: int) -> list[_Split]:
 
 
 def _needs_foreign_weight(node: Node, backend: int) -> bool:
-    return any(
-        source.is_weight and source.backend != backend and not _resides_on(source, backend) for source in node.src
-    )
+    for source in node.src:
+        if source.is_weight and source.backend != backend and not _resides_on(source, backend):
+            return True
+    return False
 
 
 def _copy_to(split: _Split, source: Node, n_copies: int) -> Node:
