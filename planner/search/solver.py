@@ -83,13 +83,21 @@ class Split:
 
 
 class _Row(NamedTuple):
-    """The ways in which a bin's slots may end before one slot: the first possible start, and what spilling adds.
+    """The ways in which a bin's slots may end before one slot: the possible starts, and what spilling adds.
 
-    Where the bin holds none of them, that start is the end itself.
+    ``spill_s`` are the seconds of the first starts, up to ``whole``; from there on nothing is spilled. Where the bin
+    holds no slots that end there, the first start is the end itself.
     """
 
     start: int
+    whole: int
+    after: int
     spill_s: list[float]
+
+    def ways(self) -> Iterator[tuple[int, float]]:
+        """Yield every start, and what spilling adds."""
+        yield from enumerate(self.spill_s, self.start)
+        yield from ((start, 0.0) for start in range(self.whole, self.after))
 
 
 class Solver:
@@ -284,9 +292,12 @@ class _Table:
         # The seconds less those that the slots take in this bin.
         before = list(map(add, state[low:high], self._minus_reads_s[low:high]))
         for end, row in self._reached(starts):
-            first = max(row.start, low)
-            ways = map(add, before[first - low : end - low], row.spill_s[first - row.start :])
-            seconds = min(ways) - self._minus_reads_s[end] + self._crossings_s
+            first, whole = max(row.start, low), max(row.whole, low)
+            least_s = min(before[whole - low : end - low], default=inf)
+            if first < whole:
+                spilling = map(add, before[first - low : whole - low], row.spill_s[first - row.start :])
+                least_s = min(least_s, *spilling)
+            seconds = least_s - self._minus_reads_s[end] + self._crossings_s
             into[end] = min(into[end], seconds)
 
     def _reached(self, starts: range) -> Iterator[tuple[int, _Row]]:
@@ -308,14 +319,14 @@ class _Table:
     def last(self, index: int, before: list[float], end: int, least_s: float) -> Iterator[Segment]:
         """Yield the segments to this end that make these seconds of a state, with as little left out as must be."""
         row = self._row(end)
-        for start, spill_s in enumerate(row.spill_s, row.start):
+        for start, spill_s in row.ways():
             if before[start] + self._own_s(start, end) + spill_s <= least_s * (1 + ROUNDING):
                 yield Segment(index, start, end, *self._spilled(start, end))
 
     def every(self, index: int, before: list[float], end: int) -> Iterator[tuple[float, Segment]]:
         """Yield every segment to this end after a state, and its seconds."""
         row = self._row(end)
-        for start in range(row.start, row.start + len(row.spill_s)):
+        for start, _ in row.ways():
             if before[start] == inf:
                 continue
             begin, least = self._spilled(start, end)
@@ -353,8 +364,9 @@ class _Table:
         last_part, lacking = first_part[end], self._sizes[end] - self._room(end)
         lowest, after = self.starts[0], min(self.starts[-1] + 1, end)
         whole = max(bisect_left(self._sizes, lacking), lowest)  # the first start that spills nothing
+        first_whole = min(whole, after)
         extra: list[float] = []
-        for start in range(min(whole, after) - 1, lowest - 1, -1) if most else ():
+        for start in range(first_whole - 1, lowest - 1, -1) if most else ():
             begin = first_part[start]
             until = bisect_left(spill_sizes, lacking + beyond_parts[start])
             if until > last_part or slots_until[until] - slots_until[begin] > most:
@@ -363,10 +375,9 @@ class _Table:
             if extra_s > most_extra_s:  # and more of it with every slot
                 break
             extra.append(extra_s)
-        start = min(whole, after) - len(extra)
-        if start == after:
-            return _Row(min(whole, end), [])
-        return _Row(start, [*reversed(extra), *([0.0] * (after - whole))])
+        if first_whole == after and not extra:
+            return _Row(min(whole, end), after, after, [])
+        return _Row(first_whole - len(extra), first_whole, after, extra[::-1])
 
 
 @lru_cache(maxsize=16)
