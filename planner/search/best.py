@@ -18,7 +18,7 @@ from planner import budget, cache, weights
 from planner.context import context_params
 from planner.flag_values import MAX_DEVICES
 from planner.overrides import UNPIPELINED
-from planner.search.bounds import bound_s
+from planner.search.bounds import ROUNDING, bound_s
 from planner.search.candidates import Candidate, Finder
 from planner.search.chain import Chain
 from planner.search.exhaust import SMALL, improved
@@ -60,6 +60,8 @@ class Way(NamedTuple):
 
     def least_s(self, limit_s: float) -> float:
         """Return the least seconds of all splits, infinite where none is within these."""
+        if bound_s(self.problem) > limit_s * (1 + ROUNDING):
+            return inf
         return min(self.by_count(self.chained(limit_s, counted=self._counts)).values(), default=inf)
 
     def fastest(self, limit_s: float) -> Chain:

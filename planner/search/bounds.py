@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import inf
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -45,14 +45,14 @@ class Left(NamedTuple):
 
 def full_sizes(problem: Problem) -> list[int]:
     """Return the bytes of each slot in the bin that needs the least for it."""
-    return [min(sizes) for sizes in zip(*(each.sizes for each in problem.bins), strict=True)]
+    return _least(each.sizes for each in problem.bins)
 
 
 def most_density(problem: Problem) -> float:
     """Return how many bytes are read at most for each byte of room."""
     parts = [*zip(problem.reads, full_sizes(problem), strict=False)]
     if problem.max_spilled:
-        least = (min(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+        least = _least(each.spill_sizes for each in problem.bins)
         by_slot = zip(problem.spill_slots, problem.spill_reads, least, strict=False)
         for slot, read, size in by_slot:
             parts.append((read, size))
@@ -64,7 +64,7 @@ def least_density(problem: Problem) -> float:
     """Return how many bytes are read at least for each byte that is left to the host of slots in bins."""
     if not problem.max_spilled or not problem.bins:
         return 0.0
-    sizes = (max(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+    sizes = _most(each.spill_sizes for each in problem.bins)
     return min((read / size for read, size in zip(problem.spill_reads, sizes, strict=True) if size), default=0.0)
 
 
@@ -72,7 +72,7 @@ def least_sizes(problem: Problem) -> list[int]:
     """Return bytes of each slot that every bin needs for it: what may be left to the host is left out."""
     least = full_sizes(problem)
     if least and problem.max_spilled:
-        spills = (max(sizes) for sizes in zip(*(each.spill_sizes for each in problem.bins), strict=True))
+        spills = _most(each.spill_sizes for each in problem.bins)
         for slot, size in zip(problem.spill_slots, spills, strict=True):
             least[slot] -= size
     return least
@@ -85,12 +85,12 @@ def bound_s(problem: Problem) -> float:
     """
     by_speed = sorted(problem.bins, key=lambda each: -each.bytes_per_s)
     spill_read, spill_size = [0.0] * len(problem.reads), [0] * len(problem.reads)
-    least_spills = [min(sizes) for sizes in zip(*(each.spill_sizes for each in by_speed), strict=True)]
+    least_spills = _least(each.spill_sizes for each in by_speed)
     parts = list(zip(problem.spill_reads, least_spills, strict=True))
     for slot, (read, size) in zip(problem.spill_slots, parts, strict=True):
         spill_read[slot] += read
         spill_size[slot] += size
-    wholes = [min(sizes) for sizes in zip(*(each.sizes for each in by_speed), strict=True)]
+    wholes = full_sizes(problem)
     parts += [(read - spill_read[slot], wholes[slot] - spill_size[slot]) for slot, read in enumerate(problem.reads)]
     parts.sort(key=lambda part: part[0] / part[1] if part[1] > 0 else inf, reverse=True)
     only_bins = problem.on_host == 0 and not problem.max_spilled
@@ -111,3 +111,15 @@ def bound_s(problem: Problem) -> float:
         seconds += read / speed
         room -= size
     return seconds
+
+
+def _least(tables: Iterable[Sequence[int]]) -> list[int]:
+    """Return the least size of each slot or part; most bins have the same sizes, which are looked at once."""
+    first, *others = {*tables} or {()}
+    return [*map(min, first, *others)] if others else [*first]
+
+
+def _most(tables: Iterable[Sequence[int]]) -> list[int]:
+    """Return the largest size of each slot or part."""
+    first, *others = {*tables} or {()}
+    return [*map(max, first, *others)] if others else [*first]
