@@ -84,9 +84,9 @@ def bound_s(problem: Problem) -> float:
     Infinite where everything has to be in bins and they cannot hold it.
     """
     by_speed = sorted(problem.bins, key=lambda each: -each.bytes_per_s)
-    spill_read, spill_size = [0.0] * len(problem.reads), [0] * len(problem.reads)
+    spill_read, spill_size = [0.0] * len(problem.reads), [0.0] * len(problem.reads)
     least_spills = _least(each.spill_sizes for each in by_speed)
-    parts = list(zip(problem.spill_reads, least_spills, strict=True))
+    parts: list[tuple[float, float]] = list(zip(problem.spill_reads, least_spills, strict=True))
     for slot, (read, size) in zip(problem.spill_slots, parts, strict=True):
         spill_read[slot] += read
         spill_size[slot] += size
