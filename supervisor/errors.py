@@ -33,6 +33,5 @@ def error_of(refusal: Refusal) -> AcquireError:
     """Return the error that tells this refusal."""
     message, retry_after_s = refusal.message, refusal.retry_after_s
     if refusal.kind is RefusalKind.CANNOT_FIT:
-        never = retry_after_s is None
-        return CannotFit(message, causes=refusal.causes, never=never, retry_after_s=retry_after_s)
+        return CannotFit(message, causes=refusal.causes, never=refusal.never, retry_after_s=retry_after_s)
     return _PLAIN[refusal.kind](message, retry_after_s=retry_after_s)

@@ -142,12 +142,12 @@ class Child:
         with anyio.move_on_after(within_s):
             await self._exited.wait()
 
-    def reap(self) -> str:
-        """Kill what is left of the group, reap the process, return ``exit status N`` or ``killed by SIGNAME``."""
+    def reap(self) -> int:
+        """Kill what is left of the group, reap the process, return how it ended as ``describe_exit`` reads it."""
         self._signal(signal.SIGKILL)
         returncode = self._process.wait()
         os.close(self._pidfd)
-        return describe_exit(returncode)
+        return returncode
 
     def close(self) -> None:
         """Give the pipe back."""
@@ -174,7 +174,7 @@ class Child:
 
 
 def describe_exit(returncode: int) -> str:
-    """Return a subprocess returncode in words."""
+    """Return a subprocess returncode in words: ``exit status N``, or ``killed by SIGNAME`` where it is negative."""
     if returncode >= 0:
         return f"exit status {returncode}"
     with suppress(ValueError):

@@ -25,7 +25,7 @@ from supervisor.children.hanging import HangWatch, Patience
 from supervisor.children.health import wait_healthy, wait_serving
 from supervisor.children.logs import ChildLog
 from supervisor.children.proc_stat import is_stopped
-from supervisor.children.process import READ_BYTES, Child, find_setpriv, scrubbed, started, tied
+from supervisor.children.process import READ_BYTES, Child, describe_exit, find_setpriv, scrubbed, started, tied
 from supervisor.children.spare import Spare
 from supervisor.children.weights_read import WeightsRead
 from supervisor.core.commands import Spawn
@@ -219,7 +219,7 @@ class Children:
                 tasks.start_soon(self._listen, model, generation, running, tasks, silent)
                 tasks.start_soon(self._follow_load, model, generation, running)
                 await child.wait_exit()
-                exit_ = child.reap()
+                returncode = child.reap()
                 reaped = True
                 with anyio.move_on_after(LAST_WORDS_S):
                     await silent.wait()
@@ -235,7 +235,8 @@ class Children:
             self._ended[model] = log
         said = log.tail[-1:] if running.is_program else ()  # nobody knows what its complaints look like
         last_error = log.last_error or "".join(said) or None
-        self._post(ProcessExited(model, generation, exit_, last_error, log.tail, log.shortage))
+        how = describe_exit(returncode)
+        self._post(ProcessExited(model, generation, how, last_error, log.tail, log.shortage, killed=returncode < 0))
 
     def _record(self, model: ModelId, pid: int) -> None:
         try:

@@ -59,6 +59,13 @@ class YieldRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class YieldEnded:
+    """What is another program's of any of these devices, or of memory that they share, is so no more."""
+
+    devices: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """The service is to stop. A second one hurries: what still drains is stopped at once."""
 
@@ -125,13 +132,14 @@ class BecameReady(RunnerEvent):
 class ProcessExited(RunnerEvent):
     """The child is gone and reaped. ``last_error`` is the line of its log that says most about why.
 
-    ``shortage`` says whose memory ran out, where that ended it.
+    ``shortage`` says whose memory ran out, where that ended it; ``killed``: a signal did.
     """
 
     exit: str
     last_error: str | None
     log_tail: tuple[str, ...] = ()
     shortage: Shortage | None = None
+    killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +202,7 @@ Event = (
     | Planned
     | SettingsChanged
     | YieldRequested
+    | YieldEnded
     | ShutdownRequested
     | TimePassed
     | RunnerEvent

@@ -24,7 +24,6 @@ MIB: Final = 1024 * 1024
 # What an allocation of llama.cpp's lacks is seldom more than a twentieth; a driver that fragments wants more.
 MARGIN_SHARES: Final = (0.05, 0.10, 0.20, 0.40)
 LEAST_MARGIN_BYTES: Final = 64 * MIB  # less would not move a layer of any model that runs out
-KILLED: Final = "killed by"  # how the exit of a child reads that a signal ended
 LEARN_BYTES: Final = 256 * MIB  # the pool of a CUDA device grows in steps of about that much
 
 Outcome = tuple[Runner, tuple[Command, ...]]
@@ -38,7 +37,7 @@ def died(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Ou
         reason=": ".join(part for part in (event.exit, shortage, event.last_error) if part is not None),
         exit=event.exit,
         log_tail=event.log_tail,
-        killed=event.exit.startswith(KILLED),
+        killed=event.killed,
         shortage=event.shortage,
     )
     return fail(runner, failure, now, limits)

@@ -247,4 +247,4 @@ def _cannot_fit(pool: Pool, model: ModelId, no_fit: DoesNotFit, now: float) -> R
         retry_after_s = max(1.0, min(one.until for one in pool.yields) - now)
     elif not no_fit.never:
         retry_after_s = RETRY_AFTER_BUSY_S
-    return Refusal(RefusalKind.CANNOT_FIT, message, retry_after_s, no_fit.causes)
+    return Refusal(RefusalKind.CANNOT_FIT, message, retry_after_s, no_fit.causes, no_fit.never)

@@ -29,6 +29,7 @@ from supervisor.core.events import (
     ShutdownRequested,
     StopRequested,
     TimePassed,
+    YieldEnded,
     YieldRequested,
 )
 from supervisor.core.pool import LoadPhase, Pool
@@ -52,6 +53,8 @@ def step(pool: Pool, event: Event, now: float) -> Outcome:
             pool, commands = _change_settings(pool, by_model, now)
         case YieldRequested():
             pool, commands = _ask_all_anew(yielding.begin(pool, event, now)), ()
+        case YieldEnded():
+            pool, commands = _ask_all_anew(yielding.end(pool, event)), ()
         case ShutdownRequested():
             pool, commands = _shut_down(pool, now)
         case TimePassed():

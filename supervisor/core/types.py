@@ -66,7 +66,8 @@ class PlannedUse:
     """What a plan takes on one device: in all as llama.cpp counts it (None: not known), and beside its buffers.
 
     ``taken_bytes`` is what nobody else can have meanwhile, as far as it is known. On the host that leaves out what is
-    mapped, which is page cache. ``later_bytes`` of it are taken in use only, bit by bit: the prompt cache.
+    mapped, which is page cache. ``later_bytes`` of it are taken in use only: the prompt cache, and what a
+    large image takes.
     """
 
     device: str
@@ -245,12 +246,16 @@ class RefusalKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A ticket's refusal: one line, and when it is worth trying again (None: it is not)."""
+    """A ticket's refusal: one line, and when it is worth trying again (None: it is not).
+
+    ``never``: what was asked for does not fit on an empty machine either.
+    """
 
     kind: RefusalKind
     message: str
     retry_after_s: float | None = None
     causes: tuple[Shortfall, ...] = ()
+    never: bool = False
 
 
 @dataclass(frozen=True, slots=True)

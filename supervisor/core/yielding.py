@@ -1,6 +1,6 @@
 """Memory that is another program's for a while: what our runners may hold meanwhile, and which of them go for it.
 
-1. From when it is asked for until its time is over, our runners together may hold no more of the device than leaves the
+1. From when it is asked for until its time is over, or it is ended before, our runners together may hold no more of the device than leaves the
    other program what it wants: a cap on what is loaded there, or in the memory that it shares with other devices.
    Whoever asks again asks for the same memory: the lowest cap holds.
 2. As long as they hold more, the cheapest set of them that is enough goes. Idle ones go at once. One in use takes up no
@@ -16,7 +16,7 @@ from typing import Final
 
 from supervisor.core import eviction, ledger
 from supervisor.core.commands import Command
-from supervisor.core.events import StopRequested, YieldRequested
+from supervisor.core.events import StopRequested, YieldEnded, YieldRequested
 from supervisor.core.pool import Pool, Yielded
 from supervisor.core.runner import STAYS, Runner, RunnerState
 from supervisor.core.stepping import Outcome, step_runner
@@ -30,6 +30,11 @@ def begin(pool: Pool, event: YieldRequested, now: float) -> Pool:
     free_bytes = event.free_bytes - ledger.later_on(pool, event.devices)
     most_bytes = ledger.held_on(pool, event.devices) + free_bytes - event.wanted_bytes
     return replace(pool, yields=(*pool.yields, Yielded(Cap(event.devices, most_bytes), now, event.until)))
+
+
+def end(pool: Pool, event: YieldEnded) -> Pool:
+    """Return the pool in which nothing of these devices is another program's; who goes for it already still goes."""
+    return replace(pool, yields=tuple(one for one in pool.yields if not one.cap.devices & event.devices))
 
 
 def advance(pool: Pool, now: float) -> Outcome:

@@ -118,10 +118,12 @@ class Bench:
         model: ModelId,
         last_error: str | None = None,
         shortage: Shortage | None = None,
-        how: str = "exit status 1",
+        *,
+        killed: bool = False,
     ) -> tuple[Command, ...]:
         generation = self.pool.runner(model).generation
-        return self.post(ProcessExited(model, generation, how, last_error, shortage=shortage))
+        how = "killed by SIGKILL" if killed else "exit status 1"
+        return self.post(ProcessExited(model, generation, how, last_error, shortage=shortage, killed=killed))
 
     def wait(self, seconds: float) -> tuple[Command, ...]:
         self.now += seconds

@@ -32,6 +32,7 @@ from supervisor.core.events import (
     StopRequested,
     TimePassed,
     WrongDevices,
+    YieldEnded,
     YieldRequested,
 )
 from supervisor.core.invariants import violations
@@ -188,7 +189,7 @@ class PoolMachine(RuleBasedStateMachine):
             for those in (self.alive, self.ready, self.stopping):
                 those.discard(child)
             shortage = Shortage("CUDA0") if fate == "short" else None
-            self.post(ProcessExited(*child, "killed by SIGKILL", None, shortage=shortage))
+            self.post(ProcessExited(*child, "killed by SIGKILL", None, shortage=shortage, killed=True))
         elif child in self.ready:
             if fate == "hung":
                 self.post(ChildHung(*child, "no answer"))
@@ -220,6 +221,10 @@ class PoolMachine(RuleBasedStateMachine):
     def yield_memory(self, device: str, wanted_bytes: int) -> None:
         free_bytes = CAPACITY[device] - ledger.held_bytes(self.pool).get(device, 0)
         self.post(YieldRequested(frozenset({device}), wanted_bytes, free_bytes, self.now + 20.0))
+
+    @rule(device=st.sampled_from(["CUDA0", "Host"]))
+    def end_yield(self, device: str) -> None:
+        self.post(YieldEnded(frozenset({device})))
 
     @rule()
     def shut_down(self) -> None:

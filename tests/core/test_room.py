@@ -305,7 +305,8 @@ def test_what_can_never_fit_is_refused_for_good_and_evicts_nobody(*, never: bool
     ticket = bench.arrive(B)
     bench.answer(DoesNotFit("Does not fit", never=never))
     assert refusals(bench.commands) == [(ticket, RefusalKind.CANNOT_FIT)]
-    assert bench.one(Reject).refusal.retry_after_s == retry_after_s
+    refusal = bench.one(Reject).refusal
+    assert (refusal.never, refusal.retry_after_s) == (never, retry_after_s)
     assert bench.state(A) is RunnerState.READY
 
 

@@ -124,7 +124,7 @@ def test_a_load_without_progress_is_stopped_and_fails_once_the_child_is_gone() -
     assert runner.state is RunnerState.STOPPING
     assert [type(command) for command in commands] == [StopProcess]
     assert runner.held_bytes()["CUDA0"] == 10, "its memory is not free before it is gone"
-    runner, commands = step(runner, ProcessExited(MODEL, 1, "killed by SIGTERM", None), 31.0, LIMITS)
+    runner, commands = step(runner, ProcessExited(MODEL, 1, "killed by SIGTERM", None, killed=True), 31.0, LIMITS)
     assert runner.state is RunnerState.BACKOFF
     assert runner.last_failure is not None
     assert "LOAD_TIMEOUT" in runner.last_failure.reason
@@ -254,7 +254,7 @@ def test_a_child_that_hangs_while_it_loads_is_ended_by_force_and_its_load_failed
     stopping, (stop,) = step(runner_in(RunnerState.LOADING), ChildHung(MODEL, 1, "it was stopped"), 5.0, LIMITS)
     assert isinstance(stop, StopProcess)
     assert stop.at_once
-    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 6.0, LIMITS)
+    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None, killed=True), 6.0, LIMITS)
     assert isinstance(report, ReportFailure)
     assert (failed.state, report.while_loading) == (RunnerState.BACKOFF, True)
 
@@ -269,7 +269,7 @@ def test_a_child_that_hangs_is_ended_by_force_its_clients_told_and_comes_back(st
     assert isinstance(stop, StopProcess)
     assert stop.at_once
     assert lost == LoseLeases(MODEL, 1, "it hung: no answer to GET /health")
-    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 6.0, LIMITS)
+    failed, (report,) = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None, killed=True), 6.0, LIMITS)
     assert isinstance(report, ReportFailure)
     assert report.failure.reason == "it hung: no answer to GET /health"
     assert (failed.state, failed.wanted_back) == (RunnerState.BACKOFF, state is RunnerState.READY)
@@ -298,7 +298,7 @@ def test_what_is_cut_short_is_told_at_once_and_not_again(event: RunnerEvent, sai
     assert isinstance(stop, StopProcess)
     assert isinstance(lost, LoseLeases)
     assert said in lost.story
-    stopped, commands = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None), 10.0, LIMITS)
+    stopped, commands = step(stopping, ProcessExited(MODEL, 1, "killed by SIGKILL", None, killed=True), 10.0, LIMITS)
     assert (stopped.state, stopped.in_flight, commands) == (RunnerState.STOPPED, 0, ())
 
 

@@ -128,13 +128,13 @@ def test_a_load_that_was_killed_is_tried_again_once_for_each_who_waits() -> None
     first = bench.arrive(A)
     bench.answer(make_plan())
     bench.spawn(A)
-    bench.exit(A, how="killed by SIGKILL")
+    bench.exit(A, killed=True)
     assert refusals(bench.commands) == []
     bench.post(TimePassed())
     second = bench.arrive(A)
     bench.answer_to(A, make_plan())
     bench.spawn(A)
-    bench.exit(A, how="killed by SIGKILL")
+    bench.exit(A, killed=True)
     assert refusals(bench.commands) == [(first, RefusalKind.LOAD_FAILED)]
     bench.wait(1.0)
     bench.answer_to(A, make_plan())
@@ -146,7 +146,7 @@ def test_a_load_that_was_killed_while_its_last_client_had_left_is_not_tried_agai
     bench.post(RequestAbandoned(bench.arrive(A)))
     bench.answer_to(A, make_plan())
     bench.spawn(A)
-    bench.exit(A, how="killed by SIGKILL")
+    bench.exit(A, killed=True)
     bench.wait(60.0)
     assert bench.all(PlanModel) == []
 
@@ -158,7 +158,7 @@ def test_a_stuck_load_that_was_killed_by_us_is_not_tried_again() -> None:
     bench.spawn(A)
     bench.wait(bench.pool.limits.load_timeout_s)
     assert refusals(bench.commands) == [(ticket, RefusalKind.LOAD_TIMEOUT)]
-    bench.exit(A, how="killed by SIGKILL")
+    bench.exit(A, killed=True)
     bench.wait(60.0)
     assert bench.all(PlanModel) == []
 

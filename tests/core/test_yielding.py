@@ -9,7 +9,14 @@ from making_plans import CUDA0, LIMITS, Bench, granted, make_plan, refusals
 
 from supervisor.core import ledger, yielding
 from supervisor.core.commands import LoseLeases, PlanModel, Reject, StopProcess
-from supervisor.core.events import BecameReady, SettingsChanged, ShutdownRequested, StopRequested, YieldRequested
+from supervisor.core.events import (
+    BecameReady,
+    SettingsChanged,
+    ShutdownRequested,
+    StopRequested,
+    YieldEnded,
+    YieldRequested,
+)
 from supervisor.core.runner import RunnerState
 from supervisor.core.types import Cap, DoesNotFit, ModelId, ModelSettings, RefusalKind
 
@@ -141,6 +148,33 @@ def test_who_has_to_go_for_one_program_is_enough_for_the_next() -> None:
         assert (bench.state(B), set(yielding.awaited_bytes(bench.pool, everything.devices, bench.now))) == (
             (RunnerState.READY, {A}) if first else (RunnerState.STOPPING, set())
         )
+
+
+def test_memory_that_is_given_back_early_is_planned_with_at_once_and_that_of_other_devices_stays_given() -> None:
+    bench = Bench(MANY)
+    bench.load_idle(A)
+    bench.post(ALL)
+    bench.exit(A)
+    bench.post(replace(ALL, devices=frozenset({"CUDA1"}), free_bytes=20))
+    bench.arrive(A)
+    assert {one.devices for one in bench.one(PlanModel).caps} == {CUDA0, frozenset({"CUDA1"})}
+    bench.post(YieldEnded(CUDA0))
+    assert bench.one(PlanModel).caps == (Cap(frozenset({"CUDA1"}), 0),), "the plan in the making is made again"
+    bench.post(YieldEnded(frozenset({"CUDA1", "Host"})))
+    assert bench.one(PlanModel).caps == ()
+
+
+def test_who_goes_for_memory_that_is_given_back_early_still_goes_and_nobody_else_does() -> None:
+    bench = Bench(MANY)
+    bench.bring_up(A)
+    first = bench.arrive(B)
+    bench.answer_to(B, make_plan())
+    bench.post(replace(ALL, wanted_bytes=1000))
+    bench.post(YieldEnded(CUDA0))
+    assert granted(bench.finish_load(B)) == [first]
+    bench.finish(A)
+    bench.finish(B)
+    assert (bench.state(A), bench.state(B)) == (RunnerState.STOPPING, RunnerState.READY)
 
 
 def test_memory_on_another_device_is_left_alone() -> None:

@@ -102,7 +102,8 @@ async def test_a_child_is_told_to_end_once_its_loop_answers(tmp_path: Path) -> N
         await events.first(BecameReady)
         with anyio.fail_after(WITHIN_S):
             await children.stop(A, 1)
-        assert (await events.first(ProcessExited)).exit == "exit status 3"
+        exited = await events.first(ProcessExited)
+        assert (exited.exit, exited.killed) == ("exit status 3", False)
 
 
 async def test_a_child_whose_loop_never_answers_is_ended_by_force(tmp_path: Path) -> None:
@@ -112,7 +113,8 @@ async def test_a_child_whose_loop_never_answers_is_ended_by_force(tmp_path: Path
         await events.first(BecameReady)
         with anyio.fail_after(WITHIN_S):
             await children.stop(A, 1)
-        assert (await events.first(ProcessExited)).exit == "killed by SIGKILL"
+        exited = await events.first(ProcessExited)
+        assert (exited.exit, exited.killed) == ("killed by SIGKILL", True)
 
 
 @pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")

@@ -44,7 +44,7 @@ def running(program: str) -> Iterator[Child]:
 async def ended(child: Child) -> str:
     with anyio.fail_after(30):
         await child.wait_exit()
-    return child.reap()
+    return describe_exit(child.reap())
 
 
 async def stopped(child: Child, grace_s: float) -> str:
