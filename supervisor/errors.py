@@ -14,6 +14,7 @@ from supervisor.api.errors import (
     LoadTimeout,
     PlannerFailed,
     QueueFull,
+    QueueTimeout,
     ShuttingDown,
 )
 from supervisor.core.types import Refusal, RefusalKind
@@ -22,6 +23,7 @@ _PLAIN: Final[Mapping[RefusalKind, type[AcquireError]]] = {
     RefusalKind.BAD_MODEL: BadModel,
     RefusalKind.QUEUE_FULL: QueueFull,
     RefusalKind.CLIENT_LIMIT: ClientLimit,
+    RefusalKind.QUEUE_TIMEOUT: QueueTimeout,
     RefusalKind.LOAD_TIMEOUT: LoadTimeout,
     RefusalKind.LOAD_FAILED: LoadFailed,
     RefusalKind.PLANNER_FAILED: PlannerFailed,

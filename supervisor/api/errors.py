@@ -55,8 +55,12 @@ class ClientLimit(AcquireError):
     """This client has as many requests waiting as CLIENT_QUEUE allows; others are still welcome."""
 
 
+class QueueTimeout(AcquireError):
+    """No slot came free within QUEUE_TIMEOUT."""
+
+
 class LoadTimeout(AcquireError):
-    """The runner was not ready within LOAD_TIMEOUT, or no slot came free within QUEUE_TIMEOUT."""
+    """The load showed no progress, or found no room, within LOAD_TIMEOUT."""
 
 
 class LoadFailed(AcquireError):

@@ -63,7 +63,7 @@ def refuse_late(pool: Pool, now: float) -> Outcome:
     for ticket in pool.waiting:
         if ticket.arrived_at + pool.limits.queue_timeout_s <= now:
             message = f"{ticket.model} was not free within {pool.limits.queue_timeout_s:g} s (QUEUE_TIMEOUT)"
-            late = Refusal(RefusalKind.LOAD_TIMEOUT, message, retry_after_s(pool, ticket.model))
+            late = Refusal(RefusalKind.QUEUE_TIMEOUT, message, retry_after_s(pool, ticket.model))
             pool, more = refuse(pool, (ticket,), late)
             commands += more
     return pool, commands

@@ -238,6 +238,7 @@ class RefusalKind(StrEnum):
     CANNOT_FIT = "cannot_fit"
     QUEUE_FULL = "queue_full"
     CLIENT_LIMIT = "client_limit"
+    QUEUE_TIMEOUT = "queue_timeout"
     LOAD_TIMEOUT = "load_timeout"
     LOAD_FAILED = "load_failed"
     PLANNER_FAILED = "planner_failed"

@@ -80,7 +80,7 @@ def test_nobody_waits_for_longer_than_queue_timeout_and_is_told_when_to_come_bac
     bench.now = 119.0
     assert refusals(bench.post(TimePassed())) == []
     bench.now = 120.0
-    assert refusals(bench.post(TimePassed())) == [(late, RefusalKind.LOAD_TIMEOUT)]
+    assert refusals(bench.post(TimePassed())) == [(late, RefusalKind.QUEUE_TIMEOUT)]
     assert bench.one(Reject).refusal.retry_after_s == 20.0
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from planner.types import Role
-from supervisor.api.errors import BadModel, CannotFit, ClientLimit, LoadFailed, LoadTimeout, PlannerFailed, QueueFull
+from supervisor.api.errors import (
+    BadModel,
+    CannotFit,
+    ClientLimit,
+    LoadFailed,
+    LoadTimeout,
+    PlannerFailed,
+    QueueFull,
+    QueueTimeout,
+)
 from supervisor.api.models import ModelView, Preset
 from supervisor.api.snapshot import DeviceUse, RunnerView, Snapshot
 from supervisor.api.store import BadCreate, NotInStore, RegistryFailed, StoreFull
@@ -341,6 +350,7 @@ BUSY = "server busy, please try again.  maximum pending requests exceeded"
         (LoadFailed("it died: out of memory"), 500, "llama runner process has terminated: it died: out of memory"),
         (BadModel("its file is broken"), 500, "its file is broken"),
         (PlannerFailed("the planner died"), 500, "the planner died"),
+        (QueueTimeout("600 s"), 503, f"{BUSY} (600 s)"),
         (LoadTimeout("300 s"), 500, "timed out waiting for llama runner to start: 300 s"),
         (RunnerLost("killed"), 500, "model runner has unexpectedly stopped: killed"),
         (Unauthorized("no key"), 401, "no key"),

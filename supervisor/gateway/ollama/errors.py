@@ -19,6 +19,7 @@ from supervisor.api.errors import (
     LoadTimeout,
     PlannerFailed,
     QueueFull,
+    QueueTimeout,
     ShuttingDown,
 )
 from supervisor.api.store import BadCreate, BadModelName, NotInStore, StoreError
@@ -100,6 +101,7 @@ class ErrorRule:
 RULES: Final = (
     ErrorRule(QueueFull, 503, lambda _: BUSY),
     ErrorRule(ClientLimit, 503, lambda error: f"{BUSY} ({error})"),
+    ErrorRule(QueueTimeout, 503, lambda error: f"{BUSY} ({error})"),
     ErrorRule(ShuttingDown, 503),
     ErrorRule(BadModel, 500),
     ErrorRule(CannotFit, 500),
