@@ -69,6 +69,7 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     llama_server: Path | None = None,
     rpc_servers: Sequence[RpcServer] = (),
     leased: frozenset[str] = frozenset(),
+    insist: frozenset[str] = frozenset(),
     previous: Detected | None = None,
     known: Machine | None = None,
     owner: int | None = None,
@@ -80,7 +81,8 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
 
     ``leased`` are endpoints of RPC workers that runners of ours hold: they are not probed (a worker serves one client),
     their devices are taken over from ``known``, the machine as it was last told (None: that of ``previous``). With
-    ``previous`` the llama-server found then is kept, unless cards came or went since: it is asked again what it lists.
+    ``previous`` the llama-server found then is kept, unless cards came or went since: it is asked again what it lists;
+    and workers that kept silent then are left alone for a while, but for those that the caller does ``insist`` on.
     ``owner`` is the process whose runners' mapped weights are not to be counted as available, and which may use a card
     that takes one process at a time and has one of them. ``named`` are devices that the user asked for by name, to be
     used even where llama.cpp would leave them out.
@@ -102,7 +104,8 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
         n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
     protocol = search.build.rpc_protocol
-    asked = () if lightly else ask_workers(rpc_servers, protocol=protocol, leased=leased)
+    before = () if previous is None else previous.workers
+    asked = () if lightly else ask_workers(rpc_servers, protocol=protocol, leased=leased, before=before, insist=insist)
     # Only now: a worker of this machine answers once it has given back what its last client held.
     memory = host.read(root).without(host.mapped_bytes(ours, root))
     server = search.server if lightly else _with_free(search.server, cards, environ, machine_key)

@@ -22,6 +22,9 @@ from gpu import bounded
 from gpu.card import Fault
 
 PROBE_TIMEOUT_S: Final = 2.0  # a local network answers in milliseconds; a busy worker never does
+# A worker that kept silent is left alone so long: of the time in which loads follow each other, one thirtieth is spent
+# on asking it, and it is used again a minute after it is free at the latest.
+REST_S: Final = 60.0
 _RESOLVER_SLACK_S: Final = 0.1  # beyond the probe's own limit, so that its own reason is the one that is told
 _LOOPBACK: Final = "127."  # whatever of it a worker listens at, we ask from 127.0.0.1
 _SHORTEST_S: Final = 0.001  # a time limit of zero would mean not to wait at all
@@ -65,7 +68,8 @@ class WorkerDevice:
 class Worker:
     """A worker's answer. ``why_not`` is there wherever it is not ready. ``is_here``: it runs on this machine.
 
-    ``address`` is where it was reached, in numbers: of two names for one worker it is the same.
+    ``address`` is where it was reached, in numbers: of two names for one worker it is the same. ``silent_at_s`` is when
+    (``time.monotonic``) it had let us wait for nothing: to ask it again costs as much again.
     """
 
     endpoint: str
@@ -75,6 +79,12 @@ class Worker:
     why_not: Fault | None = None
     is_here: bool = False
     address: str | None = None
+    silent_at_s: float | None = None
+
+    @property
+    def is_resting(self) -> bool:
+        """Say whether it kept silent so short a time ago that it is not worth while to ask it again."""
+        return self.silent_at_s is not None and time.monotonic() < self.silent_at_s + REST_S
 
 
 class _NotOurProtocolError(Exception):
@@ -107,7 +117,8 @@ def probe(endpoint: str, *, protocol: str | None, timeout_s: float = PROBE_TIMEO
     if found is not None:
         return found
     what = f"cannot connect to {endpoint} (its name is not resolved in time)"
-    return Worker(endpoint, WorkerState.UNREACHABLE, why_not=Fault(what, "name it by its address in RPC_SERVERS"))
+    why_not = Fault(what, "name it by its address in RPC_SERVERS")
+    return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why_not, silent_at_s=time.monotonic())
 
 
 def _probe(endpoint: str, protocol: str | None, deadline: float) -> Worker:
@@ -136,7 +147,9 @@ def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities
     except (OSError, ValueError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         fix = "start ggml-rpc-server there or take it out of RPC_SERVERS"
-        return Worker(endpoint, WorkerState.UNREACHABLE, why_not=Fault(f"cannot connect to {endpoint} ({reason})", fix))
+        why_not = Fault(f"cannot connect to {endpoint} ({reason})", fix)
+        silent_at_s = time.monotonic() if isinstance(error, TimeoutError) else None
+        return Worker(endpoint, WorkerState.UNREACHABLE, why_not=why_not, silent_at_s=silent_at_s)
     with connection:
         # Close with a reset: a busy worker would later write to a socket that was closed in good order, and die.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -145,7 +158,8 @@ def _asked(endpoint: str, protocol: str | None, deadline: float, *, capabilities
             worker = _ask(_Connection(connection, deadline), endpoint, protocol, capabilities)
         except TimeoutError:
             what = f"{endpoint} does not answer, as a worker does that serves another client"
-            return Worker(endpoint, WorkerState.BUSY, why_not=Fault(what, "end that, or start one worker for each"))
+            why_not = Fault(what, "end that, or start one worker for each")
+            return Worker(endpoint, WorkerState.BUSY, why_not=why_not, silent_at_s=time.monotonic())
         except OSError as error:
             raise _HungUpError(error.strerror or str(error)) from None
         is_here = ours == theirs or theirs.startswith(_LOOPBACK)

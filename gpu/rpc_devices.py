@@ -50,11 +50,23 @@ class RpcDevices:
 
 
 def ask_workers(
-    servers: Sequence[RpcServer], *, protocol: str | None, leased: frozenset[str] = frozenset()
+    servers: Sequence[RpcServer],
+    *,
+    protocol: str | None,
+    leased: frozenset[str] = frozenset(),
+    before: Sequence[Worker] = (),
+    insist: frozenset[str] = frozenset(),
 ) -> tuple[Worker, ...]:
-    """Return what the workers answer that are not ``leased``, in order. Takes at most the probe's time limit."""
+    """Return what the workers answer that are not ``leased``, in order. Takes at most the probe's time limit.
+
+    Those that kept silent ``before`` are left alone for a while and stay as they were, but for those that we ``insist``
+    on.
+    """
     endpoints = [server.endpoint for server in servers if server.endpoint not in leased]
-    return _told_apart(probe_all(endpoints, protocol=protocol))
+    resting = {one.endpoint: one for one in before if one.is_resting and one.endpoint not in insist}
+    asked = probe_all([endpoint for endpoint in endpoints if endpoint not in resting], protocol=protocol)
+    told = resting | {worker.endpoint: worker for worker in asked}
+    return _told_apart([told[endpoint] for endpoint in endpoints])
 
 
 def rpc_devices(

@@ -110,7 +110,7 @@ class Worker:
         except OSError as error:
             return Failed(f"{error.filename} cannot be read ({error.strerror}): scan the folder again")
 
-    def _detect(self, situation: Situation, *, lightly: bool = False) -> Detected:
+    def _detect(self, situation: Situation, *, insist: frozenset[str] = frozenset(), lightly: bool = False) -> Detected:
         previous = self._detected
         if previous is not None and _stamp(previous.llama) != self._stamp:
             previous = replace(previous, llama=Search(None, ()))  # it was built anew, or removed: look for it again
@@ -118,7 +118,8 @@ class Worker:
             self._environ,
             llama_server=self._settings.llama_server,
             rpc_servers=self._settings.rpc_servers,
-            leased=frozenset(_endpoints(situation, situation.held)),
+            leased=_endpoints(situation, situation.held),
+            insist=insist,
             previous=previous,
             known=situation.known,
             owner=os.getppid(),
@@ -129,14 +130,15 @@ class Worker:
 
     def _look(self, situation: Situation) -> Detected:
         """Return the machine once its drivers and workers show that the runners which have just gone are gone."""
-        give_up_at = time.monotonic() + self._settle_within_s
+        began_at = time.monotonic()
+        give_up_at = began_at + self._settle_within_s
+        awaited = frozenset[str]()
         while True:
-            detected = self._detect(situation)
+            detected = self._detect(situation, insist=awaited)
             now = _reading(detected.machine, situation)
-            lagging = _busy(detected, _endpoints(situation, situation.gone))
-            if self._reading is not None:
-                lagging |= set(unsettled(self._reading, now, situation.gone))
-            if not lagging or time.monotonic() > give_up_at:
+            awaited = _endpoints(situation, situation.gone) & _busy(detected, since_s=began_at)
+            lagging = () if self._reading is None else unsettled(self._reading, now, situation.gone)
+            if not (awaited or lagging) or time.monotonic() > give_up_at:
                 self._reading = latest(self._reading, now)
                 return detected
             time.sleep(SETTLE_POLL_S)
@@ -166,15 +168,19 @@ class Worker:
         return Placing(question, detected.machine, policy, place).outcome()
 
 
-def _endpoints(situation: Situation, names: Iterable[str]) -> set[str]:
+def _endpoints(situation: Situation, names: Iterable[str]) -> frozenset[str]:
     """Return the RPC workers to which the devices of these names belong, of those that are known."""
     devices = () if situation.known is None else situation.known.devices
-    return {device.endpoint for device in devices if device.endpoint is not None and device.name in names}
+    return frozenset(one.endpoint for one in devices if one.endpoint is not None and one.name in names)
 
 
-def _busy(detected: Detected, endpoints: set[str]) -> set[str]:
-    """Return those of these workers that serve somebody: their client of before, which they finish with first."""
-    return {one.endpoint for one in detected.workers if one.state is WorkerState.BUSY and one.endpoint in endpoints}
+def _busy(detected: Detected, *, since_s: float) -> frozenset[str]:
+    """Return the workers that serve somebody, of those asked since then. One that is left alone is not waited for."""
+    return frozenset(
+        one.endpoint
+        for one in detected.workers
+        if one.state is WorkerState.BUSY and one.silent_at_s is not None and one.silent_at_s >= since_s
+    )
 
 
 def _reading(machine: Machine, situation: Situation) -> Reading:

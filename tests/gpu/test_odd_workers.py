@@ -5,9 +5,10 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from file_trees import MEMINFO, host_tree
 from config.values import RpcServer
 from gpu import host
 from gpu.detect import detect
-from gpu.rpc import PINNED_PROTOCOL, Worker, WorkerDevice, WorkerState, probe
+from gpu.rpc import PINNED_PROTOCOL, REST_S, Worker, WorkerDevice, WorkerState, probe
 from gpu.rpc_devices import RpcDevices, ask_workers, rpc_devices
 from planner.types import HOST_POOL, Machine, MemoryPool
 
@@ -150,6 +151,25 @@ def test_garbage_is_one_line_and_no_worker(start: Start, raw: bytes) -> None:
 def test_one_that_falls_silent_anywhere_is_given_up_in_time(start: Start, n_bytes: int) -> None:
     found = probe(start(Scripted(silent_after=n_bytes)).endpoint, protocol=PINNED_PROTOCOL, timeout_s=SHORT_S)
     assert found.state is WorkerState.BUSY
+
+
+def test_one_that_kept_silent_is_left_alone_for_a_while_unless_the_caller_insists(start: Start) -> None:
+    worker = start(Scripted(silent_after=1))
+    servers = [RpcServer("127.0.0.1", worker.port, None)]
+    before = (probe(worker.endpoint, protocol=PINNED_PROTOCOL, timeout_s=SHORT_S),)
+    worker.silent_after = 1 << 30
+    assert ask_workers(servers, protocol=PINNED_PROTOCOL, before=before) == before
+    insisted = ask_workers(servers, protocol=PINNED_PROTOCOL, before=before, insist=frozenset({worker.endpoint}))
+    long_ago = (replace(before[0], silent_at_s=time.monotonic() - REST_S),)
+    rested = ask_workers(servers, protocol=PINNED_PROTOCOL, before=long_ago)
+    assert [one.state for one in (*insisted, *rested)] == [WorkerState.READY, WorkerState.READY]
+
+
+def test_one_that_refuses_costs_no_time_and_is_asked_each_time() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+    found = probe(f"127.0.0.1:{port}", protocol=PINNED_PROTOCOL)
+    assert (found.state, found.is_resting) == (WorkerState.UNREACHABLE, False)
 
 
 def test_sixty_four_devices_are_numbered_through_and_one_more_is_refused(start: Start) -> None:
