@@ -7,6 +7,8 @@ costs nothing while there are none.
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,12 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+# Of Linux's tcp_info (include/uapi/linux/tcp.h): segments that were sent and not acknowledged, bytes acknowledged of
+# all that were ever sent, bytes not sent yet.
+TCP_INFO_BYTES: Final = 148
+UNACKED_AT: Final = 24
+BYTES_ACKED_AT: Final = 120
+NOTSENT_BYTES_AT: Final = 144
 LOOKS: Final = 6  # within the shortest of the limits: a stall is cut a sixth of that later at most
 
 _log = structlog.get_logger("loadmaster.gateway")
@@ -23,12 +31,13 @@ _log = structlog.get_logger("loadmaster.gateway")
 
 @dataclass(slots=True)
 class _Seen:
-    """What was last seen of one connection. ``amount`` is of body bytes come, or of answer bytes not yet taken."""
+    """What was last seen of one connection: bytes that came of the request's body, and that the client took."""
 
     since: float
     had_request: bool = False
     request: web.Request | None = None
-    amount: int = 0
+    body_bytes: int = 0
+    taken_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -47,7 +56,7 @@ class StallWatch:
     def serving(self, request: web.Request) -> Iterator[None]:
         """Mark the request's connection as in use: from here on its body has to come, and its answer to be read."""
         seen = self._seen(request.protocol)
-        seen.request, seen.had_request, seen.since, seen.amount = request, True, time.monotonic(), 0
+        seen.request, seen.had_request, seen.since, seen.body_bytes = request, True, time.monotonic(), 0
         try:
             yield
         finally:
@@ -74,14 +83,28 @@ class StallWatch:
             allowed = self.head_timeout_s + (self.kept_s if seen.had_request else 0)
             return None if now - seen.since <= allowed else f"no request within {allowed:g} s"
         if not seen.request.content.is_eof():
-            amount, what = seen.request.content.total_bytes, "nothing more of the request's body came"
-            moved = amount > seen.amount
+            before, seen.body_bytes = seen.body_bytes, seen.request.content.total_bytes
+            moved, what = seen.body_bytes > before, "nothing more of the request's body came"
         else:
-            transport = seen.request.transport
-            amount, what = 0 if transport is None else transport.get_write_buffer_size(), "the answer was not read"
-            moved = amount == 0 or amount < seen.amount
+            before = seen.taken_bytes
+            seen.taken_bytes, waits = _answered(seen.request)
+            moved, what = seen.taken_bytes > before or not waits, "the answer was not read"
         if moved:
-            seen.amount, seen.since = amount, now
-        elif amount > seen.amount:  # more of the answer waits now: the clock runs on
-            seen.amount = amount
+            seen.since = now
         return None if now - seen.since <= self.stall_timeout_s else f"{what} for {self.stall_timeout_s:g} s"
+
+
+def _answered(request: web.Request) -> tuple[int, bool]:
+    """Return how many bytes the client's machine has taken over its connection, and whether it has more to take.
+
+    The kernel is asked: it holds megabytes for a client that reads nothing, minutes of a stream.
+    """
+    transport = request.transport
+    connection = None if transport is None else transport.get_extra_info("socket")
+    if transport is None or connection is None or transport.is_closing():
+        return 0, False
+    told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    (unacked,) = struct.unpack_from("=I", told, UNACKED_AT)
+    (taken_bytes,) = struct.unpack_from("=Q", told, BYTES_ACKED_AT)
+    (unsent_bytes,) = struct.unpack_from("=I", told, NOTSENT_BYTES_AT)
+    return taken_bytes, bool(unacked or unsent_bytes or transport.get_write_buffer_size())

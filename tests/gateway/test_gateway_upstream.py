@@ -7,6 +7,7 @@ import io
 import re
 import socket
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -203,3 +204,26 @@ async def test_a_loss_heard_of_while_connecting_ends_the_wait(
 def _accept_two(listener: socket.socket) -> list[socket.socket]:
     """Accept what filled the backlog, then what was turned away: the kernel tries again after a second."""
     return [listener.accept()[0] for _ in range(2)]
+
+
+async def test_a_client_that_reads_nothing_is_cut_off_though_the_kernel_takes_all_there_is_for_it(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """The runner goes on with its answer, but slowly: the slot would be taken for as long as the kernel has room."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + b"data: x\n\n" * (256 << 10))
+        await reader.read()
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["tiny"] = endpoint
+        parts = urlsplit(await serve(stall_timeout_s=0.2))
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((parts.hostname, parts.port))
+            body = b'{"model": "tiny", "stream": true}'
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            client.sendall(b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            await asyncio.wait_for(runtime.returned.wait(), timeout=30)
