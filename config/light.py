@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from config.resolve import ConfigError, resolve
 from config.table import Environ
@@ -20,7 +20,7 @@ from config.values import DeviceBytes, RpcServer
 class PlacementSettings:
     """What the environment says about where models go. ``context_length`` None: the planner decides."""
 
-    num_parallel: int
+    num_parallel: int | Literal["auto"]
     context_length: int | None
     kv_cache_type: str
     flash_attention: str

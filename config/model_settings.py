@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from config.sections import Table
 
@@ -24,7 +24,7 @@ class ModelSettings:
 
     role: str | None = None
     context: int | None = None
-    slots: int | None = None
+    slots: int | Literal["auto"] | None = None
     kv_cache_type: str | None = None
     flash_attention: str | None = None
     cache_ram: int | None = None

@@ -13,7 +13,7 @@ from typing import Any, Final
 from config.model_settings import ExternalRunner, ModelSettings
 from config.parse import Kind, boolean, choice, device_name, duration, parse_size, path, size_in_mib, whole_number
 from config.sections import Key, scalar, table, text_value, words
-from config.table import KV_CACHE_TYPES, MAX_CACHE_RAM_MIB, MAX_CONTEXT, MAX_SLOTS
+from config.table import KV_CACHE_TYPES, MAX_CACHE_RAM_MIB, MAX_CONTEXT, MAX_SLOTS, SLOTS
 
 MAX_PRIORITY: Final = 1000
 HOST: Final = "Host"
@@ -59,7 +59,7 @@ _SCHEDULING: Final = (
 
 MODEL_KEYS: Final = (
     scalar("context", whole_number(1, MAX_CONTEXT), "Tokens for each conversation; as PLANNER_CONTEXT_LENGTH.", int),
-    scalar("slots", whole_number(1, MAX_SLOTS), "Conversations at a time; as PLANNER_NUM_PARALLEL.", int),
+    scalar("slots", SLOTS, "Conversations at a time; as PLANNER_NUM_PARALLEL.", int, str),
     scalar("kv_cache_type", choice(*KV_CACHE_TYPES), "Type of the K and V caches; as PLANNER_KV_CACHE_TYPE."),
     scalar("flash_attention", choice("auto", "on", "off"), "As PLANNER_FLASH_ATTENTION."),
     scalar("cache_ram", size_in_mib(MAX_CACHE_RAM_MIB), "Host memory for idle prompts; as PLANNER_CACHE_RAM."),

@@ -128,6 +128,17 @@ def whole_number(lowest: int, highest: int) -> Kind[int]:
     return Kind(f"a whole number from {lowest} to {highest}", parse, str)
 
 
+def whole_number_or(words: Mapping[str, T], lowest: int, highest: int, meaning: str) -> Kind[int | T]:
+    """Accept decimal digits within a range, or words that stand for these values, in any case; the first is shown."""
+    number = whole_number(lowest, highest)
+
+    def parse(text: str) -> int | T:
+        return words[text.lower()] if text.lower() in words else number.parse(text)
+
+    allowed = f"{number.allowed}, or {' or '.join(words)} ({meaning})"
+    return Kind(allowed, parse, lambda value: next((word for word, each in words.items() if each == value), str(value)))
+
+
 def optional(kind: Kind[T], *, none: str, meaning: str) -> Kind[T | None]:
     """Accept what ``kind`` does, and a text that stands for None."""
 

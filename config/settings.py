@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     tls_key: Path | None
     allow_remote: bool
     origins: tuple[str, ...]
-    num_parallel: int
+    num_parallel: int | Literal["auto"]
     context_length: int | None
     kv_cache_type: str
     flash_attention: Literal["auto", "on", "off"]

@@ -31,6 +31,7 @@ from config.parse import (
     size_in_mib,
     text_list,
     whole_number,
+    whole_number_or,
 )
 from config.values import Address, DeviceBytes
 
@@ -46,6 +47,8 @@ MAX_CACHE_RAM_MIB: Final = 1024 * 1024  # 1 TiB
 # 8B model (128 KiB a token).
 DEFAULT_CACHE_RAM_MIB: Final = 1024
 KV_CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")  # common/arg.cpp
+# As many of 4, 2 and 1 as cost nothing; 0 is what Ollama called it while it chose.
+SLOTS: Final = whole_number_or({"auto": "auto", "0": "auto"}, 1, MAX_SLOTS, "up to 4, as many as cost nothing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +213,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     Setting(
         "NUM_PARALLEL",
-        whole_number(1, MAX_SLOTS),
+        SLOTS,
         1,
         "Conversations that one runner serves at a time, each with its own full context.",
         unit="slots",
         ollama=True,
+        ollama_kind=whole_number_or({"0": 1}, 1, MAX_SLOTS, "one"),
+        ollama_note="there 0 is one, since 2025; auto is ours alone",
         light=True,
     ),
     Setting(
@@ -333,7 +338,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     ),
     Setting(
         "CLIENT_QUEUE",
-        optional(whole_number(1, MAX_QUEUE), none="0", meaning="as many as MAX_QUEUE"),
+        optional(whole_number(1, MAX_QUEUE), none="0", meaning="half of MAX_QUEUE"),
         None,
         "Requests of one client (its key, else its address) that may wait; one more is answered 429.",
         unit="requests",

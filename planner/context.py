@@ -76,7 +76,7 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
     A context of ``None``, 0 or ``"auto"`` is the trained length for every slot. Raises InvalidRequest for a number out
     of range or a pattern that is no regular expression.
     """
-    n_parallel = _bounded("--parallel", request.n_parallel, 1, 1, MAX_PARALLEL)
+    n_parallel = _bounded("--parallel", request.slots, 1, 1, MAX_PARALLEL)
     kv_unified = bool(request.kv_unified)
     n_ctx_unpadded = _n_ctx(model, request, 1 if kv_unified else n_parallel, n_parallel)
     embeddings = _embeds(request)

@@ -68,8 +68,7 @@ def _capacity(request: PlanRequest, n_ctx_per_slot: int | None) -> str:
     tokens = "a context of unknown length" if n_ctx_per_slot is None else f"{n_ctx_per_slot:,} tokens"
     if request.role is not Role.CHAT:
         return f"texts of up to {tokens}"
-    n_parallel = request.n_parallel or 1
-    return f"one conversation of {tokens}" if n_parallel == 1 else f"{n_parallel} conversations of {tokens} each"
+    return f"one conversation of {tokens}" if request.slots == 1 else f"{request.slots} conversations of {tokens} each"
 
 
 def overhead_because(usage: DeviceUsage) -> str | None:

@@ -64,7 +64,7 @@ class Flag:
 
 _AUTO_CONTEXT: Final = {"auto": "auto"}
 _AUTO_LAYERS: Final = {"auto": "auto", "all": "all", "-1": "auto", "-2": "all"}
-_UNSET: Final = {"auto": None, "-1": None}
+_AUTO_SLOTS: Final = {"auto": "auto", "-1": "auto"}
 # Read as unsigned numbers, and bounded by the context or the batch (src/llama-context.cpp, constructor).
 _UNBOUNDED: Final = {"-1": MAX_INT}
 _BOUNDED_BY_BATCH: Final = {"0": MAX_INT, "-1": MAX_INT}
@@ -91,7 +91,7 @@ FLAGS: Final = (
     Flag("n_ctx_per_slot", ("--kv-unified-per-slot",), "context of one conversation",
          (), "N", number(1), launch=False),
     Flag("n_parallel", ("-np", "--parallel"), "slots: conversations at a time",
-         (), "N", number_or(_UNSET, 1)),
+         (), "N|auto", number_or(_AUTO_SLOTS, 1)),
     Flag("kv_unified", ("-kvu", "--kv-unified"), "one cache that all slots share", ("-no-kvu", "--no-kv-unified")),
     Flag("n_batch", ("-b", "--batch-size"), "logical batch", (), "N", number_or(_UNBOUNDED, 1)),
     Flag("n_ubatch", ("-ub", "--ubatch-size"), "physical batch", (), "N", number_or(_BOUNDED_BY_BATCH, 1)),

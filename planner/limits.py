@@ -85,6 +85,8 @@ def _with_more(machine: Machine, name: DeviceName) -> Machine:
 def _gains(before: Plan, after: Plan) -> Iterator[str]:
     if (more := _layers(after) - _layers(before)) > 0:
         yield f"{more} more layer{'s' if more > 1 else ''} on devices"
+    if after.request.slots > before.request.slots:
+        yield f"{after.request.slots} conversations at a time instead of {before.request.slots}"
     was, now = before.n_ctx_per_slot or 0, after.n_ctx_per_slot or 0
     if now > was:
         yield f"{now:,} tokens of context instead of {was:,}"

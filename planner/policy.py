@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from planner.types.request import FlashAttention, LearnedOverhead, PerDevice, Policy
 
@@ -28,7 +28,7 @@ class Settings(Protocol):
     """What the settings have to offer (``config.light.PlacementSettings`` does, and so does ``config.settings``)."""
 
     @property
-    def num_parallel(self) -> int: ...
+    def num_parallel(self) -> int | Literal["auto"]: ...
     @property
     def context_length(self) -> int | None: ...
     @property

@@ -2,7 +2,8 @@
 
 Each is planned beside those that were placed before it, whose bytes count as promised. Who comes first matters to who
 gets what, so that orders are tried, and the answer is that of the best one: the order in which models were named does
-not matter. Where their contexts are free and crowd each other out, all of them get the same shorter one.
+not matter. Where their slots are free and crowd each other out, each has one; where contexts do that, all of them get
+the same shorter one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from planner.budget import taken_bytes
 from planner.context import CONTEXT_ALIGNMENT
 from planner.model import ModelFacts
 from planner.requirement import left_on_host
+from planner.search import slots
 from planner.search.placement import MIN_CONTEXT
 from planner.types.machine import HOST
 from planner.types.plan import Plan, PlanOutcome
@@ -65,6 +67,10 @@ def together(wanted: Sequence[Wanted], policy: Policy, search: Search, advise: S
     )
     canonical = [each for _, each in sized]
     found = _best(canonical, policy, search, _orders(len(canonical)))
+    if not found.is_complete and any(slots.are_open(each.request, policy) for each in wanted):
+        canonical = [each._replace(request=slots.one_where_open(each.request, policy)) for each in canonical]
+        one_each = _best(canonical, policy, search, _orders(len(canonical)))
+        found = one_each if one_each.rank > found.rank else found
     if not found.is_complete and any(_is_free(each, policy) for each in wanted):
         found = _with_shorter_contexts(canonical, policy, search, found)
     outcomes = found.outcomes if advise is None else found.advised(advise)

@@ -104,7 +104,7 @@ def _promised_context(asked: PlanRequest, settled: PlanRequest, policy: Policy) 
     if asked.n_ctx is not None:
         return asked.n_ctx if isinstance(asked.n_ctx, int) else None
     per_slot = asked.n_ctx_per_slot or policy.n_ctx_per_slot
-    return None if per_slot is None else per_slot * (settled.n_parallel or 1)
+    return None if per_slot is None else per_slot * settled.slots
 
 
 def with_defaults(
@@ -114,7 +114,7 @@ def with_defaults(
     if request.n_parallel is None:
         request = replace(request, n_parallel=N_PARALLEL, kv_unified=True)
     trained = model.hparams.n_ctx_train or context.N_BATCH
-    streams = 1 if request.kv_unified or not fits_itself else request.n_parallel or 1  # common/fit.cpp
+    streams = 1 if request.kv_unified or not fits_itself else request.slots  # common/fit.cpp
     n_ctx = request.n_ctx if isinstance(request.n_ctx, int) and request.n_ctx else trained * streams
     defaults: dict[str, Any] = {
         "kv_unified": False,
@@ -146,7 +146,8 @@ def _read(text: str, model: ModelFacts) -> tuple[list[str], PlanRequest]:
     other = {_file(path) for path in line.options.models} - {_file(model.summary.path)}
     if replace(line.options, models=()) != flags.Options() or other or line.request.rpc:
         raise InvalidRequest("--versus takes llama-server's flags; model and machine are those of the plan beside it")
-    return words, line.request_of(line.request.role)
+    asked = line.request_of(line.request.role)
+    return words, replace(asked, n_parallel=None) if asked.n_parallel == "auto" else asked  # to it they are the same
 
 
 def _file(path: str) -> str:

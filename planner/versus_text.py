@@ -58,7 +58,7 @@ def _rows(ours: PlanOutcome, theirs: PlanOutcome) -> Iterator[tuple[str, str, st
         ("layers on devices", _layers),
         ("parts of layers on the CPU", _parts),
         ("context of a conversation", _context),
-        ("conversations at a time", lambda outcome: str(outcome.request.n_parallel or 1)),
+        ("conversations at a time", lambda outcome: str(outcome.request.slots)),
         ("tokens a second", _speed),
     )
     for name, fact in facts:

@@ -59,7 +59,7 @@ def _changes(request: PlanRequest, refused: NoFit) -> tuple[Change, ...]:
         Change(request.tensor_split is not None, "no --tensor-split", {"tensor_split": None}),
         Change(request.n_ctx != "auto", "--ctx-size auto", {"n_ctx": "auto", "n_ctx_per_slot": None}),
         Change(knob.cache_type_k == "f16", "-ctk q8_0 -ctv q8_0", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
-        Change((knob.n_parallel or 1) > 1, "--parallel 1", {"n_parallel": 1}),
+        Change(knob.slots > 1, "--parallel 1", {"n_parallel": 1}),
         Change((knob.n_ubatch or 0) > SMALL_UBATCH, f"--ubatch-size {SMALL_UBATCH}", {"n_ubatch": SMALL_UBATCH}),
         Change(bool(knob.cache_ram_mib) and host_is_short, "--cache-ram 0", {"cache_ram_mib": 0}),
         Change(bool(knob.devices) and not host_is_short, "--no-gpu", no_gpu),

@@ -18,7 +18,7 @@ from planner.companions import projector
 from planner.context import CONTEXT_ALIGNMENT
 from planner.errors import InvalidRequest
 from planner.model import ModelFacts
-from planner.search import knobs, reasons
+from planner.search import knobs, reasons, slots
 from planner.search.best import Best
 from planner.search.candidates import Candidate, Finder, Oracle, effective
 from planner.search.ladder import beside_projector, relaxed, unburdened
@@ -58,14 +58,16 @@ def search(
         with _without_collector():
             return beside_projector(changed, lambda asked: _Search(model, asked, there, policy, build, oracle).run())
 
+    has_open_slots = slots.are_open(request, policy)
+    request = slots.one_where_open(request, policy)
     outcome = answer(request)
     if isinstance(outcome, Plan):
-        return unburdened(request, outcome, answer)
-    if not isinstance(outcome, NoFit):
-        return outcome
-    if plan := relaxed(request, outcome, answer):
-        return plan
-    if not advises:
+        outcome = unburdened(request, outcome, answer)
+    elif isinstance(outcome, NoFit):
+        outcome = relaxed(request, outcome, answer) or outcome
+    if isinstance(outcome, Plan) and has_open_slots:
+        return slots.as_many_as_cost_nothing(request, outcome, answer)
+    if not advises or not isinstance(outcome, NoFit):
         return outcome
     has_experts = bool(model.hparams.n_expert)
     return replace(outcome, nearest=nearest(request, machine, outcome, answer, has_experts=has_experts))
@@ -129,20 +131,18 @@ class _Search:
 
     def _with_context(self, finder: Finder, settled: PlanRequest) -> Candidate:
         """Return the candidate with the context that is pinned, promised by the settings, or the best that fits."""
-        slots = settled.n_parallel or 1
         trained = self.model.hparams.n_ctx_train or MIN_CONTEXT
         if isinstance(settled.n_ctx, int) and settled.n_ctx > 0:
             return self._best_of(finder, _pinned_context(settled))
         if settled.n_ctx_per_slot is not None:
             return self._best_of(finder, knobs.with_context(settled, settled.n_ctx_per_slot))
         if settled.n_ctx == 0:
-            total = trained if settled.kv_unified else trained * slots  # common/fit.cpp
+            total = trained if settled.kv_unified else trained * settled.slots  # common/fit.cpp
             return self._best_of(finder, _pinned_context(replace(settled, n_ctx=total)))
         if settled.n_ctx is None and self.policy.n_ctx_per_slot is not None:
             chosen = self.policy.n_ctx_per_slot
-            self._decide(
-                "context", f"{chosen:,} tokens for each of {slots} slots", "it is the setting PLANNER_CONTEXT_LENGTH"
-            )
+            why = "it is the setting PLANNER_CONTEXT_LENGTH"
+            self._decide("context", f"{chosen:,} tokens for each of {settled.slots} slots", why)
             return self._best_of(finder, knobs.with_context(settled, chosen))
         floor = min(self._shortest_context, trained)
         found = self._largest_context(finder, settled, floor, trained)
@@ -361,7 +361,7 @@ def _pinned_context(settled: PlanRequest) -> PlanRequest:
     total = settled.n_ctx
     if not isinstance(total, int):
         return settled
-    per_slot = max(1, total // (1 if settled.kv_unified else settled.n_parallel or 1))
+    per_slot = max(1, total // (1 if settled.kv_unified else settled.slots))
     return replace(knobs.with_context(settled, per_slot), n_ctx=total, n_ctx_per_slot=None)
 
 

@@ -60,7 +60,7 @@ class Policy:
     device_overhead: PerDevice = PerDevice()
     learned_overhead: Mapping[str, LearnedOverhead] = field(default_factory=lambda: MappingProxyType({}))
     spread: bool = False
-    n_parallel: int = 1
+    n_parallel: int | Literal["auto"] = 1
     n_ctx_per_slot: int | None = None
     cache_type: str = "f16"
     flash_attn: FlashAttention = "auto"
@@ -75,14 +75,15 @@ class PlanRequest:
 
     Field names are llama.cpp's (common/common.h, ``common_params``); ``planner.flags`` maps them to flags.
     ``n_ctx`` is llama-server's ``-c``, the sum over slots; ``n_ctx_per_slot`` is what one conversation gets. At most
-    one of the two is set. ``n_ctx == 0`` is the trained length; ``"auto"`` the largest that fits.
+    one of the two is set. ``n_ctx == 0`` is the trained length; ``"auto"`` the largest that fits. ``n_parallel`` is the
+    number of slots, ``"auto"`` as many as cost nothing (``planner.search.slots``); in a plan it is a number.
     ``passthrough`` are llama-server flags that move no memory, to be handed on as they were written.
     """
 
     role: Role = Role.CHAT
     n_ctx: int | Literal["auto"] | None = None
     n_ctx_per_slot: int | None = None
-    n_parallel: int | None = None
+    n_parallel: int | Literal["auto"] | None = None
     kv_unified: bool | None = None
     n_batch: int | None = None
     n_ubatch: int | None = None
@@ -124,6 +125,11 @@ class PlanRequest:
     spec_draft_n_max: int | None = None
     override_kv: tuple[str, ...] | None = None
     passthrough: tuple[str, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Return how many conversations there are at a time: one where that is still open."""
+        return self.n_parallel if isinstance(self.n_parallel, int) else 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ class LoadPlan:
     ``uses`` are the devices that it uses, the host among them. ``quality`` grows with how well it is placed (blocks on
     devices, and the projector), ``is_long_enough`` says that nobody need go for a longer context, ``is_best_possible``
     that no other state of the machine could give a better plan, ``is_known`` that other models can be planned beside
-    it, ``is_elastic`` that it would be as good with less: its context is as long as there is room for.
+    it, ``is_elastic`` that it would be as good with less: its context is as long, or its slots are as many, as there is
+    room for.
 
     ``serves`` are the values that the child will really have, by name. ``document`` is what ``planner explain --json``
     prints. ``buffer_devices`` maps the names that llama.cpp gives to the buffers of an RPC worker (``RPC0[host:port]``,

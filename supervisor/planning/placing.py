@@ -15,6 +15,7 @@ from typing import Final
 from config.model_settings import ExternalRunner
 from planner import budget, explain, launch
 from planner.errors import PlannerError
+from planner.search.slots import enough_context
 from planner.types import (
     HOST,
     DeviceKind,
@@ -47,9 +48,6 @@ from supervisor.core.types import (
 from supervisor.planning.messages import MakePlan
 from supervisor.planning.planned_machine import capped, emptied, occupied, with_margins, without
 
-# A context that was left to the planner is worth an idle runner up to here: the instructions and tools of an agent take
-# ten thousand tokens before it has said a word. Beyond it a longer one is taken where there is room.
-ENOUGH_CTX: Final = 16_384
 USE_MMAP: Final[Mapping[str | None, bool]] = MappingProxyType({"mmap": True, "none": False})
 
 Answer = LoadPlan | DoesNotFit | PlanProblem
@@ -57,8 +55,8 @@ Place = Callable[[Machine, Policy], Answer]
 Search = Callable[[Machine, Policy], Plan | NoFit | Refused]
 
 
-def by_search(search: Search, *, open_context: bool = False) -> Place:
-    """Return what places a model where the planner's search puts it; ``open_context``: it chooses the context too."""
+def by_search(search: Search, *, open_context: bool = False, open_slots: bool = False) -> Place:
+    """Return what places a model where the planner's search puts it, which chooses what is ``open`` too."""
 
     def place(machine: Machine, policy: Policy) -> Answer:
         try:
@@ -67,7 +65,7 @@ def by_search(search: Search, *, open_context: bool = False) -> Place:
             return PlanProblem(str(error))
         match outcome:
             case Plan():
-                return load_plan(outcome, machine, open_context=open_context)
+                return load_plan(outcome, machine, open_context=open_context, open_slots=open_slots)
             case NoFit(causes=causes):
                 return DoesNotFit(explain.headline(outcome), causes)
             case Refused():
@@ -176,7 +174,7 @@ class Placing:
         return replace(one, held_bytes={**one.held_bytes, **all_of})
 
 
-def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> LoadPlan:
+def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False, open_slots: bool = False) -> LoadPlan:
     """Return what the supervisor needs to know of a plan for this machine."""
     names = launch.buffer_names(plan.placement.devices, machine)
     used = {*plan.placement.devices, HOST}
@@ -190,7 +188,7 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
         launch=plan.launch,
         uses=tuple(_use(usage, plan.host) for usage in plan.usages if usage.name in used),
         role=plan.request.role,
-        n_parallel=plan.request.n_parallel or 1,
+        n_parallel=plan.request.slots,
         serves=LoadOptions(
             n_ctx=plan.n_ctx_per_slot,
             n_gpu_layers=placement.n_gpu_layers,
@@ -202,7 +200,7 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
         is_long_enough=is_long,
         is_best_possible=plan.is_known and is_long and (all(where) or not has_devices),
         is_known=plan.is_known,
-        is_elastic=open_context,
+        is_elastic=open_context or open_slots,
         document=explain.to_json(plan),
         buffer_devices=MappingProxyType({buffer: device for device, buffer in names.items()}),
         pinned=_pinned(plan, machine),
@@ -211,8 +209,7 @@ def load_plan(plan: Plan, machine: Machine, *, open_context: bool = False) -> Lo
 
 def _is_long_enough(plan: Plan) -> bool:
     """Say whether a context that the planner chose is worth nobody's going."""
-    wanted = min(ENOUGH_CTX, plan.model.n_ctx_train or ENOUGH_CTX)
-    return plan.n_ctx_per_slot is None or plan.n_ctx_per_slot >= wanted
+    return plan.n_ctx_per_slot is None or plan.n_ctx_per_slot >= enough_context(plan)
 
 
 def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:

@@ -26,7 +26,7 @@ from planner import companions, oracle
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
-from planner.search import placement
+from planner.search import placement, slots
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
@@ -164,7 +164,8 @@ class Worker:
         def search(machine: Machine, policy: Policy) -> Plan | NoFit | Refused:
             return placement.search(facts, asked, machine, policy, build, asking)
 
-        place = by_search(search, open_context=asked.n_ctx_per_slot is None and asked.n_ctx in {None, "auto"})
+        open_context = asked.n_ctx_per_slot is None and asked.n_ctx in {None, "auto"}
+        place = by_search(search, open_context=open_context, open_slots=slots.are_open(asked, policy))
         return Placing(question, detected.machine, policy, place).outcome()
 
 

@@ -53,6 +53,12 @@ def test_a_file_that_is_not_there_says_nothing(tmp_path: Path) -> None:
     assert read(tmp_path / "models.toml") == ModelsFile()
 
 
+@pytest.mark.parametrize("text", ['"auto"', "0", '"0"'])
+def test_slots_may_be_left_to_the_planner(text: str) -> None:
+    file = parse(f"[defaults]\nslots = 2\n[models.one]\nslots = {text}\n", "models.toml")
+    assert (file.of("one").slots, file.of("other").slots) == ("auto", 2)
+
+
 def test_everything_that_is_wrong_is_listed_with_its_place_and_what_is_allowed() -> None:
     lines = problems('[models.one]\ncontext = "long"\nmtp = 1\nsolts = 2\n[external.comfy]\ncmd = ["a"]\n[model.x]\n')
     assert lines[0].startswith("models.toml: [models.\"one\"] context: 'long' is not a whole number")

@@ -71,14 +71,38 @@ def test_all_bad_values_are_listed_each_with_name_what_was_given_and_what_is_all
     with pytest.raises(ConfigError) as caught:
         load(environ)
     assert [problem.name for problem in caught.value.problems] == ["PLANNER_NUM_PARALLEL", "PLANNER_KEEP_ALIVE"]
-    assert str(caught.value).splitlines()[0] == "PLANNER_NUM_PARALLEL: 'abc' is not a whole number from 1 to 256"
+    assert str(caught.value).splitlines()[0] == (
+        "PLANNER_NUM_PARALLEL: 'abc' is not a whole number from 1 to 256, or auto or 0 ("
+        "up to 4, as many as cost nothing)"
+    )
 
 
 @pytest.mark.parametrize("text", ["-1", "0x10", "0o10", "1_0", "1.0", "string"])
 def test_a_bad_value_of_ollamas_is_one_warning_and_the_default_is_taken(text: str) -> None:
     loaded = load({"OLLAMA_NUM_PARALLEL": text})
     assert loaded.settings.num_parallel == 1
-    assert loaded.warnings == (f"OLLAMA_NUM_PARALLEL: {text!r} is not a whole number from 1 to 256; using 1",)
+    assert loaded.warnings == (
+        f"OLLAMA_NUM_PARALLEL: {text!r} is not a whole number from 1 to 256, or 0 (one); using 1",
+    )
+
+
+@pytest.mark.parametrize(
+    "environ, slots",
+    [
+        ({"PLANNER_NUM_PARALLEL": "auto"}, "auto"),
+        ({"PLANNER_NUM_PARALLEL": "0"}, "auto"),
+        ({"OLLAMA_NUM_PARALLEL": "0"}, 1),
+        ({"OLLAMA_NUM_PARALLEL": "auto"}, 1),
+        ({"PLANNER_NUM_PARALLEL": "auto", "OLLAMA_NUM_PARALLEL": "3"}, "auto"),
+    ],
+)
+def test_slots_are_left_to_the_planner_by_our_own_setting_alone(environ: dict[str, str], slots: int | str) -> None:
+    """Ollama's 0 has been one since it ceased to choose; it knows no auto."""
+    loaded = load(environ)
+    assert loaded.settings.num_parallel == slots
+    assert len(loaded.warnings) == (environ.get("OLLAMA_NUM_PARALLEL") == "auto" and len(environ) == 1)
+    (shown,) = (value.shown for value in loaded.values if value.setting.name == "NUM_PARALLEL")
+    assert shown == str(slots)
 
 
 @pytest.mark.parametrize("text,level", [("", 0), ("0", 0), ("false", 0), ("1", 1), ("true", 1), ("2", 2)])

@@ -109,8 +109,14 @@ def test_a_device_with_a_size_is_imagined_and_one_without_is_chosen() -> None:
 
 
 def test_what_means_automatic_pins_nothing() -> None:
-    """-np -1, -ngl auto and shares of zero leave the choice to the planner."""
-    assert flags.parse(["-np", "-1", "-ngl", "auto", "-ts", "0,0"]).request == PlanRequest()
+    """-ngl auto and shares of zero leave the choice to the planner."""
+    assert flags.parse(["-ngl", "auto", "-ts", "0,0"]).request == PlanRequest()
+
+
+@pytest.mark.parametrize("word", ["-1", "auto"])
+def test_slots_are_left_to_the_planner_by_llama_servers_word_and_ours(word: str) -> None:
+    """Whatever the settings say of them."""
+    assert flags.parse(["-np", word]).request == PlanRequest(n_parallel="auto")
 
 
 @pytest.mark.parametrize(
