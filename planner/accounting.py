@@ -27,11 +27,12 @@ _FLOAT_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class DeviceBytes:
-    """What llama.cpp reserves on one device."""
+    """What llama.cpp reserves on one device, and what is kept free there for a large image."""
 
     model: Figure
     context: Figure
     compute: Figure
+    image_reserve_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
                 overhead_bytes=overhead_bytes(device),
                 overhead_because=device.overhead_because,
                 needed_bytes=_needed_bytes(ledger) if is_host else None,
+                image_reserve_bytes=figures.image_reserve_bytes,
             )
         rows.append(row)
     return tuple(rows)
@@ -127,7 +128,8 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
 def host_bytes(context: Figure, compute: Figure, detail: HostDetail) -> int:
     """Return the bytes that the host must really have: what is known, but for what is mapped (page cache)."""
     weights = (detail.allocated_bytes, detail.pinned_bytes)
-    parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, detail.prompt_cache_bytes)
+    later = (detail.prompt_cache_bytes, detail.image_reserve_bytes)
+    parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, *later)
     return sum(part or 0 for part in parts)
 
 
@@ -176,7 +178,7 @@ def shortfalls(
 
     Where a figure is not known, the others alone have to fit.
     """
-    needed = {row.name: row.known_bytes for row in rows if row.known_bytes and row.kind is not DeviceKind.HOST}
+    needed = {row.name: row.claimed_bytes for row in rows if row.claimed_bytes and row.kind is not DeviceKind.HOST}
     needed[machine.host.name] = host_bytes(ledger.host.context, ledger.host.compute, ledger.host_detail)
     return short_of(machine, needed, limits)
 
@@ -206,7 +208,7 @@ def taken_bytes(plan: Plan) -> dict[str, int]:
         if usage.kind is DeviceKind.HOST:
             taken[usage.name] = host_bytes(usage.context, usage.compute, plan.host)
         elif plan.fit_by_llama and usage.name in plan.placement.devices:
-            taken[usage.name] = max(usage.free_bytes or 0, usage.known_bytes)
-        elif usage.known_bytes:
-            taken[usage.name] = usage.known_bytes
+            taken[usage.name] = max(usage.free_bytes or 0, usage.claimed_bytes)
+        elif usage.claimed_bytes:
+            taken[usage.name] = usage.claimed_bytes
     return taken

@@ -37,6 +37,13 @@ class Charge:
         sums = {name: None if None in each else sum(part or 0 for part in each) for name, each in parts.items()}
         return {name: size for name, size in sums.items() if size != 0}
 
+    @property
+    def kept_for_images(self) -> dict[str, int]:
+        """Return what is kept free on each device for a large image, where it is."""
+        kept = {name: each.image_reserve_bytes for name, each in self.devices.items()}
+        kept[HOST] = self.host_detail.image_reserve_bytes or 0
+        return {name: size for name, size in kept.items() if size}
+
 
 def charged(ledger: MemoryLedger, placement: Placement, charges: Iterable[Charge]) -> MemoryLedger:
     """Return the ledger with all of this in its figures. A sum is no better founded than its weakest part."""
@@ -59,7 +66,12 @@ def charged(ledger: MemoryLedger, placement: Placement, charges: Iterable[Charge
 
 
 def _plus(one: DeviceBytes, other: DeviceBytes) -> DeviceBytes:
-    return DeviceBytes(_sum(one.model, other.model), _sum(one.context, other.context), _sum(one.compute, other.compute))
+    return DeviceBytes(
+        _sum(one.model, other.model),
+        _sum(one.context, other.context),
+        _sum(one.compute, other.compute),
+        one.image_reserve_bytes + other.image_reserve_bytes,
+    )
 
 
 def _sum(one: Figure, other: Figure) -> Figure:

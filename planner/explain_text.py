@@ -114,14 +114,15 @@ def _narrow_row(usage: DeviceUsage, host: HostDetail) -> tuple[str, ...]:
 def _parts(usage: DeviceUsage, host: HostDetail) -> tuple[int | None, ...]:
     """Return what each column of the table shows, in order.
 
-    On the host that is what has to be in memory: the weights without what lies between them in the mapped file, and in
-    place of the overhead what llama-server keeps beside its buffers.
+    The overhead includes what is kept free for a large image. On the host all is what has to be in memory: the weights
+    without what lies between them in the mapped file, and in place of the overhead what llama-server keeps beside its
+    buffers.
     """
-    weights, beside = usage.model.bytes, usage.overhead_bytes
+    weights, beside = usage.model.bytes, usage.overhead_bytes + usage.image_reserve_bytes
     if usage.kind is DeviceKind.HOST:
         kept = (host.resident_bytes, host.allocated_bytes, host.pinned_bytes)
         weights = weights if weights is None or None in kept else sum(each or 0 for each in kept)
-        beside += (host.output_buffer_bytes or 0) + (host.prompt_cache_bytes or 0)
+        beside += (host.output_buffer_bytes or 0) + (host.prompt_cache_bytes or 0) + (host.image_reserve_bytes or 0)
     return (weights, usage.context.bytes, usage.compute.bytes, beside)
 
 
@@ -164,6 +165,7 @@ def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
         ("pinned", host.pinned_bytes),
         ("output buffer", host.output_buffer_bytes),
         ("prompt cache, at most", host.prompt_cache_bytes),
+        ("kept for a large image", host.image_reserve_bytes),
     )
     text = ", ".join(f"{name} {size(figure)}" for name, figure in figures if figure)
     return [style.paint(DIM, line) for line in wrap("Host: ", text, width)] if text else []

@@ -69,7 +69,8 @@ def charges(
     if model.projector is not None:
         on_host = request.mmproj_offload is False or not placement.devices
         device = machine.host if on_host else machine.device(placement.devices[0])  # common/arg.cpp
-        found.append(projector.charge(model.projector, device, build))
+        most_tokens = projector.image_tokens(model.projector, request.passthrough)
+        found.append(projector.charge(model.projector, device, build, most_tokens))
     if model.draft is not None and not params.not_built:
         found.append(draft.charge(model.draft, request, params, placement, ledger_of))
     if params.loads_draft_head and not params.not_built:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from planner import ggml
@@ -51,7 +52,11 @@ _TAKES_LARGE_IMAGES: Final = frozenset(
         "qwen2vl_merger", "qwen3vl_merger", "youtuvl",
     }
 )  # fmt: skip
-_EVERY_TENSOR_IS_LOADED: Final = frozenset({"gemma3", "pixtral", "qwen2vl_merger"})  # as real loads showed
+# Of the others, the most that the encoder makes of an image (``load_hparams``, ``set_limit_image_tokens``).
+_MOST_TOKENS: Final[Mapping[str, int]] = {"gemma4v": 1120, "kimivl": 1024, "lfm2": 256, "pixtral": 1024}
+MOST_TOKENS_FLAG: Final = "--image-max-tokens"
+# As real loads showed.
+_EVERY_TENSOR_IS_LOADED: Final = frozenset({"gemma3", "pixtral", "qwen2.5vl_merger", "qwen2vl_merger"})
 _MERGES: Final = ("spatial_merge_size", "projector.scale_factor")
 _WINDOWED: Final = ("n_wa_pattern", "window_size", "wa_layer_indexes")
 
@@ -73,33 +78,44 @@ def refusal(projector: Attachment) -> str | None:
     return None
 
 
-def charge(projector: Attachment, device: Device, build: LlamaBuild) -> Charge:
+def charge(projector: Attachment, device: Device, build: LlamaBuild, most_tokens: int = 0) -> Charge:
     """Return what the projector takes on this device, which may be the host.
 
-    The compute buffers are upper bounds of those that are reserved when the server starts; a larger image grows them.
+    The compute buffers are upper bounds of those that are reserved when the server starts. An image of more tokens has
+    llama.cpp free them and allocate larger ones; where there is no room for those, it fails the request and aborts at
+    the next image (``clip_encode``). So what ``most_tokens`` take beyond them is kept free.
     """
     rule, kind = buffer_type(device), _kind(projector)
     size = sum(rule.allocation(ggml.TYPES[each.type_id], each.shape[0], each.nbytes) for each in projector.tensors)
     weights = figure(size, build, certain=rule.certain and kind in _EVERY_TENSOR_IS_LOADED)
-    bounds = _compute_bytes(projector, device.kind)
+    n_patches = _warmup_patches(projector)
+    bounds = _compute_bytes(projector, device.kind, n_patches)
+    largest = _compute_bytes(projector, device.kind, max(n_patches, most_tokens * _merge(projector) ** 2))
+    kept = [large - small for large, small in zip(largest or (0, 0), bounds or (0, 0), strict=True)]
     computes = [Figure(each, Source.ESTIMATED) for each in bounds] if bounds else [UNKNOWN_FIGURE] * 2
     not_built = () if bounds else (f"the compute buffers of a projector of kind {kind or 'unnamed'}",)
-    inputs = Charge("projector", {HOST: DeviceBytes(NOTHING, NOTHING, computes[1])}, not_built=not_built)
     if device.kind is DeviceKind.HOST:  # its inputs and its graph share one buffer
-        detail = HostDetail(allocated_bytes=size)
-        return replace(inputs, devices={HOST: DeviceBytes(weights, NOTHING, computes[0])}, host_detail=detail)
-    return replace(inputs, devices={device.name: DeviceBytes(weights, NOTHING, computes[0]), **inputs.devices})
+        detail = HostDetail(allocated_bytes=size, image_reserve_bytes=kept[0])
+        return Charge("projector", {HOST: DeviceBytes(weights, NOTHING, computes[0])}, detail, not_built)
+    where = {
+        str(device.name): DeviceBytes(weights, NOTHING, computes[0], kept[0]),
+        HOST: DeviceBytes(NOTHING, NOTHING, computes[1]),
+    }
+    return Charge("projector", where, HostDetail(image_reserve_bytes=kept[1]), not_built)
 
 
-def image_tokens(projector: Attachment) -> int:
+def image_tokens(projector: Attachment, passthrough: Sequence[str] = ()) -> int:
     """Return the most tokens that a photo takes of the context; 0 where the encoder's kind and file do not say.
 
     Encoders that say nothing make each image as large as the next, or cut it into parts: 64 to 1,120 tokens each.
+    ``passthrough`` are the flags that llama-server gets beside; an operator's limit among them holds where the file
+    has none of its own, which not every encoder would give up.
     """
-    if _kind(projector) in _TAKES_LARGE_IMAGES:
-        return LARGE_IMAGE_TOKENS
-    side = _integer(projector, "patch_size") * _merge(projector)
-    return min(_integer(projector, "image_max_pixels") // side**2, LARGE_IMAGE_TOKENS) if side else 0
+    kind, side = _kind(projector), _integer(projector, "patch_size") * _merge(projector)
+    told = [int(value) for name, value in pairwise(passthrough) if name == MOST_TOKENS_FLAG and value.isdecimal()]
+    said = min(_integer(projector, "image_max_pixels") // side**2, LARGE_IMAGE_TOKENS) if side else 0
+    own = LARGE_IMAGE_TOKENS if kind in _TAKES_LARGE_IMAGES else said or _MOST_TOKENS.get(kind, 0)
+    return told[-1] if own and not said and any(told[-1:]) else own
 
 
 def _kind(projector: Attachment) -> str:
@@ -107,15 +123,18 @@ def _kind(projector: Attachment) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _compute_bytes(projector: Attachment, kind: DeviceKind) -> tuple[int, int] | None:
-    """Return bounds of the buffer of the projector's device and of the host's, or None for graphs of other making."""
+def _compute_bytes(projector: Attachment, kind: DeviceKind, n_patches: int) -> tuple[int, int] | None:
+    """Return bounds of the buffers of the projector's device and of the host for an image of so many patches.
+
+    That is None for graphs of other making.
+    """
     patch, width, hidden = (
         _integer(projector, name) for name in ("patch_size", "embedding_length", "feed_forward_length")
     )
-    side, heads = _image_side(projector, patch), _integer(projector, "attention.head_count")
-    if not (side and heads) or projector.metadata.get("clip.has_audio_encoder"):
+    heads = _integer(projector, "attention.head_count")
+    if not (n_patches and heads) or projector.metadata.get("clip.has_audio_encoder"):
         return None
-    n_patches, image = (side // patch) ** 2, _COLOURS * side**2 * _F32_BYTES
+    image = _COLOURS * n_patches * patch**2 * _F32_BYTES
     row = n_patches * _F32_BYTES
     gated = any("ffn_gate" in tensor.name for tensor in projector.tensors)
     ffn = _ROWS_IN_FFN * width + (_GATED_HIDDEN_ROWS if gated else 1) * hidden
@@ -126,17 +145,18 @@ def _compute_bytes(projector: Attachment, kind: DeviceKind) -> tuple[int, int] |
     fuses = kind in _ATTENTION_KINDS or (kind is DeviceKind.CUDA and head in CUDA_HEADS)
     scores = 0 if fuses else 2 * heads * square
     small = masks + _ROWS_OF_INDICES * row + _SMALL_TENSORS_BYTES
-    attention = _ROWS_IN_ATTENTION * width * row + scores + masks
+    attention = _ROWS_IN_ATTENTION * width * row + scores + (masks // 2 if fuses else masks)  # as f16
     return small + max(attention, ffn * row, patches), small + image
 
 
-def _image_side(projector: Attachment, patch: int) -> int:
-    """Return the side in pixels of the square image that is reserved for, 0 where it is not known."""
-    kind = _kind(projector)
-    if kind in _OWN_SIZE:
-        return _integer(projector, "image_size") if patch else 0
+def _warmup_patches(projector: Attachment) -> int:
+    """Return the patches of the image that is reserved for, 0 where they are not known."""
+    kind, patch = _kind(projector), _integer(projector, "patch_size")
+    if not patch:
+        return 0
     side, _ = _WARMUP.get(kind, (0, 0))
-    return side * _merge(projector) * patch
+    per_side = _integer(projector, "image_size") // patch if kind in _OWN_SIZE else side * _merge(projector)
+    return per_side**2
 
 
 def _merge(projector: Attachment) -> int:

@@ -317,7 +317,7 @@ class Best:
         group = [self.devices[segment.bin] for segment in segments]
         shares = [segment.end - segment.start for segment in segments]
         attempt = finder.attempt(_flagged(question, request, choice), group, sum(shares), shares)
-        taken = {row.name: row.known_bytes for row in attempt.usages}
+        taken = {row.name: row.claimed_bytes for row in attempt.usages}
         stands, n_ctx = True, question.params.n_ctx_seq
         for place, segment in enumerate(segments):
             device = self.devices[segment.bin]

@@ -266,13 +266,15 @@ class Finder:
     def _room(self, group: Sequence[Device], attempt: Candidate, costs: Sequence[float]) -> list[int]:
         """Return what each device has for layers: its budget less what it took beyond its layers' costs.
 
-        That is compute buffers, alignment and overhead. A device without layers is taken to need as much of it as any.
+        That is compute buffers, alignment, overhead and a reserve for images. A device without layers is taken to need
+        as much of it as any.
         """
         beyond = {}
         for row in attempt.usages:
             own = [*row.layers, *((self.n_slots - 1,) if row.output else ())]
             if own:
-                beyond[row.name] = max((row.planned_bytes or 0) - int(sum(costs[slot] for slot in own)), 0)
+                taken = row.claimed_bytes if row.planned_bytes is not None else 0
+                beyond[row.name] = max(taken - int(sum(costs[slot] for slot in own)), 0)
         most = max((beyond.get(device.name, 0) for device in group), default=0)
         return [self._budget(device) - beyond.get(device.name, most) for device in group]
 
@@ -312,8 +314,12 @@ def _filled(own: MemoryLedger, answer: MemoryLedger) -> MemoryLedger:
         return other if takes else mine
 
     def fill(ours: DeviceBytes, theirs: DeviceBytes) -> DeviceBytes:
-        pairs = ((ours.model, theirs.model), (ours.context, theirs.context), (ours.compute, theirs.compute))
-        return DeviceBytes(*(better(mine, other) for mine, other in pairs))
+        return replace(
+            ours,
+            model=better(ours.model, theirs.model),
+            context=better(ours.context, theirs.context),
+            compute=better(ours.compute, theirs.compute),
+        )
 
     devices = tuple(fill(mine, other) for mine, other in zip(own.devices, answer.devices, strict=True))
     return replace(own, devices=devices, host=fill(own.host, answer.host))

@@ -139,7 +139,7 @@ class Overflow:
         overrides = tuple(each.override for each in filled.sent) or UNPIPELINED
         flagged = replace(request, override_tensor=overrides)
         attempt = best.finder.attempt(flagged, best.devices, sum(filled.counts), filled.counts)
-        taken = {row.name: row.known_bytes for row in attempt.usages}
+        taken = {row.name: row.claimed_bytes for row in attempt.usages}
         question = best.question(request)
         for index, start, end in _segments(filled.counts):
             device = best.devices[index]

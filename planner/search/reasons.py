@@ -35,6 +35,9 @@ def of_beside(found: Candidate) -> tuple[Decision, ...]:
         sizes = ((name, "unknown" if size is None else format_size(size)) for name, size in charge.by_device.items())
         where = ", ".join(f"{size} on {name}" for name, size in sizes)
         decisions.append(Decision(charge.name, where, "loaded beside the model"))
+        if kept := ", ".join(f"{format_size(size)} on {name}" for name, size in charge.kept_for_images.items()):
+            why = "llama-server aborts where it cannot have that then; --image-max-tokens asks for less"
+            decisions.append(Decision("kept free for a large image", kept, why))
     return tuple(decisions)
 
 

@@ -55,6 +55,7 @@ class DeviceUsage:
     overhead_bytes: int = 0
     overhead_because: str = ""
     needed_bytes: int | None = None  # of the host, where it is not what is planned: see HostDetail
+    image_reserve_bytes: int = 0  # of a device: kept free for the largest image, which llama.cpp allocates for then
 
     @property
     def planned_bytes(self) -> int | None:
@@ -75,10 +76,17 @@ class DeviceUsage:
         return sum(part or 0 for part in parts) + self.overhead_bytes
 
     @property
+    def claimed_bytes(self) -> int:
+        """Return what nobody else can have of it: what is known, and what is kept free for a large image."""
+        return self.known_bytes + self.image_reserve_bytes
+
+    @property
     def headroom_bytes(self) -> int | None:
         """Return what the budget leaves, negative where it is overrun, None where either side is unknown."""
         occupied = self.occupied_bytes
-        return None if occupied is None or self.budget_bytes is None else self.budget_bytes - occupied
+        if occupied is None or self.budget_bytes is None:
+            return None
+        return self.budget_bytes - occupied - self.image_reserve_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,8 @@ class HostDetail:
 
     A mapped range goes from the first of the host's tensors in a file to the last, whatever lies between them.
     ``resident_bytes`` of it have to stay in memory, or parts are read from the disk again for each token: the host's
-    own tensors, the whole range where it is locked.
+    own tensors, the whole range where it is locked. The prompt cache and the reserve for a large image are taken in use
+    only.
     """
 
     mapped_bytes: int | None = 0
@@ -96,6 +105,7 @@ class HostDetail:
     pinned_bytes: int | None = 0
     output_buffer_bytes: int | None = 0
     prompt_cache_bytes: int | None = 0
+    image_reserve_bytes: int | None = 0
 
 
-UNKNOWN_DETAIL: Final = HostDetail(None, None, None, None, None, None)
+UNKNOWN_DETAIL: Final = HostDetail(None, None, None, None, None, None, None)

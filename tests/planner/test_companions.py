@@ -140,7 +140,7 @@ RESERVED = re.compile(r"reserve_compute_meta:\s+(RPC0|CPU)\S*\s+compute buffer s
 
 
 @pytest.mark.llama
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2vl_merger", "pixtral"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2vl_merger", "qwen2.5vl_merger", "pixtral"])
 def test_a_projector_takes_its_weights_to_the_byte_and_no_more_buffers_than_said(
     kind: str,
     endless_model: Path,
@@ -249,7 +249,7 @@ def test_a_context_that_is_chosen_has_room_for_a_large_image_and_words(
         assert isinstance(plan, Plan)
         return plan
 
-    room = planned(replace(request, n_ctx=shortest, n_gpu_layers="all"), 1 << 30).usages[0].known_bytes
+    room = planned(replace(request, n_ctx=shortest, n_gpu_layers="all"), 1 << 30).usages[0].claimed_bytes
     whole, parted = planned(request, room), planned(request, room - MIB)
     assert (whole.placement.kind, parted.placement.kind) == (PlacementKind.GPU, PlacementKind.GPU_AND_CPU)
     assert whole.n_ctx_per_slot == shortest <= (parted.n_ctx_per_slot or 0)

@@ -260,6 +260,18 @@ def test_the_prompt_cache_of_a_plan_is_what_it_takes_in_use_only(question: MakeP
     assert {use.device: use.later_bytes for use in found.uses} == {"CUDA0": 0, HOST: 100 * MIB}
 
 
+def test_what_a_large_image_takes_of_a_card_is_taken_in_use_only_and_nobody_else_has_it(
+    question: MakePlan, tmp_path: Path
+) -> None:
+    eyes = tmp_path / "mmproj.gguf"
+    companion_models.write_projector(eyes, kind="qwen2vl_merger", n_embd_text=64)
+    found = outcome(question, machine(CUDA0=1000), request=replace(REQUEST, mmproj=str(eyes)))
+    assert isinstance(found, LoadPlan)
+    (card, host) = found.uses
+    assert (card.planned_bytes or 0) + card.later_bytes == card.taken_bytes
+    assert min(card.later_bytes, host.later_bytes) > 0
+
+
 def test_a_card_that_takes_one_process_is_left_to_the_runner_that_has_it_until_that_has_gone(
     question: MakePlan,
 ) -> None:
