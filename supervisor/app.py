@@ -35,6 +35,9 @@ from supervisor.store.folder import StoreFolder
 from supervisor.store.logins import Logins
 from supervisor.store.store import ModelStore
 
+# Where the operator says nothing, one client may have this part of MAX_QUEUE: most batches that ask for everything at
+# once are not held up, and whoever comes next finds room.
+CLIENT_SHARE: Final = 0.5
 EXIT_OK: Final = 0
 EXIT_CANNOT_RUN: Final = 1
 EXIT_BAD_SETTINGS: Final = 2
@@ -165,10 +168,11 @@ async def _reload_on_signal(
 
 def _runtime_options(loaded: Loaded, environ: Mapping[str, str]) -> RuntimeOptions:
     settings = loaded.settings
+    max_queue = max(1, settings.max_queue)  # the request that causes a load waits for it
     limits = Limits(
         max_loaded_models=settings.max_loaded_models or None,
-        max_queue=max(1, settings.max_queue),  # the request that causes a load waits for it
-        client_queue=settings.client_queue,
+        max_queue=max_queue,
+        client_queue=settings.client_queue or max(1, int(max_queue * CLIENT_SHARE)),
         queue_timeout_s=settings.queue_timeout,
         keep_alive_s=settings.keep_alive,
         load_timeout_s=settings.load_timeout,

@@ -60,3 +60,16 @@ def test_one_clients_crowd_is_refused_beyond_its_share_and_another_client_is_ser
     wait_for(service, waiting=1)
     modest.close()
     assert crowd.pop().getresponse().read(10)
+
+
+def test_one_clients_crowd_leaves_room_for_others_where_nothing_is_said_of_it(
+    serve: Serve, connections: ExitStack, endless_model: Path
+) -> None:
+    service = serve(PLANNER_MAX_QUEUE="4", PLANNER_CONTEXT_LENGTH="32768")
+    assert asking(connections, service, GREEDY).getresponse().read(10)
+    crowd = [asking(connections, service, GREEDY) for _ in range(2)]
+    wait_for(service, waiting=len(crowd))
+    too_many = asking(connections, service, GREEDY).getresponse()
+    assert (too_many.status, json.load(too_many)["error"]["code"]) == (429, "client_limit")
+    asking(connections, service, MODEST)
+    wait_for(service, waiting=len(crowd) + 1)
