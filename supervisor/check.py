@@ -104,6 +104,10 @@ def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> 
 
     missing = configured.missing(files.models, entries.entries)
     verdicts = [Verdict(name, fits=False, story="there is no model of this id") for name in missing]
+    verdicts += [
+        Verdict(entry.id, fits=False, story=configured.why_unheard(alias, other))
+        for entry, alias, other in configured.unheard(entries)
+    ]
     resident: list[tuple[ModelEntry, Wanted]] = []
     for entry in entries.entries:
         if entry.external is not None:

@@ -85,9 +85,10 @@ class Inventory:
         self._scanned_at = -math.inf
         self._looked_at = -math.inf
         self._problems = {LLAMA_SERVER: "llama-server has not been looked for yet", MODELS: "not scanned yet"}
-        self._warned: frozenset[str] = frozenset()
+        self._warned: frozenset[str] = frozenset()  # of the machine
         self._was_shown = False
         self.llama: LlamaBuild | None = None
+        self.doubts: tuple[str, ...] = ()  # a line for each thing that the models file says in vain
         self._machine: Machine | None = None  # workers that a runner holds with their figures of before
         self.when_models_change: Callable[[], None] = lambda: None
         self.held_now: Callable[[], Mapping[str, int]] = dict
@@ -112,6 +113,7 @@ class Inventory:
         """Let this models file hold from now on."""
         self._file = file
         self._apply()
+        self._look_for_doubts()
 
     def amendments(self, model: ModelId) -> Amendments | None:
         """Return what is to be changed in requests to a model; None: nothing."""
@@ -213,6 +215,7 @@ class Inventory:
                     self._found = answer
                     self._apply()
                 self._note(MODELS, None)
+                self._look_for_doubts()
 
     async def resolve(self, name: str) -> ModelEntry:
         """Return the model that this name stands for. Raises UnknownModel.
@@ -337,6 +340,14 @@ class Inventory:
             if warning not in self._warned:
                 _log.warning("machine.warning", warning=warning)
         self._warned = frozenset(found.machine.warnings)
+
+    def _look_for_doubts(self) -> None:
+        """Remember what the models file says in vain, and log what is new of it; before a scan nobody knows of any."""
+        before = self.doubts
+        self.doubts = () if MODELS in self._problems else configured.doubts(self._file, self._catalogue)
+        for doubt in self.doubts:
+            if doubt not in before:
+                _log.warning("models_file.odd", warning=doubt)
 
     def _note(self, what: str, problem: str | None) -> None:
         """Remember a problem, or that there is none any more."""

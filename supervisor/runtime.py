@@ -138,7 +138,7 @@ class Supervisor:
             queue_length=len(pool.waiting),
             queue_limit=pool.limits.max_queue,
             counters=self._writer.counters,
-            warnings=self._options.warnings,
+            warnings=(*self._options.warnings, *inventory.doubts),
         )
 
     async def resolve(self, name: str) -> str:

@@ -10,7 +10,7 @@ from planner.types import Role
 from supervisor.api.lease import Amendments
 from supervisor.core import types as core
 from supervisor.core.types import ModelId
-from supervisor.models.catalogue import ModelEntry
+from supervisor.models.catalogue import Catalogue, ModelEntry
 
 
 def apply(file: ModelsFile, entries: Iterable[ModelEntry]) -> tuple[ModelEntry, ...]:
@@ -23,6 +23,29 @@ def missing(file: ModelsFile, entries: Iterable[ModelEntry]) -> tuple[str, ...]:
     """Return the models that the file names and nobody has found, which is no error: they may come."""
     found = {entry.id for entry in entries}
     return tuple(name for name in file.models if name not in found)
+
+
+def unheard(catalogue: Catalogue) -> Iterator[tuple[ModelEntry, str, ModelEntry]]:
+    """Yield each alias by which its model cannot be asked for, since another one has it too: model, alias, other."""
+    for entry in catalogue.entries:
+        for alias in entry.aliases:
+            other = catalogue.find(alias)
+            if other is not None and other.id != entry.id:
+                yield entry, alias, other
+
+
+def why_unheard(alias: str, other: ModelEntry) -> str:
+    """Return the line that tells of such an alias."""
+    return f"its alias {alias!r} is a name of {other.id}, which is what is served under it: choose another alias"
+
+
+def doubts(file: ModelsFile, catalogue: Catalogue) -> tuple[str, ...]:
+    """Return a line for each thing that the file says in vain, as far as these models show."""
+    strangers = (
+        f"the models file has settings for {name!r}: there is no model of this id (planner list has those that are)"
+        for name in missing(file, catalogue.entries)
+    )
+    return (*strangers, *(f"{one.id}: {why_unheard(alias, other)}" for one, alias, other in unheard(catalogue)))
 
 
 def scheduling(entries: Iterable[ModelEntry]) -> dict[ModelId, core.ModelSettings]:

@@ -68,6 +68,14 @@ def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
     assert "/nowhere/program" in stories["gone"]
 
 
+def test_an_alias_under_which_another_model_is_served_is_wrong(
+    check: Check, chat_model: Path, embedding_model: Path, llama_tools: Path
+) -> None:
+    done = check('[models.tiny-chat]\naliases = ["tiny-embedding:latest"]\n')
+    assert done.returncode == 1
+    assert "WRONG  tiny-chat: its alias 'tiny-embedding:latest' is a name of tiny-embedding" in done.stdout
+
+
 def test_models_that_are_to_stay_loaded_have_to_fit_together(
     check: Check, chat_model: Path, embedding_model: Path, llama_tools: Path
 ) -> None:

@@ -179,6 +179,19 @@ def test_a_changed_file_touches_only_the_runners_that_it_changes(
     assert after["tiny-chat"]["context_per_slot"] == 2048
 
 
+def test_what_a_changed_file_says_in_vain_is_told_in_the_log_and_in_the_status(
+    configured: Configured, models_file: Path, chat_model: Path, embedding_model: Path
+) -> None:
+    service = configured("")
+    assert service.get("/status")["warnings"] == []
+    models_file.write_text('[models.nobody]\n[models.tiny-chat]\naliases = ["tiny-embedding"]\n')
+    service.process.send_signal(signal.SIGHUP)
+    logged = [service.read_log("models_file.odd")["warning"] for _ in range(2)]
+    assert "'nobody': there is no model of this id" in logged[0]
+    assert "tiny-chat: its alias 'tiny-embedding' is a name of tiny-embedding" in logged[1]
+    assert service.get("/status")["warnings"] == logged
+
+
 def test_a_model_that_is_to_be_preloaded_is_there_without_being_asked_for(
     configured: Configured, chat_model: Path
 ) -> None:
