@@ -160,6 +160,7 @@ def _device(usage: DeviceUsage, *, is_placed: bool) -> dict[str, Any]:
         "overhead_bytes": usage.overhead_bytes,
         "overhead_because": overhead_because(usage),
         "planned_bytes": usage.planned_bytes,
+        "image_reserve_bytes": usage.image_reserve_bytes,
         "source": {
             "model": usage.model.source.value,
             "context": usage.context.source.value,
@@ -176,6 +177,7 @@ def _host(host: HostDetail) -> dict[str, int | None]:
         "pinned_bytes": host.pinned_bytes,
         "output_buffer_bytes": host.output_buffer_bytes,
         "prompt_cache_bytes": host.prompt_cache_bytes,
+        "image_reserve_bytes": host.image_reserve_bytes,
     }
 
 

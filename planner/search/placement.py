@@ -154,7 +154,8 @@ class _Search:
 
     @property
     def _shortest_context(self) -> int:
-        image = 0 if self.model.projector is None else projector.image_tokens(self.model.projector)
+        seen = self.model.projector
+        image = 0 if seen is None else projector.image_tokens(seen, self.request.passthrough)
         return max(MIN_CONTEXT, ggml.pad(image + MIN_CONTEXT_FOR_WORDS, CONTEXT_ALIGNMENT))
 
     @property

@@ -215,9 +215,10 @@ def _is_long_enough(plan: Plan) -> bool:
 def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:
     """Return what is taken on one device; of the host, mapped weights left out: they are page cache."""
     on_host = usage.kind is DeviceKind.HOST
-    taken = budget.host_bytes(usage.context, usage.compute, host) if on_host else usage.known_bytes
+    taken = budget.host_bytes(usage.context, usage.compute, host) if on_host else usage.claimed_bytes
     headroom = None if usage.budget_bytes is None else usage.budget_bytes - taken
-    later = (host.prompt_cache_bytes or 0) if on_host else 0
+    on_demand = (host.prompt_cache_bytes, host.image_reserve_bytes) if on_host else (usage.image_reserve_bytes,)
+    later = sum(each or 0 for each in on_demand)
     return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom, later)
 
 
