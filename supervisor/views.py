@@ -11,7 +11,7 @@ from typing import Final, assert_never
 from planner.types import Machine
 from supervisor.api.models import ModelView
 from supervisor.api.runtime import LoadProgress
-from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView
+from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView, TokenCounts
 from supervisor.core import ledger, loading, yielding
 from supervisor.core.commands import (
     Command,
@@ -79,6 +79,15 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
         case _:
             assert_never(command)
     return MappingProxyType({**counters, command.model: after})
+
+
+def count_tokens(
+    counters: Mapping[str, ModelCounters], model: ModelId, added: TokenCounts
+) -> Mapping[str, ModelCounters]:
+    """Return the counters after a runner of this model has worked through so many tokens more."""
+    before = counters.get(model, ModelCounters())
+    after = replace(before, tokens=added if before.tokens is None else before.tokens + added)
+    return MappingProxyType({**counters, model: after})
 
 
 def runner_views(pool: Pool, clock: Clock) -> tuple[RunnerView, ...]:

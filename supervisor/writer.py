@@ -21,7 +21,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from planner.types import LoadOptions
 from supervisor import views
 from supervisor.api.lease import Endpoint
-from supervisor.api.snapshot import ModelCounters
+from supervisor.api.snapshot import ModelCounters, TokenCounts
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children
 from supervisor.core import scheduler
@@ -67,6 +67,7 @@ class Writer:
         self.children = Children(
             self.post,
             lambda model, generation: (model, generation) in self._leases,
+            self._count_tokens,
             state_dir=state_dir,
             environ=environ,
             stop_grace_s=stop_grace_s,
@@ -128,6 +129,7 @@ class Writer:
         holders.discard(lease)
         if not holders:
             self._leases.pop((model, generation), None)
+        self.children.note_use(model, generation)
         self.post(RequestFinished(model, generation, client))
 
     def post(self, event: Event) -> None:
@@ -180,6 +182,9 @@ class Writer:
                 _report(command)
             case _:
                 assert_never(command)
+
+    def _count_tokens(self, model: ModelId, added: TokenCounts) -> None:
+        self.counters = views.count_tokens(self.counters, model, added)
 
     def _tell(self, command: Grant | Reject | LoseLeases) -> None:
         """Tell those who wait for a lease, or hold one."""

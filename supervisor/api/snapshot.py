@@ -82,8 +82,33 @@ class RunnerView:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """The tokens that runners have worked through, by their own counters, and the seconds that each kind took.
+
+    ``prompt`` has none that were found in the cache. The seconds of requests that ran side by side are added up.
+    """
+
+    prompt: int = 0
+    generated: int = 0
+    prompt_s: float = 0.0
+    generated_s: float = 0.0
+
+    def __add__(self, more: TokenCounts) -> TokenCounts:
+        """Return both together."""
+        return TokenCounts(
+            self.prompt + more.prompt,
+            self.generated + more.generated,
+            self.prompt_s + more.prompt_s,
+            self.generated_s + more.generated_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCounters:
-    """What happened to one model since the service started. ``unloads`` counts ``evictions`` too."""
+    """What happened to one model since the service started. ``unloads`` counts ``evictions`` too.
+
+    ``tokens`` is None where no runner of it has told any.
+    """
 
     launches: int = 0
     crashes: int = 0
@@ -93,6 +118,7 @@ class ModelCounters:
     unloads: int = 0
     evictions: int = 0
     out_of_memory: int = 0
+    tokens: TokenCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)

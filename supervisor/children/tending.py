@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,9 @@ import structlog
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
-from supervisor.children import strays
+from supervisor.api.snapshot import TokenCounts
+from supervisor.children import counting, strays
+from supervisor.children.counting import TokenWatch
 from supervisor.children.hanging import HangWatch, Patience
 from supervisor.children.health import wait_healthy, wait_serving
 from supervisor.children.logs import ChildLog
@@ -75,6 +78,7 @@ def prepare(state_dir: Path) -> None:
 class _Running:
     """A live child, what a client has to show it, and what it said. ``url`` once it has said that it listens.
 
+    ``tokens`` reads what it counts, from then on; a program that is not ours counts nothing.
     ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost. ``unasked_lines`` is how many
     it had said when it first answered, being a program: many write a line each time they are asked if they are ready.
     """
@@ -87,6 +91,7 @@ class _Running:
     is_program: bool = False
     used: list[UsingDevice] = field(default_factory=list)
     url: str | None = None
+    tokens: TokenWatch | None = None
     obeys: bool = False
     unasked_lines: int | None = None
     until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
@@ -105,7 +110,8 @@ class _Running:
 class Children:
     """Every live child. ``post`` takes the events; ``environ`` is what children inherit, after scrubbing.
 
-    ``is_busy`` says whether a child of this generation has requests in flight.
+    ``is_busy`` says whether a child of this generation has requests in flight; ``count`` is given the tokens that a
+    model's child has worked through since it was given any.
     ``state_dir``, which was prepared, holds the records of who runs, and the empty folder that is a child's whole
     configuration.
     """
@@ -114,6 +120,7 @@ class Children:
         self,
         post: Callable[[Event], None],
         is_busy: Callable[[ModelId, int], bool],
+        count: Callable[[ModelId, TokenCounts], None],
         *,
         state_dir: Path,
         environ: Mapping[str, str],
@@ -122,6 +129,7 @@ class Children:
     ) -> None:
         self._post = post
         self._is_busy = is_busy
+        self._count = count
         self._records = state_dir / RECORDS
         self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
@@ -154,6 +162,12 @@ class Children:
         running = self._running.get((model, generation))
         return self._ended.get(model) if running is None else running.log
 
+    def note_use(self, model: ModelId, generation: int) -> None:
+        """Have the tokens of this child counted, if it is still there: a request to it has ended."""
+        running = self._running.get((model, generation))
+        if running is not None and running.tokens is not None:
+            running.tokens.note_use()
+
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
         about = {"model": command.model, "runner": command.runner, "generation": command.generation}
@@ -182,7 +196,7 @@ class Children:
         if program is not None:
             port = str(free_port())
             return [word.replace(PORT, port) for word in launch.argv], env, program.url.replace(PORT, port)
-        env |= {"LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config)}
+        env |= {"LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config), **counting.ENABLED}
         # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
         return [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model], env, None
 
@@ -205,6 +219,8 @@ class Children:
             with anyio.move_on_after(UNREADY_GRACE_S):
                 await wait_serving(running.url, running.api_key)
                 running.obeys = True
+        if running.tokens is not None:
+            await running.tokens.read(counting.LAST_ANSWER_WITHIN_S)
         await running.child.stop(self._stop_grace_s if running.obeys else UNREADY_GRACE_S)
 
     async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
@@ -256,8 +272,10 @@ class Children:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, Listening):
                     running.url = fact.url
+                    running.tokens = TokenWatch(fact.url, running.api_key, partial(self._count, model))
                     self._post(BecameReady(model, generation, fact.url, running.log.measured_bytes))
                     tasks.start_soon(self._watch, model, generation, running, fact.url)
+                    tasks.start_soon(running.tokens.follow)
             if len(data) < READ_BYTES:
                 await running.child.wait_exited(LISTEN_EVERY_S if running.url is not None else LISTEN_LOADING_S)
         silent.set()

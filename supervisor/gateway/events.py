@@ -10,6 +10,7 @@ from typing import Final
 
 # llama-server ends each event so (tools/server/server-common.cpp, ``format_oai_sse`` and its siblings), in one write.
 EVENT_END: Final = b"\n\n"
+COMMENT: Final = b":"  # how a line begins that clients skip
 # A last event that repeats a long answer with its log probabilities comes to some hundred kilobytes.
 MAX_HELD_BYTES: Final = 1 << 20
 
@@ -21,7 +22,7 @@ def sse_event(data: bytes, name: str | None = None) -> bytes:
 
 def sse_comment(text: bytes) -> bytes:
     """Return a comment in an event stream, which every client skips that does not look for it."""
-    return b": " + text + EVENT_END
+    return COMMENT + b" " + text + EVENT_END
 
 
 class WholeEvents:

@@ -33,6 +33,7 @@ class Exchange:
     client: str = ""
     begun: web.StreamResponse | None = None
     first_byte_s: float | None = None
+    first_event_s: float | None = None
     broken: str | None = None
 
     def elapsed_s(self) -> float:
@@ -43,6 +44,10 @@ class Exchange:
         """Remember when the answer's first byte went out."""
         if self.first_byte_s is None:
             self.first_byte_s = self.elapsed_s()
+
+    def mark_first_event(self) -> None:
+        """Remember that the first event of a streamed answer goes out, which has its first token."""
+        self.first_event_s = self.elapsed_s()
 
 
 EXCHANGE: Final = web.RequestKey("exchange", Exchange)

@@ -118,6 +118,8 @@ def _record(metrics: HttpMetrics, exchange: Exchange, status: int) -> None:
         metrics.first_byte.labels(exchange.endpoint, model).observe(exchange.first_byte_s)
         if exchange.broken is not None:
             metrics.broken_streams.labels(model).inc()
+    if exchange.stream and exchange.first_event_s is not None:
+        metrics.first_token.labels(model).observe(exchange.first_event_s)
 
 
 def _log_access(request: web.Request, exchange: Exchange, status: int) -> None:

@@ -28,7 +28,7 @@ from multidict import CIMultiDict, MultiMapping
 
 from supervisor.api.lease import Lease
 from supervisor.gateway.errors import RunnerLost
-from supervisor.gateway.events import EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
+from supervisor.gateway.events import COMMENT, EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE
 from supervisor.gateway.upstream import Upstream, send
 
@@ -187,7 +187,8 @@ async def _relay(
     if exchange.begun is None:
         name_model(response, lease.model)
         await response.prepare(request)
-    events = WholeEvents(MAX_HELD_BYTES if response.content_type == SSE_CONTENT_TYPE else 0)
+    awaits_event = response.content_type == SSE_CONTENT_TYPE
+    events = WholeEvents(MAX_HELD_BYTES if awaits_event else 0)
     try:
         while chunk:
             piece = events.feed(chunk)
@@ -195,6 +196,9 @@ async def _relay(
                 piece = retelling.feed(piece)
             if piece:
                 exchange.mark_first_byte()
+                if awaits_event and not piece.startswith(COMMENT):  # with which llama-server bridges a long wait
+                    exchange.mark_first_event()
+                    awaits_event = False
                 await response.write(piece)
             chunk = await line.read()
     except RunnerLost as error:

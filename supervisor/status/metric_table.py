@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from planner.types import Device
-from supervisor.api.snapshot import DeviceLedger, ModelCounters, RunnerView, Snapshot
+from supervisor.api.snapshot import DeviceLedger, ModelCounters, RunnerView, Snapshot, TokenCounts
 from supervisor.status.view import is_ready, measured_on, planned_on
 
 Samples = Iterable[tuple[tuple[str, ...], float | None]]
@@ -39,6 +39,16 @@ def _counted(value: Callable[[ModelCounters], int]) -> Callable[[Snapshot], Samp
     return lambda snapshot: [
         ((model.id,), value(snapshot.counters.get(model.id, ModelCounters()))) for model in snapshot.models
     ]
+
+
+def _by_tokens(value: Callable[[TokenCounts], float]) -> Callable[[Snapshot], Samples]:
+    def read(snapshot: Snapshot) -> Samples:
+        for model in snapshot.models:
+            counters = snapshot.counters.get(model.id)
+            if counters is not None and counters.tokens is not None:
+                yield (model.id,), value(counters.tokens)
+
+    return read
 
 
 def _by_device(value: Callable[[Device, Snapshot], float | None]) -> Callable[[Snapshot], Samples]:
@@ -160,6 +170,13 @@ METRICS: Final = (
         ("model",),
         "How long the runner took from launch to ready.",
         _by_model(lambda runner: runner.load_seconds),
+    ),
+    MetricRow(
+        "loadmaster_runner_restarts",
+        "gauge",
+        ("model",),
+        "How often the runner was started again after it had failed.",
+        _by_model(lambda runner: runner.restarts),
     ),
     MetricRow(
         "loadmaster_runner_planned_bytes",
@@ -286,6 +303,40 @@ METRICS: Final = (
         ("model",),
         "Requests that were refused one.",
         _counted(lambda counters: counters.requests_refused),
+    ),
+    MetricRow(
+        "loadmaster_prompt_tokens_total",
+        "counter",
+        ("model",),
+        "Tokens of prompts that runners have read, without those found in their caches.",
+        _by_tokens(lambda tokens: tokens.prompt),
+    ),
+    MetricRow(
+        "loadmaster_prompt_seconds_total",
+        "counter",
+        ("model",),
+        "The time that this took them.",
+        _by_tokens(lambda tokens: tokens.prompt_s),
+    ),
+    MetricRow(
+        "loadmaster_generated_tokens_total",
+        "counter",
+        ("model",),
+        "Tokens that runners have generated, of requests that have ended.",
+        _by_tokens(lambda tokens: tokens.generated),
+    ),
+    MetricRow(
+        "loadmaster_generated_seconds_total",
+        "counter",
+        ("model",),
+        "The time that this took them, requests that ran side by side added up.",
+        _by_tokens(lambda tokens: tokens.generated_s),
+    ),
+    MetricRow(
+        "loadmaster_first_token_seconds",
+        "histogram",
+        ("model",),
+        "From a streamed request's arrival to its answer's first event, waiting and loading included.",
     ),
     MetricRow(
         "loadmaster_http_requests_total",

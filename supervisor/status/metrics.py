@@ -36,6 +36,9 @@ class HttpMetrics:
         self.first_byte = Histogram(
             *_declared("loadmaster_http_first_byte_seconds"), registry=registry, buckets=LATENCY_BUCKETS_S
         )
+        self.first_token = Histogram(
+            *_declared("loadmaster_first_token_seconds"), registry=registry, buckets=LATENCY_BUCKETS_S
+        )
         self.duration = Histogram(
             *_declared("loadmaster_http_request_seconds"), registry=registry, buckets=LATENCY_BUCKETS_S
         )

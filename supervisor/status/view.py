@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from planner.types import Device, Machine
 from supervisor.api.models import ModelView
-from supervisor.api.snapshot import DeviceLedger, FailureView, ModelCounters, RunnerView, Snapshot
+from supervisor.api.snapshot import DeviceLedger, FailureView, ModelCounters, RunnerView, Snapshot, TokenCounts
 
 SCHEMA: Final = 1
 # A model that no runner serves at the moment, and one that none can serve.
@@ -65,6 +65,7 @@ def measured_on(device: str, runners: tuple[RunnerView, ...]) -> int | None:
 
 def model_entry(model: ModelView, snapshot: Snapshot) -> Json:
     """Return one model of the folder, its state, and what happened to it since the service started."""
+    counters = snapshot.counters.get(model.id, ModelCounters())
     return {
         "id": model.id,
         "state": model_state(model, snapshot),
@@ -76,7 +77,8 @@ def model_entry(model: ModelView, snapshot: Snapshot) -> Json:
         "context_train": model.n_ctx_train,
         "context_per_slot": model.n_ctx_per_slot,
         "problem": model.problem,
-        "counters": _counters(snapshot.counters.get(model.id, ModelCounters())),
+        "counters": _counters(counters),
+        "tokens": None if counters.tokens is None else _tokens(counters.tokens),
     }
 
 
@@ -157,4 +159,13 @@ def _counters(counters: ModelCounters) -> Json:
         "unloads": counters.unloads,
         "evictions": counters.evictions,
         "out_of_memory": counters.out_of_memory,
+    }
+
+
+def _tokens(tokens: TokenCounts) -> Json:
+    return {
+        "prompt": tokens.prompt,
+        "generated": tokens.generated,
+        "prompt_per_second": tokens.prompt / tokens.prompt_s if tokens.prompt_s else None,
+        "generated_per_second": tokens.generated / tokens.generated_s if tokens.generated_s else None,
     }

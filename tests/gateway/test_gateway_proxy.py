@@ -231,6 +231,42 @@ async def test_a_client_that_leaves_while_it_is_written_to_is_no_error_in_the_lo
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+async def test_the_first_token_is_timed_where_it_is_streamed_and_not_what_bridges_the_wait_for_it(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
+) -> None:
+    """llama-server sends a comment every thirty seconds of a long prompt; each number here is one answer more."""
+    sent_on = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, body = await read_request(reader)
+        kind = "text/event-stream" if b"true" in body else "application/json"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nConnection: close\r\n\r\n" % kind.encode())
+        writer.write(b":\n\n" if b"true" in body else b"{}")
+        if b"event" in body and b"true" in body:
+            await sent_on.wait()
+            writer.write(b"data: 1\n\n")
+        writer.close()
+
+    async def counted() -> str:
+        async with http.get(f"{url}/metrics") as metrics:
+            found = re.search(r'first_token_seconds_count{model="mock"} (\S+)', await metrics.text())
+            return found[1] if found else "none"
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        url = await serve()
+        for asked in ({"prompt": "event"}, {"stream": True, "prompt": "only comments"}):
+            async with http.post(f"{url}/v1/completions", json={"model": "mock", **asked}) as whole:
+                await whole.read()
+            assert await counted() == "none"
+        body = {"model": "mock", "stream": True, "prompt": "event"}
+        async with http.post(f"{url}/v1/completions", json=body) as streamed:
+            assert await streamed.content.readany() == b":\n\n"
+            sent_on.set()
+            assert await streamed.content.read() == b"data: 1\n\n"
+        assert await counted() == "1.0"
+
+
 async def until_busy(server: LlamaServer) -> None:
     """Return once the server has begun to generate; each question is a request that takes its time."""
     while not await server.busy_slots():

@@ -34,6 +34,19 @@ async def test_a_request_says_how_to_load_and_how_long_to_keep(
     assert (kept.load, kept.keep_alive_s) == (LoadOptions(), math.inf)
 
 
+async def test_the_first_token_of_a_stream_is_timed(
+    serve: Serve, http: aiohttp.ClientSession, chat_server: LlamaServer
+) -> None:
+    """Not that of an answer that comes whole."""
+    url = await serve([chat_server])
+    asked = {"model": chat_server.model, "messages": [HELLO], "options": {"num_predict": 2}}
+    for stream in (True, False):
+        async with http.post(f"{url}/api/chat", json={**asked, "stream": stream}) as answer:
+            await answer.read()
+    async with http.get(f"{url}/metrics") as metrics:
+        assert f'loadmaster_first_token_seconds_count{{model="{chat_server.model}"}} 1.0' in await metrics.text()
+
+
 async def test_an_unload_is_the_runtimes_and_needs_no_lease(
     serve: Serve, runtime: FakeRuntime, http: aiohttp.ClientSession, embedding_server: LlamaServer
 ) -> None:

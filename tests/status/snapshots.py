@@ -6,7 +6,15 @@ from types import MappingProxyType
 
 from planner.types import HOST, HOST_POOL, Decision, Device, DeviceKind, DeviceName, Machine, PoolId, ProcessUse, Role
 from supervisor.api.models import ModelView
-from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView, Snapshot
+from supervisor.api.snapshot import (
+    DeviceLedger,
+    DeviceUse,
+    FailureView,
+    ModelCounters,
+    RunnerView,
+    Snapshot,
+    TokenCounts,
+)
 
 GIB = 1 << 30
 NOW = 1_800_000_000.0
@@ -116,7 +124,13 @@ def busy_machine() -> Snapshot:
         ),
         queue_length=3,
         queue_limit=512,
-        counters=MappingProxyType({READY.model: ModelCounters(3, 1, 0, 42, 5, 1), "was-here-once": ModelCounters(9)}),
+        counters=MappingProxyType(
+            {
+                READY.model: ModelCounters(3, 1, 0, 42, 5, 1, tokens=TokenCounts(90_000, 12_000, 45.0, 300.0)),
+                LOADING.model: ModelCounters(1),
+                "was-here-once": ModelCounters(9, tokens=TokenCounts(1, 1)),
+            }
+        ),
         warnings=("GPU_OVERHEAD is not set",),
         ledger=(
             DeviceLedger("CUDA0", 5 * GIB, 17 * GIB, 0, 0, None, -4096),

@@ -137,6 +137,11 @@ def test_metrics_agree_with_the_snapshot() -> None:
     assert value(samples, "models_unusable") == 1
     assert value(samples, "crashes_total", model=READY.model) == 1
     assert value(samples, "requests_granted_total", model="idle-7b") == 0
+    assert value(samples, "generated_tokens_total", model=READY.model) == 12_000
+    assert value(samples, "generated_seconds_total", model=READY.model) == 300
+    assert value(samples, "prompt_tokens_total", model=READY.model) == 90_000
+    assert value(samples, "generated_tokens_total", model="idle-7b") is None
+    assert value(samples, "runner_restarts", model=READY.model) == 1
     assert value(samples, "queue_length") == 3
     assert not any("was-here-once" in dict(labels).values() for _, labels in samples)
 

@@ -40,6 +40,10 @@ class Service:
         body = {"model": model, "messages": [{"role": "user", "content": "hello"}], **more}
         return self.request("POST", "/v1/chat/completions", body)
 
+    def model(self, name: str) -> dict[str, Any]:
+        [model] = [one for one in self.get("/status")["models"] if one["id"] == name]
+        return dict(model)
+
     def runner(self) -> dict[str, Any]:
         (runner,) = self.get("/status")["runners"]
         return dict(runner)

@@ -76,6 +76,7 @@ async def watched(state: Path) -> AsyncIterator[tuple[Children, Events, TaskGrou
     children = Children(
         events.post,
         lambda _model, _generation: False,
+        lambda _model, _tokens: None,
         state_dir=state,
         environ=os.environ,
         stop_grace_s=LONG_S,

@@ -54,6 +54,7 @@ async def test_it_shows_devices_models_and_runners_as_they_come(
     assert "ready for requests" in shown
     assert str(runner["pid"]) in shown
     assert "tiny-chat" in await page.text("#devices")
+    await page.until("/\\d tokens, [\\d.]+ per second/.test(document.querySelector('#models').textContent)")
     await page.click("#runners summary")
     assert f"--model {chat_model}" in (await page.text("#runners pre")).replace(" -m ", " --model ")
     assert page.complaints == []
@@ -63,6 +64,8 @@ async def test_what_did_not_change_is_not_drawn_again(page: Page, serve: Serve, 
     service = serve(PLANNER_DEBUG="1")
     service.chat("tiny-chat").read()
     service.read_log("machine.read")  # a little after the load, and what is free is another figure then
+    while service.model("tiny-chat")["tokens"] is None:
+        pass  # likewise, and each question takes its time
     await page.open(f"http://127.0.0.1:{service.port}/")
     marked = "document.querySelectorAll('#devices > *, #runners > *, #models > *, #model-rows > *')"
     count = await page.value(f"{marked}.forEach((one) => {{ one.marked = true; }}), {marked}.length")

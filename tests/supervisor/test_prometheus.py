@@ -31,6 +31,18 @@ scrape_configs: [{{job_name: loadmaster, static_configs: [{{targets: ["127.0.0.1
 LISTENING = re.compile(r'msg="Listening on" address=(\S+)')
 
 
+# What an operator is told of a model and of a device, once it has served.
+TOLD = """
+    loadmaster_runner_planned_bytes loadmaster_runner_measured_bytes loadmaster_runner_deviation_bytes
+    loadmaster_device_planned_bytes loadmaster_device_measured_bytes loadmaster_device_free_bytes
+    loadmaster_runner_requests_in_flight loadmaster_runner_requests_waiting loadmaster_requests_granted_total
+    loadmaster_http_requests_total loadmaster_queue_length
+    loadmaster_prompt_tokens_total loadmaster_prompt_seconds_total loadmaster_generated_tokens_total
+    loadmaster_generated_seconds_total loadmaster_first_token_seconds_bucket loadmaster_runner_load_seconds
+    loadmaster_evictions_total loadmaster_runner_restarts loadmaster_out_of_memory_total
+"""
+
+
 @contextmanager
 def prometheus(folder: Path, port: int) -> Iterator[str]:
     """Run a Prometheus that scrapes this port of loopback; yield its address once it is ready."""
@@ -64,7 +76,10 @@ def test_prometheus_scrapes_it_and_promtool_finds_nothing_to_object_to(
     serve: Serve, chat_model: Path, tmp_path: Path
 ) -> None:
     service = serve()
-    service.chat("tiny-chat").read()
+    answered = json.loads(service.chat("tiny-chat", max_tokens=3).read())["usage"]
+    service.chat("tiny-chat", max_tokens=4, stream=True).read()
+    while service.model("tiny-chat")["tokens"] is None:
+        pass  # a runner is asked some seconds after it was used
     text = service.request("GET", "/metrics").read()
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
@@ -73,10 +88,12 @@ def test_prometheus_scrapes_it_and_promtool_finds_nothing_to_object_to(
             pass  # each question takes its time, and the whole test is bounded
         launches = samples(address, 'loadmaster_launches_total{model="tiny-chat"}')
         assert list(launches.values()) == [1.0]
+        generated = samples(address, 'loadmaster_generated_tokens_total{model="tiny-chat"}')
+        assert list(generated.values()) == [answered["completion_tokens"] + 4]
+        streamed = samples(address, 'loadmaster_first_token_seconds_count{model="tiny-chat"}')
+        assert list(streamed.values()) == [1.0]
         state = samples(address, "loadmaster_runner_state == 1")
         assert [json.loads(labels)["state"] for labels in state] == ["ready"]
         names = {json.loads(labels)["__name__"] for labels in samples(address, '{__name__=~"loadmaster_.+"}')}
-    declared = {line.split()[2] for line in text.decode().splitlines() if line.startswith("# TYPE")}
     with_samples = {line.partition("{")[0].split()[0] for line in text.decode().splitlines() if line[:1] != "#"}
-    assert with_samples <= names
-    assert "loadmaster_http_request_seconds" in declared
+    assert set(TOLD.split()) <= with_samples <= names

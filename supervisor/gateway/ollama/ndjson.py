@@ -35,6 +35,7 @@ async def send_lines(request: web.Request, lines: AsyncIterator[Json]) -> web.St
     try:
         if first is not None:
             exchange.mark_first_byte()
+            exchange.mark_first_event()
             await response.write(_line(first))
         async for line in lines:
             await response.write(_line(line))
