@@ -30,6 +30,7 @@ from supervisor.core.events import (
     SettingsChanged,
     ShutdownRequested,
     StopRequested,
+    YieldEnded,
     YieldRequested,
 )
 from supervisor.core.pool import Pool
@@ -211,6 +212,14 @@ class Supervisor:
             },
             until=self._clock.at(now + for_s),
         )
+
+    async def end_yield(self, device: str) -> bool:
+        """Let our runners have what was given to other programs of a device's memory; False where nothing was."""
+        if self._inventory.machine is None:
+            await self._read_machine()
+        devices, before = _all_of(self._shares(device)), self._writer.pool.yields
+        self._writer.post(YieldEnded(devices))
+        return self._writer.pool.yields != before
 
     async def _steady_shares(self, device: str) -> tuple[Share, ...]:
         """Return what is free for a device, read while no load was under way there, began or ended.

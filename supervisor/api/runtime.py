@@ -89,6 +89,14 @@ class Runtime(Protocol):
         """
         ...
 
+    async def end_yield(self, device: str) -> bool:
+        """Let our runners have, before its time is over, what was given to other programs of a device's memory.
+
+        That is all of the memory that the device shares with others. False where nothing was given. Runners that go for
+        it already still go. Raises UnknownDevice.
+        """
+        ...
+
     async def forget(self, model: str) -> None:
         """Follow that a model was deleted: stop its runner, unless other names share it, and read the models again."""
         ...

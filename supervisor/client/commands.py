@@ -164,7 +164,17 @@ def _reset(at: Service, words: Words) -> int:
 
 
 def _yield(at: Service, words: Words) -> int:
-    device, size = words.names
+    device, *sizes = words.names
+    if "--end" in words.switches:
+        if sizes or words.values:
+            raise InvalidRequest("--end takes the device alone: planner yield DEVICE --end")
+        ended = at.post("/manage/yield/end", {"device": device})["ended"]
+        return _print(
+            f"{device}: models are placed there again\n" if ended else f"{device}: nothing was asked for there\n"
+        )
+    if not sizes:
+        raise InvalidRequest(f"how much? planner yield {device} SIZE, such as 8GiB, or planner yield {device} --end")
+    (size,) = sizes
     try:
         wanted_bytes, for_s = parse_size(size), parse_duration(words.values.get("--for", "30m"))
     except ValueError as error:
@@ -268,14 +278,16 @@ question), it prints the one answer and ends.
     "yield": Command(
         _yield,
         """\
-planner yield DEVICE SIZE [--for DURATION]
+planner yield DEVICE SIZE [--for DURATION] | planner yield DEVICE --end
 
 Frees memory for another program: stops idle runners until so much is free on the device, and places nothing there for
 so long (30m where not given). Where that is not enough, runners in use take no new request and go when they have
-finished; it says so, and ends with status 3 as long as less is free.
+finished; it says so, and ends with status 3 as long as less is free. --end: the other program is done before that time
+is over, with the device and with all that share its memory.
 """,
-        (2, 2),
+        (1, 2),
         frozenset({"--for"}),
+        frozenset({"--end"}),
     ),
     "pull": Command(
         _pull,

@@ -51,10 +51,8 @@ def step(pool: Pool, event: Event, now: float) -> Outcome:
             pool, commands = loading.planned(pool, event, now)
         case SettingsChanged(by_model):
             pool, commands = _change_settings(pool, by_model, now)
-        case YieldRequested():
-            pool, commands = _ask_all_anew(yielding.begin(pool, event, now)), ()
-        case YieldEnded():
-            pool, commands = _ask_all_anew(yielding.end(pool, event)), ()
+        case YieldRequested() | YieldEnded():
+            pool, commands = _ask_all_anew(yielding.changed(pool, event, now)), ()
         case ShutdownRequested():
             pool, commands = _shut_down(pool, now)
         case TimePassed():

@@ -1,7 +1,8 @@
 """Memory that is another program's for a while: what our runners may hold meanwhile, and which of them go for it.
 
-1. From when it is asked for until its time is over, or it is ended before, our runners together may hold no more of the device than leaves the
-   other program what it wants: a cap on what is loaded there, or in the memory that it shares with other devices.
+1. From when it is asked for until its time is over, or is ended before, our runners together may hold no more of the
+   device than leaves the other program what it wants: a cap on what is loaded there, or in the memory that it shares
+   with other devices.
    Whoever asks again asks for the same memory: the lowest cap holds.
 2. As long as they hold more, the cheapest set of them that is enough goes. Idle ones go at once. One in use takes up no
    new request and goes when it has served those that it serves, however long they take: nobody is cut short.
@@ -25,16 +26,13 @@ from supervisor.core.types import Cap, ModelId
 FOR_OTHERS: Final = "its memory is another program's for now"
 
 
-def begin(pool: Pool, event: YieldRequested, now: float) -> Pool:
-    """Return the pool in which this memory is another program's (case 1)."""
+def changed(pool: Pool, event: YieldRequested | YieldEnded, now: float) -> Pool:
+    """Return the pool in which this memory is another program's (case 1), or is so no more; who goes already goes."""
+    if isinstance(event, YieldEnded):
+        return replace(pool, yields=tuple(one for one in pool.yields if not one.cap.devices & event.devices))
     free_bytes = event.free_bytes - ledger.later_on(pool, event.devices)
     most_bytes = ledger.held_on(pool, event.devices) + free_bytes - event.wanted_bytes
     return replace(pool, yields=(*pool.yields, Yielded(Cap(event.devices, most_bytes), now, event.until)))
-
-
-def end(pool: Pool, event: YieldEnded) -> Pool:
-    """Return the pool in which nothing of these devices is another program's; who goes for it already still goes."""
-    return replace(pool, yields=tuple(one for one in pool.yields if not one.cap.devices & event.devices))
 
 
 def advance(pool: Pool, now: float) -> Outcome:

@@ -181,6 +181,11 @@ class PermittedRuntime:
         check_may_manage()
         return await self._runtime.yield_memory(device, wanted_bytes, for_s)
 
+    async def end_yield(self, device: str) -> bool:
+        """Have memory back. Raises NotPermitted."""
+        check_may_manage()
+        return await self._runtime.end_yield(device)
+
     async def forget(self, model: str) -> None:
         """Follow that the model was deleted. Raises NotPermitted, UnknownModel."""
         check_may_manage()

@@ -34,6 +34,7 @@ class Manage:
             web.post("/manage/reset", self._reset),
             web.post("/manage/rescan", self._rescan),
             web.post("/manage/yield", self._yield),
+            web.post("/manage/yield/end", self._end_yield),
             web.get("/manage/logs", self._logs),
         ]
 
@@ -60,9 +61,7 @@ class Manage:
 
     async def _yield(self, request: web.Request) -> web.Response:
         fields = object_of(await read_body(request))
-        device, size, for_s = fields.get("device"), fields.get("bytes"), fields.get("for_seconds")
-        if not isinstance(device, str):
-            raise BadRequest('"device" must be a name such as CUDA0; GET /status lists them', param="device")
+        device, size, for_s = _device(fields), fields.get("bytes"), fields.get("for_seconds")
         if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
             raise BadRequest('"bytes" must be a whole number above 0', param="bytes")
         if not isinstance(for_s, int | float) or isinstance(for_s, bool) or not 0 < for_s <= MAX_YIELD_S:
@@ -78,6 +77,10 @@ class Manage:
                 "until": given.until,
             }
         )
+
+    async def _end_yield(self, request: web.Request) -> web.Response:
+        device = _device(object_of(await read_body(request)))
+        return web.json_response({"device": device, "ended": await self._runtime.end_yield(device)})
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         model = await self._model(request, request.query)
@@ -99,6 +102,13 @@ class Manage:
             raise BadRequest('"model" must be a name; GET /v1/models lists them', param="model")
         request[EXCHANGE].model = model = await self._runtime.resolve(name)
         return model
+
+
+def _device(fields: dict[str, Any]) -> str:
+    device = fields.get("device")
+    if not isinstance(device, str):
+        raise BadRequest('"device" must be a name such as CUDA0; GET /status lists them', param="device")
+    return device
 
 
 def _n_ctx(fields: dict[str, Any]) -> int | None:

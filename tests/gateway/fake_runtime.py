@@ -235,6 +235,11 @@ class FakeRuntime:
         """Free nothing, since nothing is held."""
         return YieldResult(device, 0, wanted_bytes, 0, {}, time.time() + for_s)
 
+    async def end_yield(self, device: str) -> bool:
+        """End nothing, since nothing was yielded."""
+        del device
+        return False
+
     async def forget(self, model: str) -> None:
         """Remember who was to go."""
         self.unloaded.append(model)

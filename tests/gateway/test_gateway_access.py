@@ -62,6 +62,7 @@ async def test_a_limited_client_is_told_no_name_but_the_one_that_it_asked_for(
         ("POST", "/manage/unload"),
         ("POST", "/manage/load"),
         ("POST", "/manage/yield"),
+        ("POST", "/manage/yield/end"),
         ("GET", "/manage/logs"),
         ("POST", "/api/pull"),
         ("POST", "/api/create"),
@@ -83,6 +84,7 @@ async def test_a_client_that_may_not_manage_changes_nothing(
     [
         ("GET", "/metrics"),
         ("POST", "/manage/yield"),
+        ("POST", "/manage/yield/end"),
         ("POST", "/api/pull"),
         ("POST", "/api/create"),
         ("POST", "/api/%63opy"),
@@ -180,6 +182,8 @@ async def test_runners_are_unloaded_reset_and_looked_into(
         assert await answer.text() == "first line\nsecond line\n"
     async with http.post(f"{url}/manage/yield", json={"device": "CUDA0", "bytes": 1, "for_seconds": 60}) as answer:
         assert (await answer.json())["device"] == "CUDA0"
+    async with http.post(f"{url}/manage/yield/end", json={"device": "CUDA0"}) as answer:
+        assert await answer.json() == {"device": "CUDA0", "ended": False}
     async with http.post(f"{url}/manage/rescan") as answer:
         assert await answer.json() == {"models": 1}
 

@@ -105,6 +105,9 @@ def test_what_is_loaded_is_listed_unloaded_and_loaded_again(
         (("ps", "all"), 2, "planner ps"),
         (("yield", "CUDA0", "much"), 2, "8GiB"),
         (("yield", "CUDA9", "1GiB"), 1, "CUDA9"),
+        (("yield", "CUDA0"), 2, "how much?"),
+        (("yield", "CUDA9", "--end"), 1, "CUDA9"),
+        (("yield", "Host", "1GiB", "--end"), 2, "--end takes the device alone"),
         (("rm", "nobody"), 1, "nobody"),
         (("rm", "tiny-chat"), 1, "a file of the models folder"),
         (("cp", "tiny-chat", "other"), 1, "a file of the models folder"),
@@ -204,6 +207,8 @@ def test_who_wants_memory_for_another_program_is_told_what_is_missing_and_whose_
     """The status tells scripts that it is not there yet."""
     service = serve(PLANNER_CONTEXT_LENGTH="32768")
     assert planner(service, "yield", "Host", "1MiB").returncode == 0
+    assert planner(service, "yield", "Host", "--end").stdout == "Host: models are placed there again\n"
+    assert planner(service, "yield", "Host", "--end").stdout == "Host: nothing was asked for there\n"
     body = {"model": "tiny-endless", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
     with closing(HTTPConnection("127.0.0.1", service.port, timeout=WITHIN_S)) as connection:
         connection.request("POST", "/v1/chat/completions", json.dumps(body))

@@ -84,6 +84,11 @@ async def test_memory_is_yielded_by_runners_that_are_idle_or_fall_idle_and_left_
         assert 0 < (refused.value.retry_after_s or 0) <= 60
         with pytest.raises(UnknownDevice, match=r"there are: .*Host"):
             await supervisor.yield_memory("CUDA7", 1, 1.0)
+        with pytest.raises(UnknownDevice, match=r"there are: .*Host"):
+            await supervisor.end_yield("CUDA7")
+        assert await supervisor.end_yield("Host")
+        await load(supervisor, "tiny-embedding", Role.EMBEDDING)
+        assert not await supervisor.end_yield("Host")
 
 
 async def test_shutting_down_lets_requests_finish_and_takes_no_new_ones(
