@@ -4,6 +4,10 @@ Two questions are asked in turn. ``/health`` needs nothing but a living process:
 ``/slots`` needs the loop that serves requests, which may rightly be silent for as long as one batch takes: minutes for
 a large model on a CPU or behind a slow worker. So its silence counts soon only beside another sign, that the process
 uses no processor time at all; and without that only after very long.
+
+A program that is no llama-server has one address to be asked for its health, which may rightly be silent too: many
+serve one request at a time. It is judged as the loop is, together with whatever it has started; but for one that
+somebody stopped, which is found out as soon.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import Final
 import anyio
 
 from supervisor.children.health import ALIVE, ANSWER_WITHIN_S, WORKING, ask
-from supervisor.children.proc_stat import cpu_seconds
+from supervisor.children.proc_stat import cpu_seconds, is_stopped, session_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +47,28 @@ IDLE_SHARE: Final = 0.01
 
 
 class HangWatch:
-    """Watches one child. ``is_busy`` says whether it has requests in flight: only then is it asked anything."""
+    """Watches one child. ``is_busy`` says whether it has requests in flight: only then is it asked anything.
+
+    ``program_health`` is the path to be asked of a program that is no llama-server; it leads a session.
+    """
 
     def __init__(
-        self, url: str, api_key: str, pid: int, is_busy: Callable[[], bool], patience: Patience = PATIENCE
+        self,
+        url: str,
+        api_key: str,
+        pid: int,
+        is_busy: Callable[[], bool],
+        patience: Patience = PATIENCE,
+        *,
+        program_health: str | None = None,
     ) -> None:
         self._url = url
         self._api_key = api_key
         self._pid = pid
         self._is_busy = is_busy
         self._patience = patience
+        self._is_program = program_health is not None
+        self._working = program_health or WORKING
         self._unanswered = 0
         self._silent_since: float | None = None  # the loop
         self._idle_since = 0.0  # the processor, within that silence
@@ -65,7 +81,7 @@ class HangWatch:
             await anyio.sleep(self._patience.ask_every_s)
             if not self._is_busy():
                 self._unanswered, self._silent_since = 0, None
-            elif (reason := await self._look()) is not None:
+            elif (reason := await (self._look_at_program() if self._is_program else self._look())) is not None:
                 return reason
 
     async def _look(self) -> str | None:
@@ -75,23 +91,33 @@ class HangWatch:
             return f"with requests in flight it did not answer {ALIVE}, {most} times within {within_s:g} s"
         if self._unanswered:
             return None
-        if await self._ask(WORKING):
+        if await self._ask(self._working):
             self._silent_since = None
             return None
         return self._judge_silence(anyio.current_time())
 
+    async def _look_at_program(self) -> str | None:
+        if await self._ask(self._working):
+            self._unanswered, self._silent_since = 0, None
+            return None
+        self._unanswered += 1
+        if self._unanswered >= self._patience.max_unanswered and any(map(is_stopped, session_of(self._pid))):
+            return f"with requests in flight it was stopped (SIGSTOP), and did not answer {self._working}"
+        return self._judge_silence(anyio.current_time())
+
     async def _ask(self, path: str) -> bool:
-        return await ask(self._url, path, self._api_key, within_s=self._patience.answer_within_s) is not None
+        key = "" if self._is_program else self._api_key
+        return await ask(self._url, path, key, within_s=self._patience.answer_within_s) is not None
 
     def _judge_silence(self, now: float) -> str | None:
         """Return why the loop's silence is a hang, None as long as it may be work."""
-        cpu_s = cpu_seconds(self._pid)
+        cpu_s = sum(map(cpu_seconds, session_of(self._pid) if self._is_program else [self._pid]))
         if self._silent_since is None:
             self._silent_since = self._idle_since = now
         elif cpu_s - self._cpu_s > IDLE_SHARE * (now - self._looked_at):
             self._idle_since = now
         self._cpu_s, self._looked_at = cpu_s, now
-        silence = f"with requests in flight it did not answer {WORKING} for"
+        silence = f"with requests in flight it did not answer {self._working} for"
         if now - self._idle_since >= self._patience.idle_silence_s:
             return f"{silence} {self._patience.idle_silence_s:g} s, and computed nothing"
         if now - self._silent_since >= self._patience.busy_silence_s:

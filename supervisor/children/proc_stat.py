@@ -10,9 +10,16 @@ from typing import Final
 CLOCK_TICKS: Final = os.sysconf("SC_CLK_TCK")  # in a second
 # Columns after the name, which may contain anything.
 _STATE: Final = 0
+_SESSION: Final = 3
 _USER_TICKS: Final = 11
 _SYSTEM_TICKS: Final = 12
 _START_TICKS: Final = 19
+
+
+def session_of(pid: int) -> tuple[int, ...]:
+    """Return all processes of the session that this one leads: itself, and what it has started."""
+    others = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())  # noqa: PTH208 - names only, and fast
+    return tuple(one for one in others if (columns := _columns(one)) is not None and int(columns[_SESSION]) == pid)
 
 
 def is_stopped(pid: int) -> bool:

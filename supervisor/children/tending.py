@@ -294,19 +294,27 @@ class Children:
             if seen != (seen := (running.n_lines_unasked, fraction)):
                 self._post(LoadProgressed(model, generation, fraction))
 
-    async def _watch(self, model: ModelId, generation: int, running: _Running, url: str) -> None:
+    async def _watch(
+        self, model: ModelId, generation: int, running: _Running, url: str, program_health: str | None = None
+    ) -> None:
         """Tell when the child does not answer any more."""
         watch = HangWatch(
-            url, running.api_key, running.child.pid, lambda: self._is_busy(model, generation), self._patience
+            url,
+            running.api_key,
+            running.child.pid,
+            lambda: self._is_busy(model, generation),
+            self._patience,
+            program_health=program_health,
         )
         self._post(ChildHung(model, generation, await watch.wait_hung()))
 
     async def _serve_program(self, command: Spawn, running: _Running, url: str, health: str) -> None:
-        """Tell that a program that is not ours is ready, once its health says so; its end ends the asking."""
+        """Tell when a program that is not ours is ready, by its health, and when it hangs; its end ends the asking."""
         with running.until_gone:
             await wait_healthy(url, health, running.note_answer)
             running.url, running.obeys = url, True
             self._post(BecameReady(command.model, command.generation, url))
+            await self._watch(command.model, command.generation, running, url, health)
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 import pytest
 
 from supervisor.children.hanging import HangWatch, Patience
@@ -102,6 +103,38 @@ async def test_a_loop_that_is_silent_and_computes_nothing_hangs() -> None:
             with anyio.fail_after(30):
                 reason = await HangWatch(url, "key", process.pid, lambda: True, SHORT).wait_hung()
     assert "did not answer /slots for 0.5 s, and computed nothing" in reason
+
+
+async def test_a_program_that_somebody_stopped_is_found_out_though_its_wrapper_is_not() -> None:
+    wrapped = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {IDLE!r}])"
+    with running(sys.executable, "-c", wrapped, start_new_session=True) as process:
+        (worker,) = psutil.Process(process.pid).children()
+        try:
+            worker.suspend()
+            async with server("/ready") as (url, asked):
+                watch = HangWatch(url, "", process.pid, lambda: True, SHORT, program_health="/ready")
+                with anyio.fail_after(30):
+                    reason = await watch.wait_hung()
+        finally:
+            worker.kill()
+    assert reason == "with requests in flight it was stopped (SIGSTOP), and did not answer /ready"
+    assert set(asked) == {"/ready"}
+
+
+async def test_a_program_that_is_silent_while_what_it_started_computes_is_left_alone() -> None:
+    """For as long as a request may take, and not for ever."""
+    patience = Patience(ask_every_s=0.01, answer_within_s=0.1, idle_silence_s=1.0, busy_silence_s=2.5)
+    wrapped = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {BURNING!r}])"
+    with running(sys.executable, "-c", wrapped, start_new_session=True) as process:
+        (worker,) = psutil.Process(process.pid).children()
+        try:
+            async with server("/ready") as (url, _):
+                watch = HangWatch(url, "", process.pid, lambda: True, patience, program_health="/ready")
+                with anyio.fail_after(60):
+                    reason = await watch.wait_hung()
+        finally:
+            worker.kill()
+    assert reason.endswith("/ready for 2.5 s")
 
 
 async def test_a_loop_that_is_silent_while_it_computes_is_left_alone() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import anyio
@@ -12,6 +13,7 @@ import tiny_models
 from event_log import EventLog
 from supervising import Models, Supervising, ask, load, only_runner, pid_of, story_of_loss
 
+from config.model_settings import ExternalRunner, ModelsFile
 from planner.types import Role
 from supervisor.api.errors import (
     LoadFailed,
@@ -75,6 +77,24 @@ async def test_a_runner_that_stops_answering_is_ended_its_clients_told_and_anoth
             async with supervisor.acquire("tiny-chat", Role.CHAT):
                 assert only_runner(supervisor).pid != pid
                 assert only_runner(supervisor).restarts == 1
+
+
+async def test_a_program_that_stops_answering_is_ended_its_clients_told_and_another_serves(
+    supervising: Supervising, models: Models
+) -> None:
+    folder = models()
+    cmd = (sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1")
+    program = ExternalRunner(cmd, "http://127.0.0.1:{port}", "/", {"Host": 1 << 20}, folder=folder)
+    patience = Patience(ask_every_s=0.05, answer_within_s=1.0)
+    async with supervising(folder, patience=patience) as supervisor:
+        supervisor.configure(ModelsFile(external={"files": program}))
+        with anyio.fail_after(30):
+            async with supervisor.acquire("files", Role.CHAT) as lease:
+                pid = pid_of(supervisor)
+                os.kill(pid, signal.SIGSTOP)
+                assert "it was stopped (SIGSTOP), and did not answer /" in await story_of_loss(lease)
+            async with supervisor.acquire("files", Role.CHAT):
+                assert pid_of(supervisor) != pid
 
 
 async def test_a_load_that_is_killed_is_tried_again_for_who_waits(
