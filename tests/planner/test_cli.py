@@ -139,6 +139,17 @@ def test_settings_are_obeyed_and_flags_win(planner: Any, chat_model: Path) -> No
     assert document(planner(*words, "-c", "512", "-np", "1", **environment))["context_per_slot"] == 512
 
 
+@pytest.mark.parametrize("command", ["explain", "verify"])
+def test_slots_are_chosen_where_they_are_left_to_the_planner(planner: Any, chat_model: Path, command: str) -> None:
+    words = (command, str(chat_model), "--device", "CUDA0=2GiB", "--host-memory", "2GiB", "--json")
+    by_setting = document(planner(*words, PLANNER_NUM_PARALLEL="auto"))
+    by_flag = document(planner(*words, "-np", "-1", PLANNER_NUM_PARALLEL="3"))
+    assert by_setting == by_flag
+    if command == "explain":
+        assert by_flag["request"]["n_parallel"] == 4
+        assert [each["chosen"] for each in by_flag["decisions"] if each["step"] == "slots"] == ["4"]
+
+
 def test_the_launch_line_is_what_llama_server_accepts(planner: Any, chat_model: Path, llama_tools: Path) -> None:
     """The server parses our words; asked to list devices last, it does so and ends."""
     plan = document(planner("explain", str(chat_model), "--no-gpu", "--json"))

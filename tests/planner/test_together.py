@@ -112,6 +112,17 @@ def test_what_all_of_them_hold_counts_against_the_cap(models: list[Path]) -> Non
         assert ask(models, machine(256 * MIB), WHOLE, policy).fits is fits
 
 
+def test_slots_that_crowd_each_other_out_become_one_each(endless_model: Path) -> None:
+    """Alone, either has four conversations; together both stay on the device with fewer."""
+    least = total(ask([endless_model], machine(GIB), PlanRequest(n_ctx_per_slot=8192)), "RPC0")
+    request = PlanRequest(n_ctx_per_slot=8192, n_parallel="auto")
+    for mib, slots in ((2 * least // MIB + 8, [1, 1]), (1024, [4, 4])):
+        result = ask([endless_model, endless_model], machine(mib * MIB), request)
+        plans = [outcome for outcome in result.outcomes if isinstance(outcome, Plan)]
+        assert [plan.request.n_parallel for plan in plans] == slots
+        assert all(plan.placement.kind is PlacementKind.GPU for plan in plans)
+
+
 def test_contexts_that_crowd_each_other_out_become_shorter(endless_model: Path) -> None:
     """Alone, either fills the whole device with its context; together both stay on it with less."""
     alone, least = (

@@ -62,6 +62,21 @@ def test_one_clients_crowd_is_refused_beyond_its_share_and_another_client_is_ser
     assert crowd.pop().getresponse().read(10)
 
 
+def test_a_runner_serves_as_many_at_a_time_as_there_was_found_to_be_room_for(
+    serve: Serve, connections: ExitStack, endless_model: Path
+) -> None:
+    """Each of them at once, and one more waits; another model beside it has as many."""
+    service = serve(PLANNER_NUM_PARALLEL="auto", PLANNER_CONTEXT_LENGTH="16384")
+    streams = [asking(connections, service, GREEDY).getresponse() for _ in range(4)]
+    assert all(stream.read(10) for stream in streams)
+    asking(connections, service, MODEST)
+    wait_for(service, waiting=1)
+    assert service.chat("tiny-chat", max_tokens=1).status == 200
+    runners = {one["model"]: one for one in service.get("/status")["runners"]}
+    assert {name: one["slots"] for name, one in runners.items()} == {"tiny-endless": 4, "tiny-chat": 4}
+    assert runners["tiny-endless"]["in_flight"] == 4
+
+
 def test_one_clients_crowd_leaves_room_for_others_where_nothing_is_said_of_it(
     serve: Serve, connections: ExitStack, endless_model: Path
 ) -> None:

@@ -79,7 +79,8 @@ def question(chat_model: Path) -> MakePlan:
 
 def outcome(question: MakePlan, there: Machine, *neighbours: Neighbour, request: PlanRequest = REQUEST) -> PlanOutcome:
     facts, build = companions.attach(read_model(question.path), request), LlamaBuild("/llama-server", None, None)
-    place = by_search(lambda at, policy: placement.search(facts, request, at, policy, build))
+    open_slots = request.n_parallel == "auto"
+    place = by_search(lambda at, policy: placement.search(facts, request, at, policy, build), open_slots=open_slots)
     return Placing(replace(question, neighbours=neighbours), there, Policy(cache_ram_mib=0), place).outcome()
 
 
@@ -190,6 +191,48 @@ def test_a_context_that_was_left_to_the_planner_gives_way_to_a_margin_and_one_th
     pinned = outcome(short, machine(CUDA0=150), request=replace(REQUEST, n_ctx_per_slot=free.serves.n_ctx))
     assert isinstance(pinned, LoadPlan)
     assert pinned.serves.n_ctx == free.serves.n_ctx
+
+
+@pytest.fixture
+def roomy(question: MakePlan, endless_model: Path) -> MakePlan:
+    """Return the question for a model that takes 78 MiB of a card for one conversation, 126 for two and 222 for four."""
+    return replace(question, path=str(endless_model))
+
+
+SLOTS_OPEN = PlanRequest(n_ctx_per_slot=12_288, n_parallel="auto", cache_ram_mib=0)
+
+
+def slots_of(found: PlanOutcome) -> int:
+    assert isinstance(found, LoadPlan), found
+    return found.n_parallel
+
+
+def test_nobody_goes_for_more_slots(roomy: MakePlan) -> None:
+    """There are as many as there is room for beside the runners that are there."""
+    other = neighbour("a", {"CUDA0": 400})
+    by_room = [slots_of(outcome(roomy, machine(CUDA0=mib), other, request=SLOTS_OPEN)) for mib in (90, 180, 400)]
+    assert by_room == [1, 2, 4]
+
+
+def test_no_more_go_than_one_slot_needs(roomy: MakePlan) -> None:
+    """Alone it would have four, for which both of them would have to go."""
+    small, large = neighbour("small", {"CUDA0": 90}), replace(neighbour("large", {"CUDA0": 400}), cost_s=2.0)
+    found = outcome(roomy, machine(CUDA0=1), small, large, request=SLOTS_OPEN)
+    assert isinstance(found, MakeRoom), found
+    assert found.victims == {"small"}
+
+
+def test_slots_give_way_to_a_margin_before_anything_else_does(roomy: MakePlan) -> None:
+    """As after a load that ran out of memory: the context that was asked for, and every layer, stay where they were."""
+    plans = [
+        outcome(replace(roomy, margins={"CUDA0": mib * MIB}), machine(CUDA0=240), request=SLOTS_OPEN)
+        for mib in (0, 80, 160)
+    ]
+    assert [slots_of(each) for each in plans] == [4, 2, 1]
+    assert len({each.quality for each in plans if isinstance(each, LoadPlan)}) == 1
+    told = [each.document["decisions"][-1] for each in plans if isinstance(each, LoadPlan)]
+    assert {each["step"] for each in told} == {"slots"}
+    assert told[1]["because"] == "with 4 less of the model would lie on devices"
 
 
 def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePlan) -> None:

@@ -45,6 +45,7 @@ CASES = {
     "two conversations with a smaller cache": Case(
         "small-llama", (70, 70), "gpu", {"PLANNER_NUM_PARALLEL": "2", "PLANNER_KV_CACHE_TYPE": "q8_0"}
     ),
+    "as many conversations as cost no layer": Case("small-llama", (130, 130), "gpu", {"PLANNER_NUM_PARALLEL": "auto"}),
     "no worker is large enough": Case("small-llama", (1,), "cpu"),
 }
 
