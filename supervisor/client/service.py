@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import ssl
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -136,8 +137,13 @@ class Service:
 
 
 def service(environ: Mapping[str, str]) -> Service:
-    """Return the service that this environment's settings describe. Raises InvalidRequest for bad ones."""
+    """Return the service that this environment's settings describe. Raises InvalidRequest for bad ones.
+
+    What is odd about them is told on stderr: it may not be the service that is meant.
+    """
     resolved = resolve(environ, serving=False)
+    for warning in resolved.warnings:
+        sys.stderr.write(f"planner: warning: {warning}\n")
     if resolved.problems:
         raise InvalidRequest(str(ConfigError(resolved.problems)))
     values = resolved.by_field()

@@ -201,6 +201,15 @@ def test_who_listens_everywhere_is_reached_on_this_machine(listens: str, url: st
     assert service_of({"OLLAMA_HOST": listens}).url == url
 
 
+def test_who_means_another_service_in_words_that_cannot_be_read_is_told_which_one_is_asked(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert service_of({"OLLAMA_HOST": "https://box"}).url == "http://127.0.0.1:11434"
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("planner: warning: OLLAMA_HOST: 'https://box' is not ")
+    assert "127.0.0.1:11434" in told
+
+
 def test_who_wants_memory_for_another_program_is_told_what_is_missing_and_whose_end_brings_it(
     serve: Serve, planner: Planner, endless_model: Path
 ) -> None:
