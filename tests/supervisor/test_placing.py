@@ -195,7 +195,7 @@ def test_a_context_that_was_left_to_the_planner_gives_way_to_a_margin_and_one_th
 
 @pytest.fixture
 def roomy(question: MakePlan, endless_model: Path) -> MakePlan:
-    """Return the question for a model that takes 78 MiB of a card for one conversation, 126 for two and 222 for four."""
+    """Return the question for a model that takes 78 MiB of a card for one conversation, 126 for two, 222 for four."""
     return replace(question, path=str(endless_model))
 
 
