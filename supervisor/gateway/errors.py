@@ -25,6 +25,7 @@ from supervisor.api.errors import (
     ClientLimit,
     LoadFailed,
     LoadTimeout,
+    PlannerFailed,
     QueueFull,
     QueueTimeout,
     ShuttingDown,
@@ -96,6 +97,7 @@ RULES: Final = (
     ErrorRule(LoadTimeout, 503, "unavailable_error", "load_timeout", retry_after_s=10),
     ErrorRule(LoadFailed, 502, "server_error", "load_failed"),
     ErrorRule(ShuttingDown, 503, "unavailable_error", "shutting_down", retry_after_s=5),
+    ErrorRule(PlannerFailed, 503, "unavailable_error", "unavailable", retry_after_s=5),
     ErrorRule(AcquireError, 503, "unavailable_error", "unavailable"),
     ErrorRule(RunnerLost, 502, "server_error", "runner_lost", retry_after_s=1),
 )

@@ -27,6 +27,10 @@ class PlanningFailed(Exception):
     """The planning process died or hung; a new one is started for the next question."""
 
 
+class _Ended(PlanningFailed):
+    """It died, and did not hang."""
+
+
 class PlanningProcess:
     """Asks the worker. Use within ``async with``, which ends the worker.
 
@@ -50,22 +54,28 @@ class PlanningProcess:
     ) -> Answer:
         """Return the worker's answer; ``meanwhile`` is called once it has the question. Raises PlanningFailed.
 
-        A question that tells how things stand is a function: it is called when its turn has come.
+        A question that tells how things stand is a function: it is called when its turn has come. Of a worker that ends
+        over it nobody is told, as long as the next one does not end over it too: no question changes anything.
         """
         async with self._turn:
-            try:
-                with anyio.fail_after(self._answer_within_s):
-                    return await self._exchange(question() if callable(question) else question, meanwhile)
-            except BaseException as error:
-                # Cancellation included: what it still says would be taken for the answer to the next question.
-                exit_ = await self._end()
-                if isinstance(error, TimeoutError):
-                    raise PlanningFailed(
-                        f"the planning process did not answer within {self._answer_within_s:g} s and was replaced"
-                    ) from error
-                if isinstance(error, _BROKEN):
-                    raise PlanningFailed(f"the planning process ended ({exit_}) and was replaced: try again") from error
-                raise
+            with suppress(_Ended):
+                return await self._ask_once(question, meanwhile)
+            return await self._ask_once(question, meanwhile)
+
+    async def _ask_once(self, question: Question | Callable[[], Question], meanwhile: Callable[[], object]) -> Answer:
+        try:
+            with anyio.fail_after(self._answer_within_s):
+                return await self._exchange(question() if callable(question) else question, meanwhile)
+        except BaseException as error:
+            # Cancellation included: what it still says would be taken for the answer to the next question.
+            exit_ = await self._end()
+            if isinstance(error, TimeoutError):
+                raise PlanningFailed(
+                    f"the planning process did not answer within {self._answer_within_s:g} s and was replaced"
+                ) from error
+            if isinstance(error, _BROKEN):
+                raise _Ended(f"the planning process ended ({exit_}), twice, and was replaced: try again") from error
+            raise
 
     async def _exchange(self, question: Question, meanwhile: Callable[[], object]) -> Answer:
         if self._process is None:

@@ -20,6 +20,7 @@ from supervisor.api.errors import (
     CannotFit,
     LoadFailed,
     LoadTimeout,
+    PlannerFailed,
     QueueFull,
     QueueTimeout,
     ShuttingDown,
@@ -54,6 +55,7 @@ async def ask(
         (LoadFailed("it died: out of memory"), 502, "load_failed", "never"),
         (LoadFailed("it died", retry_after_s=4), 502, "load_failed", "4"),
         (ShuttingDown("draining"), 503, "shutting_down", "5"),
+        (PlannerFailed("it ended"), 503, "unavailable", "5"),
         (AcquireError("something else"), 503, "unavailable", "never"),
     ],
 )

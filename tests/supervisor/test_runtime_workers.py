@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from rpc_worker import RpcWorker
-from supervising import Models, Supervising, load, only_runner, took_what_was_planned
+from supervising import Models, Supervising, only_runner, took_what_was_planned
 
 from planner.types import Role
-from supervisor.api.errors import (
-    PlannerFailed,
-)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 
@@ -55,8 +51,6 @@ async def test_a_worker_in_use_keeps_its_name_when_another_vanishes(
             planning = next(one for one in psutil.Process().children() if "planning.worker" in one.cmdline()[-1])
             planning.kill()
             planning.wait()
-            with suppress(PlannerFailed):  # whoever asks first is told
-                await load(supervisor, "tiny-embedding", Role.EMBEDDING)
             async with supervisor.acquire("tiny-embedding", Role.EMBEDDING):
                 runners = supervisor.snapshot().runners
         machine = supervisor.snapshot().machine
