@@ -30,7 +30,7 @@ class _Step(NamedTuple):
 
 _NO_PROMPT_CACHE: Final = _Step("cache_ram_mib", "prompt cache, MiB", 0, "the host has no memory left for one")
 _PROJECTOR_ON_HOST: Final = _Step(
-    "mmproj_offload", "projector on the GPU", False, "it leaves no layer any room there; images are encoded on the CPU"
+    "mmproj_offload", "projector on the GPU", False, "it leaves layers no room there; images are encoded on the CPU"
 )
 
 
@@ -68,9 +68,10 @@ def relaxed(request: PlanRequest, refused: NoFit, answer: Callable[[PlanRequest]
     steps: dict[str, _Step] = {}
     for step in _steps(request, refused):
         steps[step.dest] = step
-        outcome = answer(_with(request, steps.values()))
-        if isinstance(outcome, Plan):
-            return _decided(outcome, steps.values())
+        for taken in ([step], [*steps.values()])[: len(steps)]:  # alone, where that is enough
+            outcome = answer(_with(request, taken))
+            if isinstance(outcome, Plan):
+                return _decided(outcome, taken)
     return None
 
 

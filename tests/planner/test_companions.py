@@ -281,8 +281,9 @@ def test_a_projector_that_leaves_no_layer_any_room_goes_to_the_host(endless_mode
 
 
 def test_a_projector_goes_to_the_host_before_a_model_is_refused(endless_model: Path, tmp_path: Path) -> None:
-    plan = seeing_on(45 * MIB, endless_model, tmp_path, n_ctx=4096, n_gpu_layers="all", n_ubatch=256)
+    plan = seeing_on(45 * MIB, endless_model, tmp_path, n_ctx=4096, n_gpu_layers="all")
     assert (plan.request.mmproj_offload, plan.decisions[-1].step) == (False, "projector on the GPU")
+    assert plan.request.n_ubatch == 512, "that was enough"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
