@@ -16,7 +16,7 @@ from config.table import SETTINGS
 
 def text_table(values: Iterable[Value]) -> str:
     """Return what ``planner config`` prints: name, effective value, where it came from."""
-    rows = [("SETTING", "VALUE", "FROM"), *((v.setting.variable, v.shown, v.origin) for v in values)]
+    rows = [("setting", "value", "from"), *((v.setting.variable, v.shown, v.origin) for v in values)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {shown:<{widths[1]}}  {origin}" for name, shown, origin in rows)
 

@@ -74,12 +74,12 @@ def as_text(machine: Machine, cards: Mapping[str, Card] = MappingProxyType({}), 
     ``cards`` are the cards behind the devices. No line is wider than ``columns``, where names and figures leave room.
     """
     devices = (*machine.devices, machine.host)
-    rows = [("DEVICE", "FREE", "TOTAL", "BANDWIDTH"), *map(_row, devices)]
+    rows = [("device", "free", "total", "bandwidth"), *map(_row, devices)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     indent = " " * (widths[0] + 2)
     left = [_aligned(row, widths) for row in rows]
     room = columns - len(left[0]) - 2
-    about = ["DESCRIPTION", *(_about(device, cards.get(device.name), room) for device in devices)]
+    about = ["description", *(_about(device, cards.get(device.name), room) for device in devices)]
     lines = [f"{figures}  {text}".rstrip() for figures, text in zip(left, about, strict=True)]
     for number, device in reversed(list(enumerate(devices, start=1))):
         notes = _notes(device, machine)

@@ -77,8 +77,11 @@ def _sorted(command: Command, words: Sequence[str]) -> Words:
         else:
             names.append(word)
     fewest, most = command.names
-    if len(names) < fewest or (most is not None and len(names) > most):
-        raise InvalidRequest(usage)
+    if len(names) < fewest:
+        missing = usage.split()[2 + len(names)].lower().replace("_", " ")
+        raise InvalidRequest(f"which {missing}? {usage}")
+    if most is not None and len(names) > most:
+        raise InvalidRequest(f"{names[most]}: one word too many: {usage}")
     return Words(tuple(names), values, frozenset(switches))
 
 

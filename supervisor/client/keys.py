@@ -29,8 +29,11 @@ def main(name: str, words: Sequence[str]) -> int:
     if {"-h", "--help"} & set(words):
         sys.stdout.write(USAGE)
         return 0
-    if len(words) != 1:
-        raise InvalidRequest(USAGE.splitlines()[0])
+    usage = USAGE.splitlines()[0]
+    if not words:
+        raise InvalidRequest(f"which name? {usage}")
+    if len(words) > 1:
+        raise InvalidRequest(f"{words[1]}: one word too many: {usage}")
     (client,) = words
     if not NAME.fullmatch(client):
         raise InvalidRequest(f"{client!r} is not a name of letters, digits and ._@- that begins with one of the first")

@@ -26,7 +26,7 @@ def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def running(status: Mapping[str, Any]) -> str:
     """Return what ``planner ps`` prints: every runner that is loaded, loading, or has failed."""
     rows = [_running_row(runner, status["now"]) for runner in status["runners"] if runner["state"] != "stopped"]
-    return columns(("MODEL", "STATE", "BUSY", "CONTEXT", "MEMORY", "UNTIL", "PID"), rows)
+    return columns(("model", "state", "busy", "context", "memory", "until", "pid"), rows)
 
 
 def _running_row(runner: Mapping[str, Any], now: float) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ def models(status: Mapping[str, Any]) -> str:
         )
         for model in status["models"]
     ]
-    table = columns(("MODEL", "STATE", "ROLE", "ARCHITECTURE", "SIZE", "CHANGED"), rows)
+    table = columns(("model", "state", "role", "architecture", "size", "changed"), rows)
     problems = [f"{model['id']}: {model['problem']}\n" for model in status["models"] if model["problem"]]
     return table + "".join(problems)
 

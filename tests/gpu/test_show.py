@@ -39,7 +39,7 @@ MACHINE = Machine((CUDA0, LOST), HOST, warnings=("the driver is old", f"left out
 
 def test_at_80_columns_names_and_figures_stay_whole() -> None:
     assert show.as_text(MACHINE, {"CUDA0": CARD}, 80).splitlines() == [
-        "DEVICE                   FREE     TOTAL  BANDWIDTH  DESCRIPTION",
+        "device                   free     total  bandwidth  description",
         "CUDA0                23.0 GiB  24.0 GiB  1008 GB/s  NVIDIA GeForce RTX 4090",
         "                     held by process 7 (Xorg): 1.0 GiB",
         "                     held by process 8 (not to be seen from here): ?",
