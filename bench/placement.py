@@ -21,12 +21,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Thread
 
 FOLDER = Path(__file__).parents[1]
 sys.path += [str(FOLDER), str(FOLDER / "fixtures")]
@@ -239,7 +237,6 @@ def measured(folder: Path, count: int, cache: Path | None) -> Iterator[Row]:
     models = {name: read_model(str(path)) for name, path in paths.items()}
     models = {name: each for name, each in models.items() if each.summary.tensor_bytes >= LEAST_MODEL_BYTES}
     worker = start_worker(TOOLS, n_devices=MAX_DEVICES)
-    Thread(target=lambda: deque(worker.process.stdout or (), 0), daemon=True).start()  # it would wait for a reader
     try:
         for case in drawn(models, count, stand_in_bytes):
             pairs = []

@@ -74,7 +74,7 @@ def test_a_ready_worker_tells_its_protocol_and_its_devices(rpc_workers: Workers)
 
 def test_a_worker_may_be_asked_again_and_again(rpc_workers: Workers) -> None:
     (worker,) = rpc_workers(1)
-    states = {probe(worker.endpoint, protocol=PINNED_PROTOCOL).state for _ in range(5)}
+    states = {probe(worker.endpoint, protocol=PINNED_PROTOCOL).state for _ in range(1500)}  # more than a pipe holds
     assert states == {WorkerState.READY}
     assert worker.process.poll() is None
 
