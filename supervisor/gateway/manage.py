@@ -13,7 +13,7 @@ from supervisor.api.need import Need
 from supervisor.api.runtime import Runtime
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.exchange import EXCHANGE
-from supervisor.gateway.ollama.keep_alive import parse_keep_alive
+from supervisor.gateway.needs import KEEP_ALIVE, keep_alive_of
 from supervisor.gateway.peek import object_of, read_body
 
 # Longer than any other program's job; a slip of the keyboard must not take a device away for good.
@@ -43,7 +43,7 @@ class Manage:
         fields = object_of(await read_body(request))
         model = await self._model(request, fields)
         role = self._runtime.model(model).role
-        need = Need(keep_alive_s=parse_keep_alive(fields.get("keep_alive")), load=LoadOptions(n_ctx=_n_ctx(fields)))
+        need = Need(keep_alive_s=keep_alive_of(fields.get(KEEP_ALIVE)), load=LoadOptions(n_ctx=_n_ctx(fields)))
         async with self._runtime.acquire(model, role, need):
             return web.json_response({"model": model, "loaded": True})
 

@@ -17,6 +17,7 @@ from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
 from supervisor.gateway.peek import Peek
 
+KEEP_ALIVE: Final = "keep_alive"
 KEEP_ALIVE_HEADER: Final = "X-Keep-Alive"
 NUM_CTX_HEADER: Final = "X-Num-Ctx"
 # The longest context that a model's header may claim (planner: 2 to the 27th tokens, as PLANNER_CONTEXT_LENGTH).
@@ -25,7 +26,7 @@ MAX_CTX: Final = 1 << 27
 
 def need_of(headers: Mapping[str, str], wanted: Peek) -> Need:
     """Return what this request asks of the runner. Raises ``BadRequest``."""
-    keep_alive_s = parse_keep_alive(wanted.keep_alive)
+    keep_alive_s = keep_alive_of(wanted.keep_alive)
     if keep_alive_s is None and (text := headers.get(KEEP_ALIVE_HEADER)):
         keep_alive_s = _duration_s(text)
     n_ctx = _tokens(wanted.num_ctx, "num_ctx")
@@ -34,12 +35,24 @@ def need_of(headers: Mapping[str, str], wanted: Peek) -> Need:
     return Need(keep_alive_s=keep_alive_s, load=LoadOptions(n_ctx=n_ctx))
 
 
+def keep_alive_of(value: Any) -> float | None:
+    """Return what ``parse_keep_alive`` does, and refuse in plain words: those of Go are for Ollama's clients."""
+    try:
+        return parse_keep_alive(value)
+    except BadRequest as error:
+        raise _no_duration(KEEP_ALIVE, value) from error
+
+
 def _duration_s(text: str) -> float:
     try:
         return parse_duration(text.strip())
     except ValueError as error:
-        wanted = "a duration such as 5m, 300 (seconds), 0 or -1 (for ever)"
-        raise BadRequest(f"{KEEP_ALIVE_HEADER} {text[:50]!r} is not {wanted}", param=KEEP_ALIVE_HEADER) from error
+        raise _no_duration(KEEP_ALIVE_HEADER, text) from error
+
+
+def _no_duration(param: str, value: Any) -> BadRequest:
+    wanted = "a duration such as 5m, 300 (seconds), 0 or -1 (for ever)"
+    return BadRequest(f"{param} {str(value)[:50]!r} is not {wanted}", param=param)
 
 
 def _tokens(value: Any, param: str) -> int | None:

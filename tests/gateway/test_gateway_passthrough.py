@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from typing import Any
 
 import aiohttp
@@ -212,7 +213,9 @@ async def test_what_is_no_duration_or_no_context_is_refused(
     async with http.post(
         f"{url}/v1/completions", json={"model": chat_server.model, **fields}, headers=headers
     ) as answer:
-        assert (answer.status, (await answer.json())["error"]["param"]) == (400, param)
+        error = (await answer.json())["error"]
+    assert (answer.status, error["param"]) == (400, param)
+    assert re.search("is not a (duration such as 5m|number of tokens)", error["message"])
 
 
 async def test_a_client_that_asks_for_it_is_told_how_the_load_goes(
