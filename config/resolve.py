@@ -6,7 +6,7 @@ default is taken, as Ollama does. An empty variable counts as unset, as it does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -70,20 +70,20 @@ class Resolved:
         return {value.setting.field: value.value for value in self.values}
 
 
-def resolve(environ: Environ, *, light: bool = False, serving: bool = True) -> Resolved:
+def resolve(environ: Environ, *, light: bool = False, fields: Container[str] | None = None) -> Resolved:
     """Read every setting (or those that ``planner explain`` needs) from the environment. Raises nothing.
 
-    What only a service may not do is no problem for whoever is not ``serving``, such as its clients.
+    Whoever does not serve names the ``fields`` that it needs: nothing is wrong with the others for it.
     """
     values: list[Value] = []
     problems: list[Problem] = []
     warnings = _unknown_names(environ)
     for setting in SETTINGS:
-        if light and not setting.light:
+        if (light and not setting.light) or (fields is not None and setting.field not in fields):
             continue
         value = _one(setting, environ, problems, warnings)
         values.append(value)
-    if serving and not light:
+    if fields is None and not light:
         problems += _contradictions(values)
     return Resolved(tuple(values), tuple(problems), tuple(warnings))
 

@@ -37,7 +37,7 @@ def main(name: str, words: Sequence[str]) -> int:
     (client,) = words
     if not NAME.fullmatch(client):
         raise InvalidRequest(f"{client!r} is not a name of letters, digits and ._@- that begins with one of the first")
-    file: Path = resolve(os.environ, serving=False).by_field()["keys_file"]
+    file: Path = resolve(os.environ, fields={"keys_file"}).by_field()["keys_file"]
     try:
         if client in keys_file.read(file).clients:
             raise InvalidRequest(f"{client} has a key in {file}: take its section out first to give it a new one")

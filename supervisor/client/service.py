@@ -20,6 +20,7 @@ from planner.errors import InvalidRequest, PlannerError
 CONNECT_TIMEOUT_S: Final = 5.0  # a service on this machine, or on this network, accepts within milliseconds
 MAX_LINE_BYTES: Final = 8 << 20  # an event with a whole answer in it; a longer one is no line of ours
 MAX_ANSWER_BYTES: Final = 64 << 20  # the header of a model with all its tensors, as JSON
+NEEDED: Final = frozenset({"host", "api_keys", "tls_cert"})  # of the settings, to ask a service
 EVERYWHERE: Final[Mapping[str, str]] = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where to reach who listens so
 
 
@@ -141,7 +142,7 @@ def service(environ: Mapping[str, str]) -> Service:
 
     What is odd about them is told on stderr: it may not be the service that is meant.
     """
-    resolved = resolve(environ, serving=False)
+    resolved = resolve(environ, fields=NEEDED)
     for warning in resolved.warnings:
         sys.stderr.write(f"planner: warning: {warning}\n")
     if resolved.problems:

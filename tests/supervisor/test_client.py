@@ -63,6 +63,14 @@ def planner(environ: dict[str, str]) -> Planner:
     return run
 
 
+def test_a_command_needs_no_more_settings_than_lead_to_the_service(unimpressed: Service, planner: Planner) -> None:
+    done = planner(unimpressed, "ps", PLANNER_NUM_PARALLEL="many", PLANNER_KEEP_ALIVE="soon")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = planner(unimpressed, "ps", PLANNER_HOST="127.0.0.1:port")
+    assert done.returncode == 2
+    assert "PLANNER_HOST" in done.stderr
+
+
 def test_a_question_is_answered_by_a_model_that_part_of_its_name_stands_for(
     serve: Serve, planner: Planner, chat_model: Path, embedding_model: Path
 ) -> None:
