@@ -75,7 +75,11 @@ _SUPERVISED: Final = (
     ("--host --port -a --alias --api-prefix", 1, "the supervisor decides how a runner is reached"),
     ("--reuse-port", 0, "the supervisor decides how a runner is reached"),
     ("--api-key --api-key-file", 1, "every runner gets a random key of its own; clients use PLANNER_API_KEYS"),
-    ("--ssl-key-file --ssl-cert-file", 1, "runners listen on loopback only; put TLS in front of planner serve"),
+    (
+        "--ssl-key-file --ssl-cert-file",
+        1,
+        "runners listen on loopback only; PLANNER_TLS_CERT is what makes planner serve speak TLS",
+    ),
     (
         "-fit --fit -fitt --fit-target -fitc --fit-ctx",
         1,
