@@ -45,12 +45,24 @@ def as_many_as_cost_nothing(request: PlanRequest, one: Plan, answer: Callable[[P
         return _decided(one, "what more of them would take is not known")
     because = "each has its own context, and nothing is slower or lies elsewhere than with one"
     for count in TRIED:
-        plan = answer(replace(request, n_parallel=count))
+        plan = _on_devices_of(one, replace(request, n_parallel=count), answer)
         cost = next(_costs(one, plan), None)
         if cost is None and isinstance(plan, Plan):
             return _decided(plan, because)
         because = f"with {count} {cost}"
     return _decided(one, because)
+
+
+def _on_devices_of(one: Plan, request: PlanRequest, answer: Callable[[PlanRequest], PlanOutcome]) -> PlanOutcome:
+    """Return the answer on the devices that one slot takes: a context that is open would be stretched over more."""
+    order_matters = request.split_mode == "none" or request.tensor_split is not None
+    if request.devices is not None or order_matters or not one.placement.devices:
+        return answer(request)
+    plan = answer(replace(request, devices=one.placement.devices))
+    if not isinstance(plan, Plan):
+        return plan
+    chosen = [decision for decision in one.decisions if decision.step == "devices"]
+    return replace(plan, decisions=(*chosen, *plan.decisions))
 
 
 def _decided(plan: Plan, because: str) -> Plan:
@@ -65,8 +77,9 @@ def _costs(one: Plan, plan: PlanOutcome) -> Iterator[str]:
     has, wanted = plan.n_ctx_per_slot or 0, min(one.n_ctx_per_slot or 0, enough_context(one))
     if has < wanted:
         yield f"the context of each would fall to {has:,} tokens"
-    if _on_devices(plan) < _on_devices(one) or plan.request.mmproj_offload != one.request.mmproj_offload:
-        yield "less of the model would lie on devices"
+    fewer = any(now < before for now, before in zip(_placed(plan), _placed(one), strict=True))
+    if fewer or plan.request.mmproj_offload != one.request.mmproj_offload:
+        yield "less of the model would lie on the devices that one takes"
     if len(plan.placement.devices) > len(one.placement.devices):
         yield "it would take more devices"
     if plan.request.override_tensor and not one.request.override_tensor:
@@ -80,7 +93,7 @@ def _costs(one: Plan, plan: PlanOutcome) -> Iterator[str]:
         yield "weights on the host would be pushed out of its memory"
 
 
-def _on_devices(plan: Plan) -> tuple[int, int]:
+def _placed(plan: Plan) -> tuple[int, int]:
     """Return how many layers and how many bytes of weights lie on devices."""
     on_devices = [usage for usage in plan.usages if usage.kind is not DeviceKind.HOST]
     return sum(len(usage.layers) for usage in on_devices), sum(usage.model.bytes or 0 for usage in on_devices)

@@ -118,7 +118,7 @@ def test_no_layer_leaves_a_device_for_another_conversation(model: ModelFacts) ->
         alone, plan = planned(model, machine(mib), request, ONE), planned(model, machine(mib), request)
         assert layers_on_devices(plan) == layers_on_devices(alone)
     assert decision(planned(model, machine(30), request)) == Decision(
-        "slots", "1", "with 2 less of the model would lie on devices"
+        "slots", "1", "with 2 less of the model would lie on the devices that one takes"
     )
 
 
@@ -126,9 +126,9 @@ def test_no_second_device_is_taken_for_another_conversation(model: ModelFacts) -
     """Other models may want it."""
     request = PlanRequest(n_ctx_per_slot=4096)
     needed_mib = (planned(model, machine(4096), request, ONE).usages[0].known_bytes >> 20) + 2
-    plan = planned(model, machine(needed_mib, needed_mib), request)
-    assert (plan.request.slots, len(plan.placement.devices)) == (1, 1)
-    assert decision(plan).because == "with 2 it would take more devices"
+    for devices in (None, ("RPC0", "RPC1")):
+        plan = planned(model, machine(needed_mib, needed_mib), replace(request, devices=devices))
+        assert (plan.request.slots, len(plan.placement.devices)) == (1, 1)
 
 
 def test_what_does_not_fit_once_is_refused_as_one_conversation_is(model: ModelFacts) -> None:
@@ -160,6 +160,15 @@ def test_the_flag_wins_over_the_setting_and_the_other_way_round_a_number_does(mo
         ([], replace(ONE, n_parallel=3), 3),
     ):
         assert planned(model, where, flags.parse(words).request, policy).request.n_parallel == slots
+
+
+def test_a_context_that_could_be_longer_on_more_devices_is_shared_on_those_that_one_takes(model: ModelFacts) -> None:
+    """It is enough for each."""
+    whole_mib = (planned(model, machine(4096), PlanRequest(), ONE).usages[0].known_bytes >> 20) + 90
+    plan = planned(model, machine(whole_mib, whole_mib), PlanRequest())
+    assert (plan.request.slots, plan.placement.devices) == (2, ("RPC0",))
+    assert ENOUGH_CTX <= (plan.n_ctx_per_slot or 0) < 32_768
+    assert "devices" in {each.step for each in plan.decisions}
 
 
 @pytest.mark.parametrize("role", [Role.EMBEDDING, Role.RERANK])

@@ -232,7 +232,7 @@ def test_slots_give_way_to_a_margin_before_anything_else_does(roomy: MakePlan) -
     assert len({each.quality for each in plans if isinstance(each, LoadPlan)}) == 1
     told = [each.document["decisions"][-1] for each in plans if isinstance(each, LoadPlan)]
     assert {each["step"] for each in told} == {"slots"}
-    assert told[1]["because"] == "with 4 less of the model would lie on devices"
+    assert told[1]["because"] == "with 4 less of the model would lie on the devices that one takes"
 
 
 def test_its_own_runner_does_not_count_when_it_is_loaded_again(question: MakePlan) -> None:
