@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from config import models_file
@@ -37,25 +38,27 @@ from supervisor.planning.model_request import request_of
 from supervisor.planning.placing import as_told
 
 USAGE: Final = """\
-planner check [--machine FILE] [--json]
+planner check [--machine FILE | --gpu NAME[:N] ... | --device NAME=SIZE ... | --no-gpu] [--host-memory SIZE] [--json]
 planner check --schema
 
-Reads every setting and file as the service would, and plans each model that the models file names, on this machine or
-on another (a file of `planner devices --json`). Nothing is started. --schema prints the models file's JSON schema.
+Reads every setting and file as the service would, and plans each model that the models file names: on this machine, on
+another (a file of `planner devices --json`), or on one that is imagined, as `planner explain` does. Nothing is started.
+--schema prints the models file's JSON schema.
 Exit status: 0 all of it can be served, 1 something cannot be served as it is set, 2 a setting or a file is wrong.
 """
 OK: Final = 0
 SOMETHING_DOES_NOT_FIT: Final = 1
-_FLAGS: Final = frozenset({"--json", "--schema", "--machine"})
+_FLAGS: Final = frozenset({"--json", "--machine", "--gpu", "--device", "--no-gpu", "--host-memory"})
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one model: one line, and whether it can be served."""
+    """What became of one model: one line, whether it can be served, and what its planner warns of."""
 
     model: str
     fits: bool
     story: str
+    warnings: tuple[str, ...] = ()
 
 
 def main(name: str, words: Sequence[str]) -> int:
@@ -66,26 +69,32 @@ def main(name: str, words: Sequence[str]) -> int:
     if list(words) == ["--schema"]:
         terminal.write_json(models_file.json_schema())
         return OK
-    if wrong := [word for word in words if word.startswith("-") and word not in _FLAGS - {"--schema"}]:
-        raise InvalidRequest(f"{wrong[0]}: no such flag: planner {name} [--machine FILE] [--json]")
-    line = flags.parse(words)
-    if line.options.models:
-        raise InvalidRequest(f"planner {name} takes no model: it checks those that the models file names")
+    line = _line(name, words)
     try:
-        settings = load(os.environ).settings
-        files = operator_files.read(settings)
+        loaded = load(os.environ)
+        settings, files = loaded.settings, operator_files.read(loaded.settings)
     except ConfigError as error:
         raise InvalidRequest(str(error)) from None
+    for warning in loaded.warnings:
+        sys.stderr.write(f"planner: warning: {warning}\n")
     verdicts = _verdicts(files, served(settings, files.models), surroundings(line))
     if line.options.json:
         terminal.write_json({"schema": 1, "fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts]})
     else:
-        terminal.write("".join(f"{'ok   ' if one.fits else 'WRONG'}  {one.model}: {one.story}\n" for one in verdicts))
-        count = sum(not one.fits for one in verdicts)
-        terminal.write(
-            f"\n{len(files.clients)} clients have keys. " + (f"{count} wrong.\n" if count else "All is well.\n")
-        )
+        terminal.write("".join(map(_told, verdicts)) + _summary(settings.models_file, files, verdicts))
     return OK if _all_fit(verdicts) else SOMETHING_DOES_NOT_FIT
+
+
+def _line(name: str, words: Sequence[str]) -> flags.CommandLine:
+    """Return the machine that is to be checked for. Raises InvalidRequest for any other wish."""
+    if wrong := [word for word in words if word.startswith("-") and word not in _FLAGS]:
+        raise InvalidRequest(f"{wrong[0]}: no such flag: {USAGE.splitlines()[0]}")
+    line = flags.parse(words)
+    if line.options.models:
+        raise InvalidRequest(f"planner {name} takes no model: it checks those that the models file names")
+    if line.request.devices is not None:
+        raise InvalidRequest("--device without a size chooses devices, as the models file does: write NAME=SIZE")
+    return line
 
 
 def _all_fit(verdicts: Iterable[Verdict]) -> bool:
@@ -93,7 +102,33 @@ def _all_fit(verdicts: Iterable[Verdict]) -> bool:
 
 
 def _json(verdict: Verdict) -> dict[str, Any]:
-    return {"model": verdict.model, "fits": verdict.fits, "story": verdict.story}
+    return {
+        "model": verdict.model,
+        "fits": verdict.fits,
+        "story": verdict.story,
+        "warnings": list(verdict.warnings),
+    }
+
+
+def _told(verdict: Verdict) -> str:
+    warnings = "".join(f"       warning: {warning}\n" for warning in verdict.warnings)
+    return f"{'ok   ' if verdict.fits else 'WRONG'}  {verdict.model}: {verdict.story}\n{warnings}"
+
+
+def _summary(models: Path, files: OperatorFiles, verdicts: Sequence[Verdict]) -> str:
+    """Return the last lines: how many models can be served, or why none was looked at, and who has a key."""
+    named = files.models.models.keys() | files.models.external.keys()
+    wrong = named & {one.model for one in verdicts if not one.fits}
+    if not named:
+        lines = [f"{models} names no models." if models.exists() else f"There is no models file at {models}."]
+    elif wrong:
+        lines = ["", f"{len(wrong)} of {len(named)} models cannot be served as they are set."]
+    else:
+        together = "Each model can be served, but not all at a time that are to stay loaded."
+        lines = ["", "All is well." if _all_fit(verdicts) else together]
+    if files.clients:
+        lines.append(f"{len(files.clients)} client{'s have keys' if len(files.clients) > 1 else ' has a key'}.")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> list[Verdict]:
@@ -121,7 +156,7 @@ def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> 
         except PlannerError as error:
             verdicts.append(Verdict(entry.id, fits=False, story=str(error)))
             continue
-        verdicts.append(Verdict(entry.id, isinstance(outcome, Plan), headline(outcome)))
+        verdicts.append(Verdict(entry.id, isinstance(outcome, Plan), headline(outcome), outcome.warnings))
         if entry.settings.pin or entry.settings.preload:
             resident.append((entry, wanted))
     if len(resident) > 1:

@@ -66,6 +66,26 @@ def test_each_model_that_cannot_be_served_as_it_is_set_is_named(
     assert "/nowhere/projector.gguf" in stories["tiny-chat"]
     assert "'other'" in stories["tiny-embedding"]
     assert "/nowhere/program" in stories["gone"]
+    done = check("[models.nobody]\n[models.tiny-chat]\ncontext = 1024\n")
+    assert done.stdout.endswith("\n1 of 2 models cannot be served as they are set.\n")
+
+
+def test_where_no_model_is_named_it_says_so_and_who_has_a_key(check: Check, llama_tools: Path, tmp_path: Path) -> None:
+    done = check("")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'models.toml'} names no models.\n")
+    nowhere, keys = tmp_path / "nowhere.toml", tmp_path / "keys.toml"
+    keys.write_text(f'[clients.phone]\nhash = "sha256:{"0" * 64}"\n')
+    done = check("", PLANNER_MODELS_FILE=str(nowhere), PLANNER_KEYS_FILE=str(keys))
+    assert done.stdout == f"There is no models file at {nowhere}.\n1 client has a key.\n"
+
+
+def test_a_context_that_is_longer_than_the_model_was_trained_for_is_told_with_what_it_gets(
+    check: Check, chat_model: Path, llama_tools: Path
+) -> None:
+    text = "[models.tiny-chat]\ncontext = 1048576\n"
+    done = check(text)
+    assert "       warning: a slot uses " in done.stdout
+    assert "trained for no more" in json.loads(check(text, "--json").stdout)["verdicts"][0]["warnings"][0]
 
 
 def test_an_alias_under_which_another_model_is_served_is_wrong(
@@ -91,6 +111,9 @@ def test_it_is_checked_for_another_machine(check: Check, chat_model: Path, llama
     done = check('[models.tiny-chat]\ndevices = ["CUDA0"]\n', "--machine", str(machine))
     assert (done.returncode, done.stderr) == (0, "")
     assert check('[models.tiny-chat]\ndevices = ["CUDA1"]\n', "--machine", str(machine)).returncode == 1
+    for imagined in (("--gpu", "rtx4090"), ("--device", "CUDA0=8GiB"), ("--no-gpu", "--host-memory", "8GiB")):
+        done = check('[models.tiny-chat]\ndevices = ["CUDA0"]\n', *imagined)
+        assert (done.returncode, done.stderr) == (int("--no-gpu" in imagined), ""), imagined
 
 
 @pytest.mark.parametrize(
@@ -111,4 +134,6 @@ def test_what_is_no_configuration_at_all_is_refused(check: Check, text: str, mor
 def test_its_own_words_are_checked_too(check: Check) -> None:
     assert "--versus" in check("", "--versus", "fit").stderr
     assert check("", "model.gguf").returncode == 2
+    assert "write NAME=SIZE" in check("", "--device", "CUDA0").stderr
+    assert "PLANNER_HOTS" in check("", PLANNER_HOTS="box").stderr
     assert json.loads(check("", "--schema").stdout)["type"] == "object"
