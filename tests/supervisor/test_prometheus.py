@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,24 +74,30 @@ def samples(address: str, query: str) -> dict[str, float]:
     return {json.dumps(one["metric"], sort_keys=True): float(one["value"][1]) for one in found}
 
 
+def until_told(address: str, query: str, value: float) -> None:
+    """Return once this is what Prometheus knows; each question takes its time, and the whole test is bounded."""
+    while list(samples(address, query).values()) != [value]:
+        pass
+
+
 def test_prometheus_scrapes_it_and_promtool_finds_nothing_to_object_to(
     serve: Serve, chat_model: Path, tmp_path: Path
 ) -> None:
     service = serve()
     answered = json.loads(service.chat("tiny-chat", max_tokens=3).read())["usage"]
     service.chat("tiny-chat", max_tokens=4, stream=True).read()
-    while service.model("tiny-chat")["tokens"] is None:
+    n_generated = answered["completion_tokens"] + 4
+    while (service.model("tiny-chat")["tokens"] or {}).get("generated") != n_generated:
         pass  # a runner is asked some seconds after it was used
     text = service.request("GET", "/metrics").read()
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
     with prometheus(tmp_path, service.port) as address:
-        while 1.0 not in samples(address, 'up{job="loadmaster"}').values():
-            pass  # each question takes its time, and the whole test is bounded
+        until_told(address, 'up{job="loadmaster"}', 1.0)
         launches = samples(address, 'loadmaster_launches_total{model="tiny-chat"}')
         assert list(launches.values()) == [1.0]
         generated = samples(address, 'loadmaster_generated_tokens_total{model="tiny-chat"}')
-        assert list(generated.values()) == [answered["completion_tokens"] + 4]
+        assert list(generated.values()) == [n_generated]
         streamed = samples(address, 'loadmaster_first_token_seconds_count{model="tiny-chat"}')
         assert list(streamed.values()) == [1.0]
         state = samples(address, "loadmaster_runner_state == 1")
@@ -97,3 +105,21 @@ def test_prometheus_scrapes_it_and_promtool_finds_nothing_to_object_to(
         names = {json.loads(labels)["__name__"] for labels in samples(address, '{__name__=~"loadmaster_.+"}')}
     with_samples = {line.partition("{")[0].split()[0] for line in text.decode().splitlines() if line[:1] != "#"}
     assert set(TOLD.split()) <= with_samples <= names
+
+
+def test_prometheus_is_told_of_a_crash_a_restart_and_an_eviction(
+    serve: Serve, chat_model: Path, tmp_path: Path
+) -> None:
+    service = serve()
+    service.chat("tiny-chat").read()
+    os.kill(service.runner()["pid"], signal.SIGKILL)
+    service.read_log("runner.crashed")
+    answered = json.loads(service.chat("tiny-chat").read())["usage"]
+    with prometheus(tmp_path, service.port) as address:
+        until_told(address, 'loadmaster_crashes_total{model="tiny-chat"}', 1.0)
+        until_told(address, 'loadmaster_runner_restarts{model="tiny-chat"}', 1.0)
+        service.request("POST", "/manage/yield", {"device": "Host", "bytes": 1 << 60, "for_seconds": 1}).read()
+        until_told(address, 'loadmaster_evictions_total{model="tiny-chat"}', 1.0)
+        # The last one's tokens are all told; of the killed one's what it had told.
+        counted = f'loadmaster_generated_tokens_total{{model="tiny-chat"}} >= bool {answered["completion_tokens"]}'
+        until_told(address, counted, 1.0)
