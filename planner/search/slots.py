@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from planner.speed import EQUAL_SPEED
+from planner.text import rate
 from planner.types.machine import DeviceKind
 from planner.types.plan import Decision, Plan, PlanOutcome
 from planner.types.request import PlanRequest, Policy
@@ -87,7 +88,7 @@ def _costs(one: Plan, plan: PlanOutcome) -> Iterator[str]:
     if plan.decode is not None and one.decode is not None:
         slow, fast = plan.decode.tokens_per_second, one.decode.tokens_per_second
         if slow * EQUAL_SPEED < fast:
-            yield f"each would be slower: {slow:,.0f} tokens a second instead of {fast:,.0f}"
+            yield f"each would be slower: {rate(slow)} tokens a second instead of {rate(fast)}"
     left, left_by_one = (each.usages[-1].headroom_bytes for each in (plan, one))
     if (left or 0) < min(0, left_by_one or 0):
         yield "weights on the host would be pushed out of its memory"
