@@ -3,5 +3,5 @@
 ``tending`` has all of them, and is the way in. ``process`` is one child, ``spare`` a shell that waits to become the
 next, ``exec_child`` what takes its place where a tool is missing, ``strays`` what an earlier life left behind. ``logs``
 is what a child says, ``weights_read`` how far its load is, ``health`` whether it answers, ``hanging`` when that means
-that it never will, ``proc_stat`` what the kernel says of it.
+that it never will, ``counting`` how many tokens it has worked through, ``proc_stat`` what the kernel says of it.
 """
