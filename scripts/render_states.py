@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from planner.types import LaunchSpec
 from supervisor.core import events as each
 from supervisor.core.loglines import Shortage
-from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.runner import HAS_CHILD, Child, Runner, RunnerState
 from supervisor.core.runner_table import IGNORED, TRANSITIONS
 from supervisor.core.types import Failure, Limits, LoadPlan, ModelId, RunnerId
 
@@ -68,15 +68,15 @@ def _runners(state: RunnerState) -> Iterator[Runner]:
     """Yield runners in this state, as different as matters."""
     failures = (None, Failure(NOW, ""))
     for n_busy, n_crashes, failure in itertools.product((0, 1, 2), (0, LIMITS.max_crashes), failures):
+        child = Child(0.0, serving={"": n_busy} if n_busy else {}, pending_failure=failure)
         yield Runner(
             RunnerId("r1"),
             MODEL,
             state=state,
             generation=1,
             plan=PLAN,
-            serving={"": n_busy} if n_busy else {},
+            child=child if state in HAS_CHILD else None,
             crashes=(NOW,) * n_crashes,
-            pending_failure=failure,
         )
 
 

@@ -26,7 +26,7 @@ from supervisor.core.commands import (
     StopProcess,
 )
 from supervisor.core.pool import Pool
-from supervisor.core.runner import HAS_CHILD, IS_LOADING, Runner, RunnerState
+from supervisor.core.runner import IS_LOADING, Runner, RunnerState
 from supervisor.core.types import LoadPlan, ModelId
 from supervisor.models.catalogue import ModelEntry
 
@@ -116,7 +116,7 @@ def _runner_view(one: Runner, plan: LoadPlan, pool: Pool, clock: Clock) -> Runne
         expires_at=_deadline(one, clock, RunnerState.READY),
         keep_alive_s=one.stays_s(pool.limits_of(one.model)),
         retry_at=_deadline(one, clock, RunnerState.BACKOFF, RunnerState.FAILED),
-        load_seconds=one.load_seconds,
+        load_seconds=one.reload_s,
         plan=plan.document,
         uses=_uses(one, plan),
         last_failure=_failure(one, clock),
@@ -127,8 +127,8 @@ def _runner_view(one: Runner, plan: LoadPlan, pool: Pool, clock: Clock) -> Runne
 def progress(pool: Pool, model: ModelId, now: float) -> LoadProgress | None:
     """Return where the load of this model stands, None where none is under way."""
     runner, load = pool.runner(model), pool.loads.get(model)
-    if runner.state in IS_LOADING:
-        return LoadProgress(str(runner.state), runner.load_fraction, now - runner.load_started_at)
+    if runner.child is not None and runner.state in IS_LOADING:
+        return LoadProgress(str(runner.state), runner.child.load_fraction, now - runner.child.started_at)
     if load is not None:
         return LoadProgress(str(load.phase).replace("_", " "), None, now - load.started_at)
     return None
@@ -180,9 +180,10 @@ def _deadline(one: Runner, clock: Clock, *states: RunnerState) -> float | None:
 
 def _uses(one: Runner, plan: LoadPlan) -> tuple[DeviceUse, ...]:
     """Return what the runner takes, device by device; nothing where no child of it can hold anything."""
-    if one.state not in HAS_CHILD:
+    if one.child is None:
         return ()
-    return tuple(DeviceUse(use.device, use.planned_bytes, one.measured_bytes.get(use.device)) for use in plan.uses)
+    measured = one.child.measured_bytes
+    return tuple(DeviceUse(use.device, use.planned_bytes, measured.get(use.device)) for use in plan.uses)
 
 
 def _failure(one: Runner, clock: Clock) -> FailureView | None:

@@ -131,7 +131,7 @@ def _held_back_from(pool: Pool, runner: Runner) -> Iterator[int]:
 def _turn_is_over(pool: Pool, runner: Runner, now: float) -> bool:
     """Say whether case 3c holds."""
     loads = [load for load in pool.loads.values() if runner.model in load.victims]
-    if not loads or runner.load_seconds is None or now <= runner.since + TURN_LOADS * runner.load_seconds:
+    if not loads or runner.reload_s is None or now <= runner.since + TURN_LOADS * runner.reload_s:
         return False
     here = {ticket.client for ticket in pool.waiting_for(runner.model)}
     return any({ticket.client for ticket in pool.stranded(load.model)} - here for load in loads)

@@ -9,7 +9,6 @@ serving says that a runner takes more there than any plan counts: that is learne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
@@ -48,9 +47,10 @@ def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcom
 
     A load that ran out of memory is tried again at once, as long as there are larger margins to try.
     """
-    while_loading = runner.load_seconds is None
+    child, while_loading = runner.child, runner.url is None
     crashes = (*(at for at in runner.crashes if at > now - limits.crash_window_s), now)
-    in_use = not while_loading and not runner.stop_reason and runner.stays_s(limits) > 0
+    is_told_to_go = child is not None and child.stop_reason
+    in_use = not while_loading and not is_told_to_go and runner.stays_s(limits) > 0
     state, pause_s, wanted_back = RunnerState.BACKOFF, _pause_s(len(crashes), limits), in_use or runner.wanted_back
     if len(crashes) >= limits.max_crashes:
         state, pause_s = RunnerState.FAILED, limits.crash_window_s
@@ -63,6 +63,7 @@ def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcom
         runner,
         state=state,
         since=now,
+        child=None,
         deadline=now + pause_s,
         crashes=crashes,
         last_failure=failure,
@@ -70,15 +71,9 @@ def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcom
         wanted_back=wanted_back and state is RunnerState.BACKOFF,
     )
     report = ReportFailure(runner.model, runner.generation, failure, while_loading=while_loading)
-    told = runner.pending_failure is not None or not runner.serving
+    told = child is None or child.pending_failure is not None or not child.serving
     lost = () if told else (LoseLeases(runner.model, runner.generation, failure.reason),)
-    return without_child(failed), (report, *lost, *(() if while_loading else _learned(runner, failure)))
-
-
-def without_child(runner: Runner) -> Runner:
-    """Return the runner that has forgotten its child, which is reaped."""
-    nothing: Mapping[str, int] = MappingProxyType({})
-    return replace(runner, pid=None, url=None, serving=nothing, measured_bytes=nothing, pending_failure=None)
+    return failed, (report, *lost, *(() if while_loading else _learned(runner, failure)))
 
 
 def _pause_s(n_crashes: int, limits: Limits) -> float:

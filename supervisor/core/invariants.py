@@ -84,6 +84,8 @@ def _of_loads(pool: Pool) -> Iterator[str]:
 
 
 def _of_runner(one: Runner) -> Iterator[str]:
+    if (one.child is not None) != (one.state in HAS_CHILD):
+        yield f"{one.model} is {one.state} and has {one.child or 'no child'}"
     if one.state is RunnerState.READY and (one.pid is None or one.url is None):
         yield f"{one.model} is ready without a process or an address"
     if any(count <= 0 for count in one.serving.values()):
@@ -100,5 +102,3 @@ def _of_runner(one: Runner) -> Iterator[str]:
         yield f"{one.model} is {one.state} with a deadline"
     if one.state in HAS_DEADLINE and one.deadline is None:
         yield f"{one.model} would be {one.state} for ever"
-    if one.state not in HAS_CHILD and (one.pid is not None or one.held_bytes()):
-        yield f"{one.model} is {one.state} and still holds a process or memory"

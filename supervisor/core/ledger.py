@@ -123,11 +123,11 @@ def _cost_s(runner: Runner, now: float) -> float:
 def _difference_bytes(pool: Pool, device: str) -> int | None:
     total = 0
     for one in pool.runners.values():
-        if one.state is not RunnerState.READY or one.plan is None:
+        if one.state is not RunnerState.READY or one.child is None or one.plan is None:
             continue
         for use in one.plan.uses:
             if use.device == device:
-                measured = one.measured_bytes.get(device)
+                measured = one.child.measured_bytes.get(device)
                 if measured is None or use.planned_bytes is None:
                     return None
                 total += measured + use.overhead_bytes - use.planned_bytes

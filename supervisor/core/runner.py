@@ -29,15 +29,36 @@ IS_LOADING: Final = frozenset({RunnerState.STARTING, RunnerState.LOADING})
 IS_LEAVING: Final = frozenset({RunnerState.DRAINING, RunnerState.STOPPING})
 STAYS: Final = frozenset({*IS_LOADING, RunnerState.READY})
 HAS_CHILD: Final = STAYS | IS_LEAVING
+NOBODY: Final[Mapping[str, int]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """What is known of one child process, from when it is asked for until it is reaped.
+
+    ``launch`` is what the settings said of it. It has a ``pid`` once it was spawned, and a ``url`` from when it was
+    ready. ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of it, None
+    where none did. ``pending_failure`` is why it is stopped, where that is a failure.
+    """
+
+    started_at: float
+    launch: object = None
+    pid: int | None = None
+    url: str | None = None
+    load_fraction: float | None = None
+    measured_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    serving: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    keep_alive_s: float | None = None
+    stop_reason: str = ""
+    pending_failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """One model's runner. ``plan``, ``options`` and ``launch`` are those of the present child, or of the last one.
+    """One model's runner, and its child where it has one. ``plan`` and ``options`` are that child's, or the last one's.
 
-    ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of this child, None
-    where none did. ``reload_s`` is how long the last load took. ``margins`` is what it has to leave free by device,
-    having run out of memory there, and ``remedies`` the steps that led to that.
+    ``reload_s`` is how long the last load took. ``margins`` is what it has to leave free by device, having run out of
+    memory there, and ``remedies`` the steps that led to that.
     """
 
     id: RunnerId
@@ -47,32 +68,37 @@ class Runner:
     generation: int = 0
     plan: LoadPlan | None = None
     options: LoadOptions = NO_OPTIONS
-    launch: object = None
-    pid: int | None = None
-    url: str | None = None
-    measured_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    serving: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    keep_alive_s: float | None = None
+    child: Child | None = None
     deadline: float | None = None
-    stop_reason: str = ""
     last_used: float = 0.0
-    load_started_at: float = 0.0
-    load_seconds: float | None = None
-    load_fraction: float | None = None
     reload_s: float | None = None
     crashes: tuple[float, ...] = ()  # when, within the crash window
     restarts: int = 0
     last_failure: Failure | None = None
     failed_last: bool = False  # the last child ended by failing
-    pending_failure: Failure | None = None
     margins: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     remedies: tuple[Decision, ...] = ()
     wanted_back: bool = False  # load it without being asked
 
     @property
+    def serving(self) -> Mapping[str, int]:
+        """Return how many requests its child serves, by client."""
+        return NOBODY if self.child is None else self.child.serving
+
+    @property
+    def pid(self) -> int | None:
+        """Return its child's process id, None where there is none."""
+        return None if self.child is None else self.child.pid
+
+    @property
+    def url(self) -> str | None:
+        """Return where its child answers, None where there is none that has been ready."""
+        return None if self.child is None else self.child.url
+
+    @property
     def in_flight(self) -> int:
         """Return how many requests it serves."""
-        return sum(self.serving.values())
+        return 0 if self.child is None else sum(self.child.serving.values())
 
     @property
     def idle(self) -> bool:
@@ -105,19 +131,20 @@ class Runner:
 
     def stays_s(self, limits: Limits) -> float:
         """Return how long it stays once it is idle: as a request asked of this child, else as the limits say."""
-        return limits.keep_alive_s if self.keep_alive_s is None else self.keep_alive_s
+        asked_s = None if self.child is None else self.child.keep_alive_s
+        return limits.keep_alive_s if asked_s is None else asked_s
 
     def held_bytes(self) -> dict[str, int]:
         """Return what its child holds on each device: the larger of what was planned and what was measured.
 
         On the host it is what was planned: what is measured there counts mapped files, which are page cache.
         """
-        if self.state not in HAS_CHILD or self.plan is None:
+        if self.child is None or self.plan is None:
             return {}
         planned = self.plan.taken_bytes()
         beside = {use.device: use.overhead_bytes for use in self.plan.uses}
         measured = {
-            device: size + beside.get(device, 0) for device, size in self.measured_bytes.items() if device != HOST
+            device: size + beside.get(device, 0) for device, size in self.child.measured_bytes.items() if device != HOST
         }
         return {
             device: max(planned.get(device, 0), measured.get(device, 0)) for device in planned.keys() | measured.keys()
@@ -125,7 +152,7 @@ class Runner:
 
     def later_bytes(self) -> dict[str, int]:
         """Return the part of it that its child takes in use only, where there is one that has loaded."""
-        if self.state not in HAS_CHILD - IS_LOADING or self.plan is None:
+        if self.child is None or self.state in IS_LOADING or self.plan is None:
             return {}
         return {use.device: use.later_bytes for use in self.plan.uses if use.later_bytes}
 

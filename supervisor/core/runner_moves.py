@@ -26,7 +26,7 @@ from supervisor.core.events import (
     StopRequested,
     WrongDevices,
 )
-from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.runner import Child, Runner, RunnerState
 from supervisor.core.types import Failure, Limits
 
 # ruff: noqa: D103 - the table says when each is called; what a reader would not guess stands with the function
@@ -38,6 +38,12 @@ Outcome = tuple[Runner, tuple[Command, ...]]
 
 def _enter(runner: Runner, state: RunnerState, now: float, *, deadline: float | None = None, **changes: Any) -> Runner:
     return replace(runner, state=state, since=now, deadline=deadline, **changes)
+
+
+def _child(runner: Runner) -> Child:
+    """Return its child, in a state that has one."""
+    assert runner.child is not None  # noqa: S101 - see ``invariants``
+    return runner.child
 
 
 def _idle_deadline(runner: Runner, now: float, limits: Limits) -> float | None:
@@ -53,15 +59,9 @@ def start(runner: Runner, event: StartRequested, now: float, _limits: Limits) ->
         generation=event.generation,
         plan=event.plan,
         options=event.options,
-        launch=event.launch,
-        keep_alive_s=None,
-        stop_reason="",
-        load_started_at=now,
-        load_seconds=None,
-        load_fraction=None,
+        child=Child(now, event.launch),
         restarts=runner.restarts + runner.failed_last,
         failed_last=False,
-        pending_failure=None,
         wanted_back=False,
     )
     return started, (Spawn(runner.id, runner.model, event.generation, event.plan),)
@@ -72,11 +72,13 @@ def fail_for_room(runner: Runner, _event: NoRoomLeft, now: float, limits: Limits
 
 
 def begin_loading(runner: Runner, event: ProcessSpawned, now: float, limits: Limits) -> Outcome:
-    return _enter(runner, S.LOADING, now, deadline=now + limits.load_timeout_s, pid=event.pid), ()
+    child = replace(_child(runner), pid=event.pid)
+    return _enter(runner, S.LOADING, now, deadline=now + limits.load_timeout_s, child=child), ()
 
 
 def keep_loading(runner: Runner, event: LoadProgressed, now: float, limits: Limits) -> Outcome:
-    return replace(runner, deadline=now + limits.load_timeout_s, load_fraction=event.fraction), ()
+    child = replace(_child(runner), load_fraction=event.fraction)
+    return replace(runner, deadline=now + limits.load_timeout_s, child=child), ()
 
 
 def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits) -> Outcome:
@@ -85,25 +87,26 @@ def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits)
         S.READY,
         now,
         deadline=_idle_deadline(runner, now, limits),
-        url=event.url,
-        measured_bytes=event.measured_bytes,
-        load_seconds=now - runner.load_started_at,
-        reload_s=now - runner.load_started_at,
+        child=replace(_child(runner), url=event.url, measured_bytes=event.measured_bytes),
+        reload_s=now - _child(runner).started_at,
         last_used=now,
     )
     return ready, ()
 
 
 def grant(runner: Runner, event: RequestGranted, now: float, _limits: Limits) -> Outcome:
-    keep_alive_s = runner.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
-    serving = {**runner.serving, event.client: runner.serving.get(event.client, 0) + 1}
-    served = replace(runner, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s, deadline=None, last_used=now)
-    return served, ()
+    child = _child(runner)
+    keep_alive_s = child.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
+    serving = {**child.serving, event.client: child.serving.get(event.client, 0) + 1}
+    child = replace(child, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s)
+    return replace(runner, child=child, deadline=None, last_used=now), ()
 
 
 def _given_back(runner: Runner, client: str, **changes: Any) -> Runner:
-    serving = {**runner.serving, client: runner.serving.get(client, 0) - 1}
-    return replace(runner, serving=MappingProxyType({one: n for one, n in serving.items() if n}), **changes)
+    child = _child(runner)
+    serving = {**child.serving, client: child.serving.get(client, 0) - 1}
+    left = MappingProxyType({one: n for one, n in serving.items() if n})
+    return replace(runner, child=replace(child, serving=left), **changes)
 
 
 def finish(runner: Runner, event: RequestFinished, now: float, limits: Limits) -> Outcome:
@@ -118,7 +121,7 @@ def keep_as_long(runner: Runner, _event: KeepAliveChanged, _now: float, limits: 
 
 def finish_draining(runner: Runner, event: RequestFinished, now: float, _limits: Limits) -> Outcome:
     left = _given_back(runner, event.client)
-    return (left, ()) if left.serving else _stop(left, now, f"{runner.stop_reason}; drained")
+    return (left, ()) if left.serving else _stop(left, now, f"{_child(left).stop_reason}; drained")
 
 
 def finish_stopping(runner: Runner, event: RequestFinished, _now: float, _limits: Limits) -> Outcome:
@@ -126,7 +129,7 @@ def finish_stopping(runner: Runner, event: RequestFinished, _now: float, _limits
 
 
 def _stop(runner: Runner, now: float, reason: str, failure: Failure | None = None) -> Outcome:
-    stopping = _enter(runner, S.STOPPING, now, pending_failure=failure)
+    stopping = _enter(runner, S.STOPPING, now, child=replace(_child(runner), pending_failure=failure))
     return stopping, (StopProcess(runner.model, runner.generation, reason),)
 
 
@@ -135,7 +138,7 @@ def stop_before_spawned(runner: Runner, event: StopRequested, now: float, _limit
 
 
 def stop_just_spawned(runner: Runner, event: ProcessSpawned, now: float, _limits: Limits) -> Outcome:
-    return _stop(replace(runner, pid=event.pid), now, "no longer wanted")
+    return _stop(replace(runner, child=replace(_child(runner), pid=event.pid)), now, "no longer wanted")
 
 
 def stop_loading(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
@@ -143,7 +146,8 @@ def stop_loading(runner: Runner, event: StopRequested, now: float, _limits: Limi
 
 
 def stop_ready(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
-    runner = replace(runner, wanted_back=event.come_back, stop_reason=event.reason)
+    child = replace(_child(runner), stop_reason=event.reason)
+    runner = replace(runner, wanted_back=event.come_back, child=child)
     if runner.idle:
         return _stop(runner, now, event.reason)
     if event.drain_until is None:
@@ -156,12 +160,13 @@ def stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Lim
         return _cut_short(runner, now, "it was told to stop at once")
     if runner.deadline is not None and runner.deadline <= event.drain_until:
         return runner, ()
-    return replace(runner, deadline=event.drain_until, stop_reason=event.reason), ()
+    child = replace(_child(runner), stop_reason=event.reason)
+    return replace(runner, deadline=event.drain_until, child=child), ()
 
 
 def drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
-    given = f"{limits.drain_timeout_s:g} s"
-    return _cut_short(runner, now, f"{runner.stop_reason}, and this did not finish in the {given} of DRAIN_TIMEOUT")
+    reason, given = _child(runner).stop_reason, f"{limits.drain_timeout_s:g} s"
+    return _cut_short(runner, now, f"{reason}, and this did not finish in the {given} of DRAIN_TIMEOUT")
 
 
 def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
@@ -173,7 +178,7 @@ def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
 def hang(runner: Runner, event: ChildHung, now: float, _limits: Limits) -> Outcome:
     """End it by force: it does not even hear that it is told to stop."""
     failure = Failure(at=now, reason=f"it hung: {event.reason}")
-    stopping = _enter(runner, S.STOPPING, now, pending_failure=failure)
+    stopping = _enter(runner, S.STOPPING, now, child=replace(_child(runner), pending_failure=failure))
     stop = StopProcess(runner.model, runner.generation, failure.reason, at_once=True)
     lost = (LoseLeases(runner.model, runner.generation, failure.reason),) if runner.serving else ()
     return stopping, (stop, *lost)
@@ -199,13 +204,13 @@ def spawn_failed(runner: Runner, event: SpawnFailed, now: float, limits: Limits)
 
 def stopped(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
     """Whoever held a lease was told when it was told to stop."""
-    if (failure := runner.pending_failure) is not None:
+    if (failure := _child(runner).pending_failure) is not None:
         return failing.fail(runner, replace(failure, exit=event.exit, log_tail=event.log_tail), now, limits)
-    return failing.without_child(_enter(runner, S.STOPPED, now)), ()
+    return _enter(runner, S.STOPPED, now, child=None), ()
 
 
 def never_spawned(runner: Runner, _event: SpawnFailed, now: float, _limits: Limits) -> Outcome:
-    return failing.without_child(_enter(runner, S.STOPPED, now)), ()
+    return _enter(runner, S.STOPPED, now, child=None), ()
 
 
 def retry_allowed(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:

@@ -119,7 +119,7 @@ def _change_settings(pool: Pool, by_model: Mapping[ModelId, ModelSettings], now:
     commands: tuple[Command, ...] = ()
     before, pool = pool, replace(pool, settings=by_model)
     for one in tuple(pool.runners.values()):
-        if one.state in STAYS and one.launch != pool.settings_of(one.model).launch:
+        if one.child is not None and one.state in STAYS and one.child.launch != pool.settings_of(one.model).launch:
             until = now + pool.limits.drain_timeout_s
             stop = StopRequested(one.model, one.generation, until, "its settings have changed", come_back=True)
             pool, more = step_runner(pool, stop, now)

@@ -82,8 +82,7 @@ def retry_after_s(pool: Pool, model: ModelId) -> float:
 
 def load_failed_refusal(runner: Runner, now: float) -> Refusal:
     """Return what those are told who wait for a runner that failed."""
-    has_failed = runner.state in {RunnerState.BACKOFF, RunnerState.FAILED}
-    failure = runner.last_failure if has_failed else runner.pending_failure
+    failure = runner.last_failure if runner.child is None else runner.child.pending_failure
     reason = "it was stopped" if failure is None else failure.reason
     kind = RefusalKind.LOAD_TIMEOUT if failure is not None and failure.timed_out else RefusalKind.LOAD_FAILED
     retry_after = RETRY_AFTER_BUSY_S if runner.deadline is None else max(1.0, runner.deadline - now)

@@ -66,6 +66,7 @@ def _going(pool: Pool, now: float) -> tuple[Runner, ...]:
         left = [one for one in staying if one.model not in going]
         excess_bytes = sum(one.held_on(hold.cap.devices) for one in left) - hold.cap.most_bytes
         if excess_bytes > 0:
-            earlier = [ledger.neighbour(pool, one, now) for one in left if one.load_started_at <= hold.since]
+            older = [one for one in left if one.child is not None and one.child.started_at <= hold.since]
+            earlier = [ledger.neighbour(pool, one, now) for one in older]
             going |= eviction.cheapest_for(earlier, hold.cap.devices, excess_bytes)
     return tuple(one for one in staying if one.model in going)

@@ -30,7 +30,7 @@ from supervisor.core.events import (
     WrongDevices,
 )
 from supervisor.core.loglines import Shortage
-from supervisor.core.runner import Runner, RunnerState
+from supervisor.core.runner import HAS_CHILD, Child, Runner, RunnerState
 from supervisor.core.runner_table import IGNORED, TRANSITIONS, IllegalTransition, step
 from supervisor.core.types import ModelId, PlannedUse, RunnerId
 
@@ -77,11 +77,15 @@ ILLEGAL = {
 }
 
 
-def runner_in(state: RunnerState, **changes: object) -> Runner:
-    return replace(
-        Runner(RunnerId("r1"), MODEL, state=state, generation=1, plan=make_plan(n_parallel=2), deadline=None),
-        **changes,  # type: ignore[arg-type]
-    )
+def runner_in(state: RunnerState, child: Child | None = None, **changes: object) -> Runner:
+    """Return a runner in this state, with a child that was asked for just now where such a runner has one."""
+    child = (child or Child(0.0)) if state in HAS_CHILD else None
+    runner = Runner(RunnerId("r1"), MODEL, state=state, generation=1, plan=make_plan(n_parallel=2), child=child)
+    return replace(runner, **changes)  # type: ignore[arg-type]
+
+
+def loading_again(runner: Runner) -> Runner:
+    return replace(runner, state=RunnerState.LOADING, child=Child(0.0))
 
 
 def test_every_pair_of_state_and_event_is_written_down() -> None:
@@ -144,7 +148,8 @@ def test_keep_alive_counts_from_the_end_of_the_last_request() -> None:
 def test_keep_alive_may_be_for_ever_or_nothing() -> None:
     for keep_alive_s, deadline in ((math.inf, None), (0.0, 7.0)):
         limits = replace(LIMITS, keep_alive_s=keep_alive_s)
-        runner, _ = step(runner_in(RunnerState.READY, serving={"": 1}), RequestFinished(MODEL, 1), 7.0, limits)
+        busy = runner_in(RunnerState.READY, Child(0.0, serving={"": 1}))
+        runner, _ = step(busy, RequestFinished(MODEL, 1), 7.0, limits)
         assert runner.deadline == deadline
 
 
@@ -155,19 +160,19 @@ def test_a_request_s_keep_alive_holds_until_another_request_says_else_and_not_fo
         runner, _ = step(runner, RequestFinished(MODEL, 1), 1.0, LIMITS)
         assert runner.deadline == deadline
     started, _ = step(replace(runner, state=RunnerState.STOPPED), StartRequested(MODEL, 2, make_plan()), 2.0, LIMITS)
-    assert started.keep_alive_s is None
+    assert started.stays_s(LIMITS) == LIMITS.keep_alive_s
 
 
 def test_another_keep_alive_in_the_settings_holds_for_an_idle_runner_from_its_last_use() -> None:
     idle = runner_in(RunnerState.READY, last_used=10.0, deadline=70.0)
     changed, _ = step(idle, KeepAliveChanged(MODEL, 1), 20.0, replace(LIMITS, keep_alive_s=5.0))
     assert changed.deadline == 15.0
-    busy, _ = step(runner_in(RunnerState.READY, serving={"": 1}), KeepAliveChanged(MODEL, 1), 20.0, LIMITS)
+    busy, _ = step(runner_in(RunnerState.READY, Child(0.0, serving={"": 1})), KeepAliveChanged(MODEL, 1), 20.0, LIMITS)
     assert busy.deadline is None
 
 
 def test_a_crash_while_serving_tells_the_holders_and_backs_off() -> None:
-    ready = runner_in(RunnerState.READY, serving={"": 2}, load_seconds=1.0, pid=7, url="http://x")
+    ready = runner_in(RunnerState.READY, Child(0.0, pid=7, url="http://x", serving={"": 2}))
     runner, commands = step(ready, EXAMPLES[ProcessExited], 5.0, LIMITS)
     assert runner.state is RunnerState.BACKOFF
     assert (runner.in_flight, runner.pid, runner.url) == (0, None, None)
@@ -188,7 +193,7 @@ def test_pauses_after_crashes_grow_are_capped_and_end_in_failed() -> None:
         assert runner.state is RunnerState.BACKOFF
         assert runner.deadline is not None
         pauses.append(runner.deadline - second)
-        runner = replace(runner, state=RunnerState.LOADING)
+        runner = loading_again(runner)
     assert pauses == [0.0, 1.0, 2.0, 4.0, 5.0, 5.0]
     failed, _ = step(runner, EXAMPLES[ProcessExited], 6.0, limits)
     assert (failed.state, failed.deadline) == (RunnerState.FAILED, 106.0)
@@ -226,7 +231,7 @@ def test_a_load_that_ran_out_of_memory_is_tried_again_at_once_with_ever_larger_m
         assert isinstance(report, ReportFailure)
         assert report.failure.remedy == runner.remedies[-1]
         margins.append(runner.margins["CUDA0"] // MIB)
-        runner = replace(runner, state=RunnerState.LOADING)
+        runner = loading_again(runner)
     assert margins == [94, 224, 454, 884]
     assert [step.chosen for step in runner.remedies][-1] == "plan again with 40% more room on CUDA0"
     failed, _ = step(runner, OUT_OF_MEMORY, 4.0, LIMITS)
@@ -244,7 +249,7 @@ def test_where_nobody_knows_whose_memory_ran_out_there_is_more_room_everywhere()
 
 def test_out_of_memory_while_serving_teaches_what_a_runner_takes_there() -> None:
     use = PlannedUse("CUDA0", 1000, 1000, overhead_bytes=512 * MIB)
-    serving = runner_in(RunnerState.READY, load_seconds=1.0, plan=replace(make_plan(), uses=(use,)))
+    serving = runner_in(RunnerState.READY, Child(0.0, url="http://x"), plan=replace(make_plan(), uses=(use,)))
     runner, commands = step(serving, OUT_OF_MEMORY, 5.0, LIMITS)
     assert commands[-1] == Learn(MODEL, "CUDA0", 768 * MIB)
     assert (runner.state, runner.deadline, runner.margins) == (RunnerState.BACKOFF, 5.0, {})
@@ -262,8 +267,9 @@ def test_a_child_that_hangs_while_it_loads_is_ended_by_force_and_its_load_failed
 @pytest.mark.parametrize("state", [RunnerState.READY, RunnerState.DRAINING])
 def test_a_child_that_hangs_is_ended_by_force_its_clients_told_and_comes_back(state: RunnerState) -> None:
     """Unless it was about to go anyway."""
-    draining = {"deadline": 9.0, "stop_reason": "unloaded"} if state is RunnerState.DRAINING else {}
-    busy = runner_in(state, serving={"": 2}, load_seconds=1.0, **draining)
+    reason, deadline = ("unloaded", 9.0) if state is RunnerState.DRAINING else ("", None)
+    child = Child(0.0, url="http://x", serving={"": 2}, stop_reason=reason)
+    busy = runner_in(state, child, deadline=deadline)
     stopping, (stop, lost) = step(busy, ChildHung(MODEL, 1, "no answer to GET /health"), 5.0, LIMITS)
     assert stopping.state is RunnerState.STOPPING
     assert isinstance(stop, StopProcess)
@@ -276,7 +282,7 @@ def test_a_child_that_hangs_is_ended_by_force_its_clients_told_and_comes_back(st
 
 
 def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
-    busy = runner_in(RunnerState.READY, serving={"": 2})
+    busy = runner_in(RunnerState.READY, Child(0.0, serving={"": 2}))
     draining, commands = step(busy, StopRequested(MODEL, 1, drain_until=9.0), 1.0, LIMITS)
     assert (draining.state, draining.deadline, commands) == (RunnerState.DRAINING, 9.0, ())
     one_left, commands = step(draining, RequestFinished(MODEL, 1), 2.0, LIMITS)
@@ -291,7 +297,7 @@ def test_a_busy_runner_drains_until_its_last_request_or_its_deadline() -> None:
 )
 def test_what_is_cut_short_is_told_at_once_and_not_again(event: RunnerEvent, said: str) -> None:
     """The child may take as long as it likes to go."""
-    draining = runner_in(RunnerState.DRAINING, serving={"": 2}, deadline=9.0)
+    draining = runner_in(RunnerState.DRAINING, Child(0.0, serving={"": 2}), deadline=9.0)
     stopping, commands = step(draining, event, 9.0, LIMITS)
     assert (stopping.state, stopping.in_flight) == (RunnerState.STOPPING, 2)
     stop, lost = commands
