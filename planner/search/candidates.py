@@ -154,6 +154,18 @@ class Finder:
             return attempt
         return self._evaluated(attempt.request, attempt.placement, confirm=True)
 
+    def worthwhile(self, found: Candidate) -> Candidate:
+        """Return this placement, or the host's alone where the devices would hold nothing: an output without tensors.
+
+        They would be slower by what is handed over, and taken from others: a worker serves one runner.
+        """
+        devices = found.placement.devices
+        holds_something = any(row.planned_bytes != 0 for row in found.usages if row.name in devices)
+        if not devices or holds_something or found.request.n_gpu_layers not in {None, "auto"}:
+            return found
+        on_host = self.on_host(found.request)
+        return on_host if on_host.fits else found
+
     def on_host(self, request: PlanRequest) -> Candidate:
         """Return the placement of all layers on the host; a device holds what an override sends there, if anything."""
         named = tuple(device for device in self.devices if device.name in _named(request))

@@ -167,7 +167,7 @@ class _Search:
     def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
         best = Best(finder, order_is_settled=self.request.devices is not None)
         found = Overflow.after(best).at(request, best.at(request)) if best.applies(request) else None
-        return self._packed(finder, request) if found is None else found
+        return finder.worthwhile(self._packed(finder, request) if found is None else found)
 
     def _packed(self, finder: Finder, request: PlanRequest) -> Candidate:
         """Return the placement by packing: where the solver does not apply or nothing fits, the nearest attempt."""
@@ -186,7 +186,7 @@ class _Search:
             if found is None:
                 found = Stretch(best, settled, floor, trained).longest()
                 found = Overflow.after(best).longest(settled, floor, trained, found)
-            if found is not None and found.placement.devices:
+            if found is not None and finder.worthwhile(found).placement.devices:
                 self._decide_context(found, trained)
                 return found
         complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)

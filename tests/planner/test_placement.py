@@ -435,6 +435,18 @@ def test_the_same_question_has_the_same_answer(model: ModelFacts) -> None:
     assert plan(model, SMALL, where) == plan(model, SMALL, where)
 
 
+@pytest.mark.parametrize("n_ctx", [None, 4096])
+def test_no_device_is_taken_for_an_output_without_tensors(embedding_model: Path, n_ctx: int | None) -> None:
+    """It would hold nothing, be no faster, and nobody else could have a worker meanwhile."""
+    facts = read_model(os.fspath(embedding_model))
+    outcome = plan(facts, PlanRequest(role=facts.role, n_ctx=n_ctx), machine(MIB))
+    assert isinstance(outcome, Plan)
+    assert (outcome.placement.devices, outcome.placement.n_gpu_layers) == ((), 0)
+    pinned = plan(facts, PlanRequest(role=facts.role, n_ctx=n_ctx, n_gpu_layers=1), machine(MIB))
+    assert isinstance(pinned, Plan)
+    assert pinned.placement.devices == ("RPC0",)
+
+
 def test_texts_to_embed_pass_in_one_piece(embedding_model: Path) -> None:
     """The micro-batch is as long as the context, since a text cannot be split."""
     facts = read_model(os.fspath(embedding_model))
