@@ -42,7 +42,7 @@ from supervisor.core.types import (
 )
 
 CAN_LOAD: Final = frozenset({RunnerState.STOPPED, RunnerState.READY})  # READY: what it was loaded for is not enough
-FOR_ROOM: Final = "another model needs its memory"
+FOR_ROOM: Final = "another model needs its place"
 FOR_OPTIONS: Final = "it is loaded again with other options"
 
 
