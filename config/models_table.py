@@ -85,7 +85,12 @@ DEFAULT_KEYS: Final = tuple(key for key in MODEL_KEYS if key.name not in {"alias
 EXTERNAL_KEYS: Final = (
     words("cmd", "The program and its arguments; {port} stands for a free port.", required=True),
     scalar("url", _TEXT, "Where it answers, such as http://127.0.0.1:{port}.", required=True),
-    scalar("health", _TEXT, "The path that answers 200 once it is ready, such as /health; it is asked while it serves, too.", required=True),
+    scalar(
+        "health",
+        _TEXT,
+        "The path that answers 200 once it is ready, such as /health; asked while it serves too.",
+        required=True,
+    ),
     table(
         "memory",
         'What it takes on each device: CUDA0 = "6GiB", Host = "2GiB".',
