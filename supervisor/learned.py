@@ -1,13 +1,15 @@
 """What runners turned out to take beside llama.cpp's buffers, device by device; kept on disk beyond the service's life.
 
-A device is remembered by what tells it from others of its name: its UUID, its PCI address, a worker's endpoint.
+A device is remembered by what tells it from others of its name: its UUID, its PCI address, a worker's endpoint and its
+place among the devices there.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -33,16 +35,21 @@ class Learned:
 
     def by_device(self, machine: Machine | None) -> Mapping[str, LearnedOverhead]:
         """Return what was learned of the devices of this machine, by their names on it."""
-        devices = () if machine is None else machine.devices
-        return {device.name: self._known[_key(device)] for device in devices if _key(device) in self._known}
+        told: dict[str, LearnedOverhead] = {}
+        for device, key in () if machine is None else _keys(machine):
+            known = self._known.get(key) or self._known.get(device.endpoint or key)  # once a worker had one key
+            if known is not None:
+                told[device.name] = known
+        return told
 
     def learn(self, machine: Machine | None, device: str, size_bytes: int, model: str) -> None:
         """Remember that a runner takes so much on a device of this machine."""
-        if machine is None or device not in {one.name for one in machine.devices}:
+        key = None if machine is None else next((key for one, key in _keys(machine) if one.name == device), None)
+        if key is None:
             return
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
         overhead = LearnedOverhead(min(size_bytes, MOST_BYTES), model, today)
-        self._known = MappingProxyType({**self._known, _key(machine.device(device)): overhead})
+        self._known = MappingProxyType({**self._known, key: overhead})
         _log.warning("overhead.learned", device=device, size_bytes=overhead.size_bytes, model=model)
         self._write()
 
@@ -66,5 +73,12 @@ class Learned:
             _log.warning("learned.not_written", path=str(self._path), reason=str(error))
 
 
-def _key(device: Device) -> str:
-    return device.uuid or device.pci_bus_id or device.endpoint or device.name
+def _keys(machine: Machine) -> Iterator[tuple[Device, str]]:
+    """Yield each device and what it is remembered by."""
+    of_worker: Counter[str] = Counter()
+    for device in machine.devices:
+        place = str(device.name)
+        if device.endpoint is not None:
+            place = f"{device.endpoint}#{of_worker[device.endpoint]}"
+            of_worker[device.endpoint] += 1
+        yield device, device.uuid or device.pci_bus_id or place

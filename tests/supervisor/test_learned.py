@@ -36,6 +36,27 @@ def test_a_card_without_an_identifier_goes_by_its_name_and_a_device_that_is_not_
     assert learned.by_device(None) == {}
 
 
+def worker(*names: str) -> Machine:
+    devices = tuple(
+        Device(DeviceName(name), DeviceKind.RPC, 100, 100, PoolId(name), endpoint="10.0.0.2:50052") for name in names
+    )
+    return Machine(devices, Device(HOST, DeviceKind.HOST, 100, 100, HOST_POOL))
+
+
+def test_the_devices_of_one_worker_are_told_apart_by_their_order_there(tmp_path: Path) -> None:
+    Learned(tmp_path).learn(worker("RPC0", "RPC1"), "RPC1", 5, "m")
+    told = Learned(tmp_path).by_device(worker("RPC3", "RPC4"))
+    assert {device: each.size_bytes for device, each in told.items()} == {"RPC4": 5}
+
+
+def test_what_was_learned_of_a_worker_before_its_devices_were_told_apart_holds_for_each(tmp_path: Path) -> None:
+    known = '{"10.0.0.2:50052": {"size_bytes": 7, "model": "m", "day": "2026-11-01"}}'
+    (tmp_path / FILE_NAME).write_text(known)
+    learned, machine = Learned(tmp_path), worker("RPC0", "RPC1")
+    learned.learn(machine, "RPC1", 9, "m")
+    assert {device: each.size_bytes for device, each in learned.by_device(machine).items()} == {"RPC0": 7, "RPC1": 9}
+
+
 def test_no_more_is_learned_than_a_runner_can_take(tmp_path: Path) -> None:
     learned, machine = Learned(tmp_path), machine_of(("CUDA0", "GPU-a"))
     learned.learn(machine, "CUDA0", 100 * MOST_BYTES, "m")
