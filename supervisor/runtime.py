@@ -198,7 +198,7 @@ class Supervisor:
         before, now = ledger.held_on(writer.pool, mostly), anyio.current_time()
         self._clock.follow(now)
         for share in found:
-            writer.post(YieldRequested(share.devices, wanted_bytes, share.free_bytes or 0, now + for_s))
+            writer.post(YieldRequested(share.devices, wanted_bytes, share.free_bytes, now + for_s))
         await writer.until(lambda pool: not any(_is_stopping_on(one, everywhere) for one in pool.leaving))
         await self._read_machine()
         free_bytes = min((one.free_bytes for one in self._shares(device) if one.free_bytes is not None), default=None)
@@ -237,7 +237,10 @@ class Supervisor:
             found, changed = self._shares(device), abs(ledger.held_on(self._writer.pool, devices) - held)
             if not changed:
                 break
-        return tuple(replace(share, free_bytes=(share.free_bytes or 0) - changed) for share in found)
+        return tuple(
+            share if share.free_bytes is None else replace(share, free_bytes=share.free_bytes - changed)
+            for share in found
+        )
 
     async def _read_machine(self) -> None:
         """Read it once the drivers show what runners that have just gone gave back."""

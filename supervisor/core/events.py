@@ -49,12 +49,13 @@ class SettingsChanged:
 class YieldRequested:
     """``wanted_bytes`` of a device, of which ``free_bytes`` are free now, are another program's until that moment.
 
-    ``devices`` is that device, or all that share its memory.
+    ``free_bytes`` None: nobody knows, so our runners give back as much as is wanted. ``devices`` is that device, or all
+    that share its memory.
     """
 
     devices: frozenset[str]
     wanted_bytes: int
-    free_bytes: int
+    free_bytes: int | None
     until: float
 
 

@@ -2,8 +2,8 @@
 
 1. From when it is asked for until its time is over, or is ended before, our runners together may hold no more of the
    device than leaves the other program what it wants: a cap on what is loaded there, or in the memory that it shares
-   with other devices.
-   Whoever asks again asks for the same memory: the lowest cap holds.
+   with other devices. Whoever asks again asks for the same memory: the lowest cap holds. Where nobody knows how much is
+   free, all of it has to come from our runners.
 2. As long as they hold more, the cheapest set of them that is enough goes. Idle ones go at once. One in use takes up no
    new request and goes when it has served those that it serves, however long they take: nobody is cut short.
 3. One that has just been loaded serves first who waited for it. Pinned runners stay.
@@ -30,8 +30,9 @@ def changed(pool: Pool, event: YieldRequested | YieldEnded, now: float) -> Pool:
     """Return the pool in which this memory is another program's (case 1), or is so no more; who goes already goes."""
     if isinstance(event, YieldEnded):
         return replace(pool, yields=tuple(one for one in pool.yields if not one.cap.devices & event.devices))
-    free_bytes = event.free_bytes - ledger.later_on(pool, event.devices)
-    most_bytes = ledger.held_on(pool, event.devices) + free_bytes - event.wanted_bytes
+    most_bytes = ledger.held_on(pool, event.devices) - event.wanted_bytes
+    if event.free_bytes is not None:
+        most_bytes += event.free_bytes - ledger.later_on(pool, event.devices)
     return replace(pool, yields=(*pool.yields, Yielded(Cap(event.devices, most_bytes), now, event.until)))
 
 

@@ -75,6 +75,8 @@ def test_what_is_taken_in_use_only_is_held_but_neither_shown_nor_free_once_the_r
     assert ledger.neighbour(bench.pool, bench.pool.runner(A), 0.0).promised_bytes == {"CUDA0": 4}
     bench.post(YieldRequested(CUDA0, wanted_bytes=20, free_bytes=50, until=9.0))
     assert row(bench, "CUDA0").cap_bytes == 36
+    bench.post(YieldRequested(CUDA0, wanted_bytes=8, free_bytes=None, until=9.0))
+    assert row(bench, "CUDA0").cap_bytes == 2, "of what nobody knows nothing can be taken off"
     bench.exit(A)
     assert ledger.later_on(bench.pool, CUDA0) == 0
 

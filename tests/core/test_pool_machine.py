@@ -217,10 +217,11 @@ class PoolMachine(RuleBasedStateMachine):
     def change_settings(self, by_model: dict[ModelId, ModelSettings]) -> None:
         self.post(SettingsChanged(by_model))
 
-    @rule(device=st.sampled_from(["CUDA0", "Host"]), wanted_bytes=st.integers(1, 30))
-    def yield_memory(self, device: str, wanted_bytes: int) -> None:
+    @rule(device=st.sampled_from(["CUDA0", "Host"]), wanted_bytes=st.integers(1, 30), is_known=st.booleans())
+    def yield_memory(self, device: str, wanted_bytes: int, *, is_known: bool) -> None:
         free_bytes = CAPACITY[device] - ledger.held_bytes(self.pool).get(device, 0)
-        self.post(YieldRequested(frozenset({device}), wanted_bytes, free_bytes, self.now + 20.0))
+        told = free_bytes if is_known else None
+        self.post(YieldRequested(frozenset({device}), wanted_bytes, told, self.now + 20.0))
 
     @rule(device=st.sampled_from(["CUDA0", "Host"]))
     def end_yield(self, device: str) -> None:
