@@ -106,7 +106,7 @@ def rpc_devices(
             warnings += _doubts(server, worker, protocol)
         else:
             absent.append(_placeholder(worker))
-            warnings.append(f"RPC worker left out: {worker.why_not}")
+            warnings.append(f"RPC worker left out, its devices have no numbers: {worker.why_not}")
     behind = {device.pool for device in devices} - {HOST_POOL}
     shared = tuple(pool for pool in pools.values() if pool.id in behind)
     return RpcDevices(tuple(devices), tuple(absent), tuple(warnings), tuple(asked), shared)

@@ -77,11 +77,14 @@ def main(name: str, words: Sequence[str]) -> int:
         raise InvalidRequest(str(error)) from None
     for warning in loaded.warnings:
         sys.stderr.write(f"planner: warning: {warning}\n")
-    verdicts = _verdicts(files, served(settings, files.models), surroundings(line))
+    where = surroundings(line)
+    verdicts, warnings = _verdicts(files, served(settings, files.models), where), where.machine.warnings
     if line.options.json:
-        terminal.write_json({"schema": 1, "fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts]})
+        told = {"fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts], "warnings": list(warnings)}
+        terminal.write_json({"schema": 1, **told})
     else:
-        terminal.write("".join(map(_told, verdicts)) + _summary(settings.models_file, files, verdicts))
+        notes = "".join(f"note   {warning}\n" for warning in warnings)
+        terminal.write("".join(map(_told, verdicts)) + notes + _summary(settings.models_file, files, verdicts))
     return OK if _all_fit(verdicts) else SOMETHING_DOES_NOT_FIT
 
 
@@ -156,7 +159,8 @@ def _verdicts(files: OperatorFiles, entries: Catalogue, where: Surroundings) -> 
         except PlannerError as error:
             verdicts.append(Verdict(entry.id, fits=False, story=str(error)))
             continue
-        verdicts.append(Verdict(entry.id, isinstance(outcome, Plan), headline(outcome), outcome.warnings))
+        own = tuple(warning for warning in outcome.warnings if warning not in where.machine.warnings)
+        verdicts.append(Verdict(entry.id, isinstance(outcome, Plan), headline(outcome), own))
         if entry.settings.pin or entry.settings.preload:
             resident.append((entry, wanted))
     if len(resident) > 1:

@@ -96,6 +96,14 @@ def test_an_alias_under_which_another_model_is_served_is_wrong(
     assert "WRONG  tiny-chat: its alias 'tiny-embedding:latest' is a name of tiny-embedding" in done.stdout
 
 
+def test_why_a_device_is_not_there_that_the_file_names_is_told(check: Check, chat_model: Path) -> None:
+    text = '[models.tiny-chat]\ndevices = ["RPC0"]\n'
+    done = check(text, PLANNER_RPC_SERVERS="127.0.0.1:1")
+    assert "note   RPC worker left out, its devices have no numbers: cannot connect to 127.0.0.1:1" in done.stdout
+    told = json.loads(check(text, "--json", PLANNER_RPC_SERVERS="127.0.0.1:1").stdout)
+    assert any("127.0.0.1:1" in warning for warning in told["warnings"])
+
+
 def test_models_that_are_to_stay_loaded_have_to_fit_together(
     check: Check, chat_model: Path, embedding_model: Path, llama_tools: Path
 ) -> None:
