@@ -2,17 +2,19 @@
 
 A load's way, as numbered cases:
 
-1. Its model is asked for, or missed (it crashed in use, or is preloaded), and it has no child, or one that was loaded
-   for less than is asked: queued. The oldest load is planned first.
-2. llama.cpp or the file rules it out, or it never fits: everybody who waits for it is refused. One that ran out of
-   memory and does not fit with the margins that it needs since has failed. One that does not fit beside pinned runners
-   waits for those that load: what they take is not known before.
+1. Its model is asked for, or missed (it crashed in use, ran out of memory as it loaded, has drained for other settings,
+   or is preloaded), and it has no child, or one that was loaded for less than is asked: queued. The oldest load is
+   planned first.
+2. llama.cpp or the file rules it out, or it does not fit even with all gone that may go: who waits for it is refused,
+   but for those who ask for a shorter context than it was planned for. One that ran out of memory and never fits with the
+   margins that it needs since has failed. While a pinned runner loads it waits for that instead, unless it never fits:
+   what that one takes is not known before.
 3. It fits as well as it would without its neighbours: launched; what it takes is promised from then on. Where it shares
    a device with a load in progress, it waits for that and is planned again: no driver tells how much of what was
-   promised to the other it shows already.
+   promised to the other it shows already. Where MAX_LOADED_MODELS have a child it waits for those that leave.
 4. It would fit better without some: room is made. The cheapest set of runners goes, together, once all of it is idle;
    meanwhile none of the set takes up requests younger than this load's. Nobody goes for a load that nobody waits for.
-   Then it is planned again, on what is free by then.
+   Then it is planned again, on what is free by then. Where there is no room within LOAD_TIMEOUT, who waits is refused.
 5. A runner that was not chosen falls idle first: planned again, it may do instead.
 6. Its own child was loaded for less: the child drains, bounded by DRAIN_TIMEOUT, and goes.
 """

@@ -30,7 +30,7 @@ class LoadPhase(StrEnum):
 
     QUEUED = "queued"  # to be planned, once the planner is free
     PLANNING = "planning"  # the one question that is asked at a time
-    WAITING = "waiting"  # for another load on a device that it needs
+    WAITING = "waiting"  # for other loads where it is to go, or for who leaves
     MAKING_ROOM = "making_room"  # runners have to go first
     LAUNCHING = "launching"  # its child loads
 

@@ -26,8 +26,8 @@ class Limits:
 
     ``max_loaded_models`` None leaves it to the memory. ``client_queue`` is how many requests of one client may wait,
     None: as many as anybody's. ``keep_alive_s`` counts from the end of the last request, 0 unloads at once.
-    ``load_timeout_s`` is how long a load may go without any sign of progress, ``queue_timeout_s`` how long a request
-    may wait in all.
+    ``load_timeout_s`` is how long a load may go without any sign of progress, or wait for room, ``queue_timeout_s`` how
+    long a request may wait in all.
     """
 
     max_loaded_models: int | None
