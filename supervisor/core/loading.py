@@ -6,9 +6,9 @@ A load's way, as numbered cases:
    or is preloaded), and it has no child, or one that was loaded for less than is asked: queued. The oldest load is
    planned first.
 2. llama.cpp or the file rules it out, or it does not fit even with all gone that may go: who waits for it is refused,
-   but for those who ask for a shorter context than it was planned for. One that ran out of memory and never fits with the
-   margins that it needs since has failed. While a pinned runner loads it waits for that instead, unless it never fits:
-   what that one takes is not known before.
+   but for those who ask for a shorter context than it was planned for. One that ran out of memory and never fits with
+   the margins that it needs since has failed. While a pinned runner loads it waits for that instead, unless it never
+   fits: what that one takes is not known before.
 3. It fits as well as it would without its neighbours: launched; what it takes is promised from then on. Where it shares
    a device with a load in progress, it waits for that and is planned again: no driver tells how much of what was
    promised to the other it shows already. Where MAX_LOADED_MODELS have a child it waits for those that leave.
