@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from config.light import PlacementSettings
-from config.resolve import ConfigError, Value, resolve
+from config.resolve import DEFAULT_ORIGIN, ConfigError, Value, resolve
 from config.table import Environ
 from config.values import Address, DeviceBytes, RpcServer
 
@@ -89,6 +89,10 @@ class Loaded:
     settings: Settings
     values: tuple[Value, ...]
     warnings: tuple[str, ...]
+
+    def is_default(self, field: str) -> bool:
+        """Say whether nobody set this setting."""
+        return any(value.origin == DEFAULT_ORIGIN for value in self.values if value.setting.field == field)
 
 
 def load(environ: Environ | None = None) -> Loaded:

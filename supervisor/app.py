@@ -17,7 +17,7 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
 
 from config import render
-from config.resolve import DEFAULT_ORIGIN, ConfigError
+from config.resolve import ConfigError
 from config.settings import Loaded, Settings, load
 from supervisor.children import tending
 from supervisor.core.types import Limits
@@ -82,13 +82,12 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
     for warning in loaded.warnings:
         _log.warning("config.odd", warning=warning)
     folder = StoreFolder(settings.store, settings.registry)
-    models_origin = next(value.origin for value in loaded.values if value.setting.field == "models")
     planning = PlanningProcess(environ)
     inventory = Inventory(
         settings.models,
         planning,
         store=folder,
-        folder_optional=models_origin == DEFAULT_ORIGIN,
+        folder_optional=loaded.is_default("models"),
         learned=Learned(settings.state_dir),
     )
     store = ModelStore(folder, logins=Logins(settings.registry_logins), files_of=inventory.files_of)

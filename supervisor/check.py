@@ -78,7 +78,7 @@ def main(name: str, words: Sequence[str]) -> int:
     for warning in loaded.warnings:
         sys.stderr.write(f"planner: warning: {warning}\n")
     where = surroundings(line)
-    verdicts, warnings = _verdicts(files, served(settings, files.models), where), where.machine.warnings
+    verdicts, warnings = _verdicts(files, served(loaded, files.models), where), where.machine.warnings
     if line.options.json:
         told = {"fits": _all_fit(verdicts), "verdicts": [_json(one) for one in verdicts], "warnings": list(warnings)}
         terminal.write_json({"schema": 1, **told})

@@ -67,8 +67,8 @@ def _look() -> tuple[Settings, Catalogue]:
     from supervisor.models.served import served
 
     try:
-        settings = load(os.environ).settings
-        return settings, served(settings, models_file.read(settings.models_file))
+        loaded = load(os.environ)
+        return loaded.settings, served(loaded, models_file.read(loaded.settings.models_file))
     except ConfigError as error:
         raise InvalidRequest(str(error)) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from config.model_settings import ModelsFile
-from config.settings import Settings
+from config.settings import Loaded
 from planner.errors import InvalidRequest
 from planner.model import read_model
 from supervisor.models import configured, places
@@ -13,11 +13,15 @@ from supervisor.models.catalogue import Catalogue
 from supervisor.store.folder import StoreFolder
 
 
-def served(settings: Settings, file: ModelsFile) -> Catalogue:
-    """Return the models as the service would serve them. Raises InvalidRequest where their folder cannot be read."""
+def served(loaded: Loaded, file: ModelsFile) -> Catalogue:
+    """Return the models as the service would serve them. Raises InvalidRequest where their folder cannot be read.
+
+    One that nobody named need not be there.
+    """
+    settings, optional = loaded.settings, loaded.is_default("models")
     store = StoreFolder(settings.store, settings.registry)
     try:
-        found = places.scan(settings.models, store, cache(read_model), folder_optional=True)
+        found = places.scan(settings.models, store, cache(read_model), folder_optional=optional)
     except OSError as error:
         raise InvalidRequest(f"{settings.models} cannot be read ({error.strerror}): check PLANNER_MODELS") from None
     models = Catalogue()

@@ -139,6 +139,13 @@ def test_what_is_no_configuration_at_all_is_refused(check: Check, text: str, mor
     assert says in done.stderr
 
 
+def test_a_models_folder_that_is_named_and_not_there_is_wrong(check: Check, tmp_path: Path) -> None:
+    done = check("", PLANNER_MODELS=str(tmp_path / "gone"))
+    assert done.returncode != 0
+    assert f"{tmp_path / 'gone'} cannot be read" in done.stderr
+    assert "check PLANNER_MODELS" in done.stderr
+
+
 def test_its_own_words_are_checked_too(check: Check) -> None:
     assert "--versus" in check("", "--versus", "fit").stderr
     assert check("", "model.gguf").returncode == 2
