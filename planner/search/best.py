@@ -230,10 +230,11 @@ class Best:
         """Return the split on the fewest devices of those as fast as the fastest; on the most where they are spread.
 
         Of sets of as many devices the one with the most room is taken, then the first in order. Where some of the
-        model is left to the host, it is the fastest.
+        model is left to the host, it is the fastest. A limit that was given says itself what counts as equal.
         """
         spread = self.finder.spread
-        equal_s = inf if spread else min(fastest_s * EQUAL_SPEED, limit_s) if limit_s == inf else limit_s
+        equal_s = limit_s if limit_s < inf else fastest_s * EQUAL_SPEED
+        equal_s = inf if spread else equal_s
         splits = [(count, s, i) for i, (way, chain) in enumerate(chains) for count, s in way.by_count(chain).items()]
         count, seconds, which = min((-n if spread else n, s, i) for n, s, i in splits if s <= equal_s)
         way, chain = chains[which]
@@ -364,7 +365,7 @@ def _spilling(question: Question, request: PlanRequest, spilled: Sequence[SpillP
     whole = [slot for slot, parts in by_slot.items() if len(parts) == counts[slot]]
     names = [part.tensor.name for slot, parts in by_slot.items() if slot not in whole for part in parts]
     overrides = [("|".join(re.escape(name).replace("\\_", "_") for name in names), "CPU")] if names else []
-    if whole == [slot for slot in counts if slot <= whole[-1]] if whole else False:
+    if whole and whole == [slot for slot in counts if slot <= whole[-1]]:
         count = whole[-1] + 1
         experts = bool(question.model.hparams.n_expert)
         request = replace(request, n_cpu_moe=count) if experts else replace(request, n_cpu_ffn=count)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from planner.types.request import PlanRequest
 
 SMALL: Final = 44  # slots times devices: ten layers and the output on four devices
-MAX_CHECKED: Final = 1000  # splits that do not fit, one after the other; each takes such a small model a millisecond
+# Splits that do not fit, one after the other: each takes one to seven milliseconds, by the model's graph.
+MAX_CHECKED: Final = 1000
 
 
 def improved(best: Best, request: PlanRequest, limit_s: float, found: Found | None) -> Found | None:

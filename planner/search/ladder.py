@@ -16,7 +16,8 @@ from planner.types.plan import Decision, NoFit, Plan, PlanOutcome
 from planner.types.request import PlanRequest, Role
 
 # Compute buffers shrink about as much, and prompts get slower; below this they hardly shrink any further.
-SMALLER_UBATCHES: Final = (256, 128)
+SMALLEST_UBATCH: Final = 128
+SMALLER_UBATCHES: Final = (256, SMALLEST_UBATCH)
 
 
 class _Step(NamedTuple):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+from planner.search.ladder import SMALLEST_UBATCH
 from planner.types.machine import HOST, Device, Machine
 from planner.types.plan import NearestChange, NoFit, Plan, PlanOutcome
 from planner.types.request import PlanRequest
 from planner.units import format_size
 
-SMALL_UBATCH: Final = 128  # a quarter of the default: compute buffers shrink about as much, prompts get slower
 MAX_PROCESSES: Final = 3  # of each device that is short, the largest: the others hold little
 
 Answer = Callable[[PlanRequest, Machine], PlanOutcome]
@@ -60,7 +60,9 @@ def _changes(request: PlanRequest, refused: NoFit) -> tuple[Change, ...]:
         Change(request.n_ctx != "auto", "--ctx-size auto", {"n_ctx": "auto", "n_ctx_per_slot": None}),
         Change(knob.cache_type_k == "f16", "-ctk q8_0 -ctv q8_0", {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
         Change(knob.slots > 1, "--parallel 1", {"n_parallel": 1}),
-        Change((knob.n_ubatch or 0) > SMALL_UBATCH, f"--ubatch-size {SMALL_UBATCH}", {"n_ubatch": SMALL_UBATCH}),
+        Change(
+            (knob.n_ubatch or 0) > SMALLEST_UBATCH, f"--ubatch-size {SMALLEST_UBATCH}", {"n_ubatch": SMALLEST_UBATCH}
+        ),
         Change(bool(knob.cache_ram_mib) and host_is_short, "--cache-ram 0", {"cache_ram_mib": 0}),
         Change(bool(knob.devices) and not host_is_short, "--no-gpu", no_gpu),
     )

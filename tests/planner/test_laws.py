@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_exhaust import DIVIDED, REQUEST, Cards, Layers, cards, kind_of, models
 
@@ -67,8 +67,8 @@ def test_more_memory_never_makes_a_context_shorter(
         machine, devices=tuple(replace(each, free_bytes=(each.free_bytes or 0) + more) for each in machine.devices)
     )
     less, larger = planned(model, machine, request), planned(model, roomier, request)
-    if kind_of(less, model) < DIVIDED:
-        assert (larger.n_ctx_per_slot or 0) >= (less.n_ctx_per_slot or 0)
+    assume(kind_of(less, model) < DIVIDED)
+    assert (larger.n_ctx_per_slot or 0) >= (less.n_ctx_per_slot or 0)
 
 
 @settings(max_examples=EXAMPLES)
@@ -80,8 +80,8 @@ def test_a_device_that_is_not_used_can_be_taken_away(
     machine = where.machine(model)
     plan = planned(model, machine)
     used = tuple(device for device in machine.devices if device.name in plan.placement.devices)
-    if used:
-        assert planned(model, replace(machine, devices=used)).placement == plan.placement
+    assume(used)
+    assert planned(model, replace(machine, devices=used)).placement == plan.placement
 
 
 @settings(max_examples=EXAMPLES)
@@ -120,7 +120,7 @@ def test_equal_cards_are_interchangeable(
     plan = planned(model, replace(machine, devices=(first, twin, *machine.devices[1:])))
     used = plan.placement.devices
     assert twin.name not in used or first.name in used
-    if twin.name not in used and first.name in used:
-        other = planned(model, replace(machine, devices=(twin, *machine.devices[1:]))).placement
-        names = tuple(str(twin.name) if name == first.name else name for name in used)
-        assert other == replace(plan.placement, devices=names)
+    assume(twin.name not in used and first.name in used)
+    other = planned(model, replace(machine, devices=(twin, *machine.devices[1:]))).placement
+    names = tuple(str(twin.name) if name == first.name else name for name in used)
+    assert other == replace(plan.placement, devices=names)
