@@ -19,11 +19,11 @@ from planner.context import context_params
 from planner.flag_values import MAX_DEVICES
 from planner.overrides import UNPIPELINED
 from planner.search.bounds import ROUNDING, bound_s
-from planner.search.candidates import Candidate, Finder
+from planner.search.candidates import Accountant, Candidate
 from planner.search.chain import Chain
 from planner.search.exhaust import SMALL, improved
 from planner.search.learned import Learned, Mode
-from planner.search.problems import Question, SpillPart, spill_pattern
+from planner.search.problems import Question, SpillPart, slot_count, spill_pattern
 from planner.search.solver import Problem, Solver, Split
 from planner.speed import EQUAL_SPEED
 from planner.types.machine import Device
@@ -107,7 +107,7 @@ class Best:
     ``order_is_settled`` keeps the devices in the order given; only ``modes`` are of interest.
     """
 
-    finder: Finder
+    accountant: Accountant
     order_is_settled: bool
     learned: Learned = field(default_factory=Learned)
     devices: tuple[Device, ...] = ()
@@ -116,7 +116,7 @@ class Best:
 
     def __post_init__(self) -> None:
         """Begin with llama-server's own order."""
-        self.devices = self.devices or self.finder.devices
+        self.devices = self.devices or self.accountant.devices
 
     def applies(self, request: PlanRequest) -> bool:
         """Say whether the solver covers this question: whole layers over devices of their own memory, sizes known.
@@ -124,25 +124,25 @@ class Best:
         Where shares are pinned, tensors sent to other devices or memory is shared there are fewer choices or other
         ones; ``candidates`` packs those.
         """
-        finder = self.finder
-        params = context_params(finder.model, request)
+        accountant = self.accountant
+        params = context_params(accountant.model, request)
         nothing = Placement((), (), -1, 0, ())
         return (
-            bool(finder.devices)
+            bool(accountant.devices)
             and request.n_gpu_layers != 0
             and request.tensor_split is None
             and params.split_mode == "layer"
             and all(place == "CPU" for _, place in params.overrides)
-            and not finder.limits.shared_pools
+            and not accountant.limits.shared_pools
             and not params.not_built
-            and weights.not_built(finder.model, params, nothing, finder.machine) is None
-            and cache.not_built(finder.model) is None
+            and weights.not_built(accountant.model, params, nothing, accountant.machine) is None
+            and cache.not_built(accountant.model) is None
         )
 
     @property
     def is_small(self) -> bool:
         """Say whether every split can be looked at."""
-        return self.finder.n_slots * len(self.devices) <= SMALL and not self.finder.spread
+        return slot_count(self.accountant.model) * len(self.devices) <= SMALL and not self.accountant.spread
 
     def at(self, request: PlanRequest, limit_s: float = inf) -> Candidate | None:
         """Return the best placement with at most these seconds a token; None where none is confirmed."""
@@ -185,10 +185,10 @@ class Best:
 
     def question(self, request: PlanRequest, *, told: bool = True) -> Question:
         """Return the question, with what was learned of the devices, or with nothing told of them."""
-        finder = self.finder
-        params = context_params(finder.model, request)
+        accountant = self.accountant
+        params = context_params(accountant.model, request)
         learned = self.learned if told else Learned()
-        return Question(finder.model, params, finder.machine, self.devices, finder.limits, learned)
+        return Question(accountant.model, params, accountant.machine, self.devices, accountant.limits, learned)
 
     def tiers(self, question: Question, request: PlanRequest) -> Iterator[tuple[Way, ...]]:
         """Yield ways that compete, the better ones first: all on devices; then not pipelined; then some on the host.
@@ -218,7 +218,7 @@ class Best:
         """Return the split that the objective puts first, by what is expected of every device."""
         question = self.question(request)
         for tier in self.tiers(question, request):
-            chains = [(way, way.chained(inf) if self.finder.spread else way.fastest(limit_s)) for way in tier]
+            chains = [(way, way.chained(inf) if self.accountant.spread else way.fastest(limit_s)) for way in tier]
             fastest_s = min((s for way, chain in chains for s in way.by_count(chain).values()), default=inf)
             if fastest_s < inf and fastest_s <= limit_s:
                 return self._preferred(question, chains, fastest_s, limit_s)
@@ -232,7 +232,7 @@ class Best:
         Of sets of as many devices the one with the most room is taken, then the first in order. Where some of the
         model is left to the host, it is the fastest. A limit that was given says itself what counts as equal.
         """
-        spread = self.finder.spread
+        spread = self.accountant.spread
         equal_s = limit_s if limit_s < inf else fastest_s * EQUAL_SPEED
         equal_s = inf if spread else equal_s
         splits = [(count, s, i) for i, (way, chain) in enumerate(chains) for count, s in way.by_count(chain).items()]
@@ -313,11 +313,11 @@ class Best:
         Also say whether the choice stands where it fits: no device takes less than was expected of it, so that none
         was left out that there is room for.
         """
-        finder, segments = self.finder, choice.split.segments
+        accountant, segments = self.accountant, choice.split.segments
         question = self.question(request)
         group = [self.devices[segment.bin] for segment in segments]
         shares = [segment.end - segment.start for segment in segments]
-        attempt = finder.attempt(_flagged(question, request, choice), group, sum(shares), shares)
+        attempt = accountant.candidate(_flagged(question, request, choice), group, sum(shares), shares)
         taken = {row.name: row.claimed_bytes for row in attempt.usages}
         stands, n_ctx = True, question.params.n_ctx_seq
         for place, segment in enumerate(segments):

@@ -66,7 +66,7 @@ def _earliest(best: Best, request: PlanRequest, found: Found) -> Found:
     """
     known, segments = best.devices, found.choice.split.segments
     used = [known[segment.bin] for segment in segments]
-    own = sorted(used, key=best.finder.devices.index)
+    own = sorted(used, key=best.accountant.devices.index)
     if used == own or found.choice.mode is not Mode.WITH_HOST:
         return found
     best.devices = tuple(own)

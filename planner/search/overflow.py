@@ -20,6 +20,7 @@ from planner.search.best import Best
 from planner.search.candidates import Candidate
 from planner.search.filling import Filled, bytes_of, fillings
 from planner.search.learned import Mode
+from planner.search.problems import slot_count
 from planner.types.plan import PlacementKind
 from planner.types.request import PlanRequest
 
@@ -55,7 +56,7 @@ class Overflow:
     @classmethod
     def after(cls, best: Best) -> Overflow:
         """Return the question that follows on that of ``best``, which may have put the devices into another order."""
-        return cls(replace(best, devices=best.finder.devices))
+        return cls(replace(best, devices=best.accountant.devices))
 
     def at(self, request: PlanRequest, found: Candidate | None) -> Candidate | None:
         """Return what was ``found``, or a placement with everything on devices where that has not."""
@@ -113,8 +114,8 @@ class Overflow:
     def _applies(self, request: PlanRequest) -> bool:
         """Say whether experts may go on: those of a model over several devices, where no flag places any of them."""
         best, pinned = self.best, request.n_gpu_layers
-        everything = not isinstance(pinned, int) or not 0 <= pinned < best.finder.n_slots
-        has_experts = bool(best.finder.model.hparams.n_expert)
+        everything = not isinstance(pinned, int) or not 0 <= pinned < slot_count(best.accountant.model)
+        has_experts = bool(best.accountant.model.hparams.n_expert)
         return has_experts and len(best.devices) > 1 and everything and bool(best.question(request).parts)
 
     def _most_expected(self, settled: PlanRequest, low: int, high: int, trained: int) -> int | None:
@@ -138,7 +139,7 @@ class Overflow:
         best = self.best
         overrides = tuple(each.override for each in filled.sent) or UNPIPELINED
         flagged = replace(request, override_tensor=overrides)
-        attempt = best.finder.attempt(flagged, best.devices, sum(filled.counts), filled.counts)
+        attempt = best.accountant.candidate(flagged, best.devices, sum(filled.counts), filled.counts)
         taken = {row.name: row.claimed_bytes for row in attempt.usages}
         question = best.question(request)
         for index, start, end in _segments(filled.counts):

@@ -20,11 +20,12 @@ from planner.errors import InvalidRequest
 from planner.model import ModelFacts
 from planner.search import knobs, reasons, slots
 from planner.search.best import Best
-from planner.search.candidates import Candidate, Finder, Oracle, effective
+from planner.search.candidates import Accountant, Candidate, Oracle, effective
 from planner.search.ladder import beside_projector, relaxed, unburdened
 from planner.search.longest import longest
 from planner.search.nearest import nearest
 from planner.search.overflow import Overflow
+from planner.search.packer import Packer
 from planner.search.stretch import Stretch
 from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
 from planner.types.plan import Decision, NoFit, Placement, PlacementKind, Plan, PlanOutcome, Refused
@@ -116,36 +117,36 @@ class _Search:
             return Refused(self.model.summary, settled, self.build, reason, knob_decisions, self.warnings)
         limits = budget.budgets(self.machine, self.policy)
         spread = self.policy.spread
-        finder = Finder(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
-        found = finder.confirmed(self._with_context(finder, settled))
-        if not found.unknown or finder.is_settled_by(settled):
+        accountant = Accountant(self.model, self.machine, limits, self.build, self.oracle, devices, spread)
+        found = accountant.confirmed(self._with_context(accountant, settled))
+        if not found.unknown or accountant.is_settled_by(settled):
             self.decisions += reasons.of_placement(found, self.request, self.model, self.machine, self.policy)
             self.decisions += reasons.of_beside(found)
         self.decisions += knob_decisions
-        if found.unknown and not finder.is_settled_by(settled):
-            return self._left_to_llama(finder, found)
+        if found.unknown and not accountant.is_settled_by(settled):
+            return self._left_to_llama(accountant, found)
         return self._no_fit(found) if found.shortfalls else self._plan(found)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Context
 
-    def _with_context(self, finder: Finder, settled: PlanRequest) -> Candidate:
+    def _with_context(self, accountant: Accountant, settled: PlanRequest) -> Candidate:
         """Return the candidate with the context that is pinned, promised by the settings, or the best that fits."""
         trained = self.model.hparams.n_ctx_train or MIN_CONTEXT
         if isinstance(settled.n_ctx, int) and settled.n_ctx > 0:
-            return self._best_of(finder, _pinned_context(settled))
+            return self._best_of(accountant, _pinned_context(settled))
         if settled.n_ctx_per_slot is not None:
-            return self._best_of(finder, knobs.with_context(settled, settled.n_ctx_per_slot))
+            return self._best_of(accountant, knobs.with_context(settled, settled.n_ctx_per_slot))
         if settled.n_ctx == 0:
             total = trained if settled.kv_unified else trained * settled.slots  # common/fit.cpp
-            return self._best_of(finder, _pinned_context(replace(settled, n_ctx=total)))
+            return self._best_of(accountant, _pinned_context(replace(settled, n_ctx=total)))
         if settled.n_ctx is None and self.policy.n_ctx_per_slot is not None:
             chosen = self.policy.n_ctx_per_slot
             why = "it is the setting PLANNER_CONTEXT_LENGTH"
             self._decide("context", f"{chosen:,} tokens for each of {settled.slots} slots", why)
-            return self._best_of(finder, knobs.with_context(settled, chosen))
+            return self._best_of(accountant, knobs.with_context(settled, chosen))
         floor = min(self._shortest_context, trained)
-        found = self._largest_context(finder, settled, floor, trained)
+        found = self._largest_context(accountant, settled, floor, trained)
         if MIN_CONTEXT < floor == self._per_slot(found) < trained:
             self._decide(
                 "shortest context", f"{floor:,} tokens", "a large image and words about it have no room in less"
@@ -164,56 +165,61 @@ class _Search:
             return (self.request.n_ctx_per_slot or self.policy.n_ctx_per_slot) is not None
         return self.request.n_ctx != "auto"
 
-    def _best_of(self, finder: Finder, request: PlanRequest) -> Candidate:
-        best = Best(finder, order_is_settled=self.request.devices is not None)
+    def _best_of(self, accountant: Accountant, request: PlanRequest) -> Candidate:
+        best = Best(accountant, order_is_settled=self.request.devices is not None)
         found = Overflow.after(best).at(request, best.at(request)) if best.applies(request) else None
-        return finder.worthwhile(self._packed(finder, request) if found is None else found)
+        return accountant.worthwhile(self._packed(accountant, request) if found is None else found)
 
-    def _packed(self, finder: Finder, request: PlanRequest) -> Candidate:
+    def _packed(self, accountant: Accountant, request: PlanRequest) -> Candidate:
         """Return the placement by packing: where the solver does not apply or nothing fits, the nearest attempt."""
-        complete = finder.complete(request)
-        complete = complete if complete.fits else finder.confirmed(complete)
+        packer = Packer(accountant)
+        complete = packer.complete(request)
+        complete = complete if complete.fits else accountant.confirmed(complete)
         if complete.fits or complete.unknown:
             return complete
-        partial = finder.partial(request, complete)
+        partial = packer.partial(request, complete)
         return partial if partial.fits else min(partial, complete, key=_shortfall_bytes)
 
-    def _largest_context(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate:
+    def _largest_context(self, accountant: Accountant, settled: PlanRequest, floor: int, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
-        best = Best(finder, order_is_settled=self.request.devices is not None)
+        best = Best(accountant, order_is_settled=self.request.devices is not None)
         if best.applies(knobs.with_context(settled, floor)):
-            found = self._cached_on_host(finder, settled, floor, trained) if settled.kv_offload is False else None
+            found = self._cached_on_host(accountant, settled, floor, trained) if settled.kv_offload is False else None
             if found is None:
                 found = Stretch(best, settled, floor, trained).longest()
                 found = Overflow.after(best).longest(settled, floor, trained, found)
-            if found is not None and finder.worthwhile(found).placement.devices:
+            if found is not None and accountant.worthwhile(found).placement.devices:
                 self._decide_context(found, trained)
                 return found
-        complete = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
-        if complete is not None and complete.unknown and finder.is_settled_by(settled):
+        packer = Packer(accountant)
+        complete = longest(lambda n_ctx: packer.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        if complete is not None and complete.unknown and accountant.is_settled_by(settled):
             self._decide("context", f"{floor:,} tokens", "what a longer one would take is not known")
-            return finder.complete(knobs.with_context(settled, floor))
+            return packer.complete(knobs.with_context(settled, floor))
         if complete is not None:
             self._decide_context(complete, trained)
             return complete
-        partial = self._best_of(finder, knobs.with_context(settled, floor))
+        partial = self._best_of(accountant, knobs.with_context(settled, floor))
         if partial.placement.devices:
             why = "not all layers fit on devices, and a longer one leaves less for them"
             self._decide("context", f"{floor:,} tokens", why)
             return partial
-        on_host = longest(lambda n_ctx: finder.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
+        on_host = longest(lambda n_ctx: accountant.on_host(knobs.with_context(settled, n_ctx)), floor, trained)
         if on_host is None:
             self._decide("context", f"{floor:,} tokens", "a longer one would leave the host too little memory")
             return partial
         self._decide_context(on_host, trained)
         return on_host
 
-    def _cached_on_host(self, finder: Finder, settled: PlanRequest, floor: int, trained: int) -> Candidate | None:
+    def _cached_on_host(
+        self, accountant: Accountant, settled: PlanRequest, floor: int, trained: int
+    ) -> Candidate | None:
         """Return the fastest placement on devices with the longest context that the host can hold, if there is one."""
-        found = longest(lambda n_ctx: finder.complete(knobs.with_context(settled, n_ctx)), floor, trained)
+        packer = Packer(accountant)
+        found = longest(lambda n_ctx: packer.complete(knobs.with_context(settled, n_ctx)), floor, trained)
         if found is None or found.unknown:
             return None
-        fastest = self._best_of(finder, found.request)
+        fastest = self._best_of(accountant, found.request)
         return fastest if fastest.fits_in_memory else found
 
     def _decide_context(self, found: Candidate, trained: int) -> None:
@@ -287,17 +293,17 @@ class _Search:
             guaranteed = min(guaranteed, params.n_ubatch)
         return min(guaranteed, self.model.hparams.n_ctx_train or guaranteed)
 
-    def _left_to_llama(self, finder: Finder, found: Candidate) -> Plan:
+    def _left_to_llama(self, accountant: Accountant, found: Candidate) -> Plan:
         """Return a plan whose bytes nobody knows: llama.cpp's own fit places it within our budgets."""
         keeps_context = self._context_is_pinned
-        devices = tuple(str(device.name) for device in finder.devices)
+        devices = tuple(str(device.name) for device in accountant.devices)
         request = replace(
             found.request,
             devices=devices,
             n_ctx=found.params.n_ctx_unpadded if keeps_context else None,
             n_ctx_per_slot=None,
         )
-        margins = [(device.free_bytes or 0) - (finder.limits.of(device.name) or 0) for device in finder.devices]
+        margins = [(device.free_bytes or 0) - (accountant.limits.of(device.name) or 0) for device in accountant.devices]
         unknown = tuple(
             replace(row, model=UNKNOWN_FIGURE, context=UNKNOWN_FIGURE, compute=UNKNOWN_FIGURE, layers=(), output=False)
             if row.name in devices or row.kind is DeviceKind.HOST

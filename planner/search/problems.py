@@ -43,7 +43,7 @@ class Question:
     @property
     def n_slots(self) -> int:
         """Return the number of blocks and the output."""
-        return self.model.hparams.n_layer_all + 1
+        return slot_count(self.model)
 
     def sizes(self, device: Device) -> tuple[int, ...]:
         """Return the bytes of each slot on this device: its weights, and its cache where that follows the layer."""
@@ -114,6 +114,11 @@ class Question:
     def expected(self, part: Part) -> float:
         """Return what the device that plays this part is expected to take beyond its layers."""
         return self.learned.expected(part, self.params.n_ctx_seq, self.params.n_ubatch)
+
+
+def slot_count(model: ModelFacts) -> int:
+    """Return how many layers llama.cpp counts: all blocks and the output."""
+    return model.hparams.n_layer_all + 1
 
 
 class SpillPart(NamedTuple):

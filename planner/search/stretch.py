@@ -137,4 +137,4 @@ class Stretch:
         few, many = (self.best.question(self._with(steps * CONTEXT_ALIGNMENT)) for steps in (low, high))
         grown = [sum(each.sizes(self.best.devices[0])) for each in (few, many)]
         share = sum(part.read for part in few.parts) / (sum(part.tensor.nbytes for part in few.parts) or inf) or 1.0
-        return (grown[1] - grown[0]) / (high - low) * share / pace(self.best.finder.machine.host).bytes_per_s
+        return (grown[1] - grown[0]) / (high - low) * share / pace(self.best.accountant.machine.host).bytes_per_s

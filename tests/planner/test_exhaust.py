@@ -19,7 +19,7 @@ from planner.context import context_params
 from planner.model import ModelFacts, read_model
 from planner.overrides import UNPIPELINED
 from planner.search import knobs
-from planner.search.candidates import Candidate, Finder
+from planner.search.candidates import Accountant, Candidate
 from planner.search.learned import Learned, Mode
 from planner.search.placement import search
 from planner.search.problems import Question, SpillPart
@@ -144,18 +144,18 @@ class BruteForce:
         settled = knobs.with_context(settled, N_CTX)
         limits = budget.budgets(self.machine, Policy())
         devices = self.machine.devices
-        finder = Finder(self.model, self.machine, limits, PINNED_BUILD, None, devices, spread=False)
+        accountant = Accountant(self.model, self.machine, limits, PINNED_BUILD, None, devices, spread=False)
         params = context_params(self.model, settled)
         question = Question(self.model, params, self.machine, devices, limits, Learned())
-        for n_slots in range(1, finder.n_slots + 1) if kind == WITH_HOST else (finder.n_slots,):
+        for n_slots in range(1, question.n_slots + 1) if kind == WITH_HOST else (question.n_slots,):
             for count in range(2 if kind == 1 else 1, min(len(devices), n_slots) + 1):
-                for cuts in combinations(range(finder.n_slots - n_slots + 1, finder.n_slots), count - 1):
-                    runs = list(pairwise((finder.n_slots - n_slots, *cuts, finder.n_slots)))
+                for cuts in combinations(range(question.n_slots - n_slots + 1, question.n_slots), count - 1):
+                    runs = list(pairwise((question.n_slots - n_slots, *cuts, question.n_slots)))
                     for group in permutations(devices, count):
                         for away in self._ways(question, kind, runs, group, below_s):
                             override = UNPIPELINED if kind == 1 else _left_out(away)
                             request = replace(settled, override_tensor=override)
-                            found = finder.attempt(request, group, n_slots, [float(b - a) for a, b in runs])
+                            found = accountant.candidate(request, group, n_slots, [float(b - a) for a, b in runs])
                             if found.fits:
                                 yield found
 
