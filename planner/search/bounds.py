@@ -6,10 +6,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import inf
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    from planner.search.solver import Bin, Problem
+from planner.search.splits import Bin, Problem
 
 ROUNDING: Final = 1e-9  # seconds and bytes are sums in another order than the ones they are compared with
 

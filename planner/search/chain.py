@@ -9,7 +9,8 @@ from functools import cached_property
 from math import inf
 
 from planner.search.bounds import ROUNDING
-from planner.search.solver import Problem, Segment, Split, Tables
+from planner.search.splits import Problem, Segment, Split
+from planner.search.tables import Tables
 
 
 class Chain:
@@ -63,9 +64,9 @@ class Chain:
             after.append([inf] * (len(problem.reads) + 1))
         rest = range(index, len(problem.bins))
         counts = range(index if problem.all_bins else 0, min(len(before), problem.max_bins))
-        ways = [(count, starts) for count in counts if (starts := self._tables.promising(before[count], rest))]
-        for count, starts in ways:
-            every = range(min(each[0] for _, each in ways), max(each[-1] for _, each in ways) + 1)
+        promising = [(count, starts) for count in counts if (starts := self._tables.promising(before[count], rest))]
+        for count, starts in promising:
+            every = range(min(each[0] for _, each in promising), max(each[-1] for _, each in promising) + 1)
             table = self._tables.of(index, first=not count, starts=every)
             table.take(before[count], starts, after[min(count + 1, most)])
         self._states.append(after)

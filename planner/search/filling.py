@@ -35,20 +35,20 @@ class Sent(NamedTuple):
         return rf"blk\.{self.slot}\.ffn_({'|'.join(self.matrices)})_(ch|)exps", self.device
 
 
-class Filled(NamedTuple):
+class Filling(NamedTuple):
     """How many slots each device has, and what goes on at the boundaries."""
 
     counts: tuple[int, ...] = ()
     sent: tuple[Sent, ...] = ()
 
 
-def fillings(question: Question) -> Iterator[Filled]:
-    """Yield ways to fill the devices in order that are expected to fit: the fullest devices first.
+def fillings(question: Question) -> Iterator[Filling]:
+    """Yield the fillings of the devices in order that are expected to fit: the fullest devices first.
 
     Each device takes as many whole layers as it has room for; of the next one as few bytes as must go on. Where the
     rest finds no room so, they go on to a later device than the next, then the layer begins there as a whole.
     """
-    return _Fillings(question).after(_State(0, 0, 0), Filled())
+    return _Fillings(question).after(_State(0, 0, 0), Filling())
 
 
 def bytes_of(question: Question, index: int, slot: int, matrices: Sequence[str]) -> int:
@@ -89,26 +89,26 @@ class _Fillings:
         self._room_left = list(accumulate(reversed(most), initial=0.0))[::-1]
         self._failed: list[_State] = []
 
-    def after(self, state: _State, filled: Filled) -> Iterator[Filled]:
-        """Yield what may follow on a state, to which the devices before it have been ``filled``."""
+    def after(self, state: _State, filling: Filling) -> Iterator[Filling]:
+        """Yield what may follow on a state, to which the devices before it have been filled: ``filling``."""
         index, start, arrived = state
         if self._least_left[start] + arrived > self._room_left[index] or any(
             map(state.is_no_better_than, self._failed)
         ):
             return
         fails = True
-        for way in self._ways(state, filled):
+        for following in self._next(state, filling):
             fails = False
-            yield way
+            yield following
         if fails:
             self._failed.append(state)
 
-    def _ways(self, state: _State, filled: Filled) -> Iterator[Filled]:
+    def _next(self, state: _State, filling: Filling) -> Iterator[Filling]:
         index, start, arrived = state
         sizes, rooms, output = self._sizes[index], self._rooms[index], self._question.n_slots - 1
         first = 2 * (start == 0)  # rooms are by whether it is the first device, and has the output
         if arrived + sum(sizes[start:]) <= rooms[first + 1]:
-            yield self._with(filled, index, output + 1 - start)
+            yield self._with(filling, index, output + 1 - start)
             return
         end, room = start, rooms[first] - arrived
         while end < output and sizes[end] <= room:
@@ -118,16 +118,16 @@ class _Fillings:
             if matrices := self._fewest(index, after, end, sizes[end] - room):
                 sent = Sent(end, matrices, self._question.devices[after].name)
                 there = _State(after, end + 1, bytes_of(self._question, after, end, matrices))
-                yield from self.after(there, self._with(filled, index, end + 1 - start, sent))
+                yield from self.after(there, self._with(filling, index, end + 1 - start, sent))
         if index + 1 < len(self._rooms) and (end > start or not arrived):
-            yield from self.after(_State(index + 1, end, 0), self._with(filled, index, end - start))
+            yield from self.after(_State(index + 1, end, 0), self._with(filling, index, end - start))
             if start == 0 < end:  # another one may have more room as the first
-                yield from self.after(_State(index + 1, 0, 0), filled)
+                yield from self.after(_State(index + 1, 0, 0), filling)
 
-    def _with(self, filled: Filled, index: int, count: int, *sent: Sent) -> Filled:
+    def _with(self, filling: Filling, index: int, count: int, *sent: Sent) -> Filling:
         """Return the filling with that many slots on this device too."""
-        counts = filled.counts or (0,) * len(self._rooms)
-        return Filled((*counts[:index], count, *counts[index + 1 :]), (*filled.sent, *sent))
+        counts = filling.counts or (0,) * len(self._rooms)
+        return Filling((*counts[:index], count, *counts[index + 1 :]), (*filling.sent, *sent))
 
     def _fewest(self, index: int, after: int, slot: int, missing: float) -> tuple[str, ...]:
         """Return the matrices of a slot that have to go on for its rest to fit: those that take least there.

@@ -17,16 +17,16 @@ STEP: Final = CONTEXT_ALIGNMENT  # tokens; llama.cpp rounds to these
 _HALVES: Final = (False, False, True)
 
 
-def longest(candidate: Callable[[int], Candidate], floor: int, trained: int) -> Candidate | None:
+def longest(candidate_at: Callable[[int], Candidate], floor: int, trained: int) -> Candidate | None:
     """Return the candidate with the longest context that fits, mapped weights included; None where none does.
 
     The trained length is tried first, below it multiples of ``STEP``. One whose figures are not known is returned as it
     is: there is nothing to compare.
     """
-    over = candidate(trained)
+    over = candidate_at(trained)
     if over.fits_in_memory or over.unknown:
         return over
-    best = candidate(floor)
+    best = candidate_at(floor)
     if not best.fits_in_memory:
         return None
     low, high = floor // STEP, -(-trained // STEP)
@@ -35,11 +35,11 @@ def longest(candidate: Callable[[int], Candidate], floor: int, trained: int) -> 
             break
         ahead = (high - low) // 2 if halve else int((high - low) * _share(best, over))
         middle = min(max(low + ahead, low + 1), high - 1)
-        attempt = candidate(middle * STEP)
-        if attempt.fits_in_memory:
-            low, best = middle, attempt
+        candidate = candidate_at(middle * STEP)
+        if candidate.fits_in_memory:
+            low, best = middle, candidate
         else:
-            high, over = middle, attempt
+            high, over = middle, candidate
     return best
 
 

@@ -16,10 +16,10 @@ from planner import budget
 from planner.context import CONTEXT_ALIGNMENT
 from planner.overrides import UNPIPELINED
 from planner.search import knobs
-from planner.search.best import Best
 from planner.search.candidates import Candidate
-from planner.search.filling import Filled, bytes_of, fillings
+from planner.search.filling import Filling, bytes_of, fillings
 from planner.search.learned import Mode
+from planner.search.optimizer import Optimizer
 from planner.search.problems import slot_count
 from planner.types.plan import PlacementKind
 from planner.types.request import PlanRequest
@@ -49,36 +49,28 @@ def sent_on(request: PlanRequest) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """One model over devices in llama-server's order, by what the splits of ``best`` have shown of their buffers."""
+    """One model over devices in llama-server's order, by what the ``optimizer`` has learned of their buffers."""
 
-    best: Best
-
-    @classmethod
-    def after(cls, best: Best) -> Overflow:
-        """Return the question that follows on that of ``best``, which may have put the devices into another order."""
-        return cls(replace(best, devices=best.accountant.devices))
+    optimizer: Optimizer
 
     def at(self, request: PlanRequest, found: Candidate | None) -> Candidate | None:
         """Return what was ``found``, or a placement with everything on devices where that has not."""
         if (found is not None and is_whole(found)) or not self._applies(request):
             return found
-        if fitting := self._fitting(request):
-            return fitting
-        self._forget_others()
-        return self._fitting(request) or found
+        return self.fitting(request) or self._without_others().fitting(request) or found
 
-    def _forget_others(self) -> None:
-        """Go on by what devices took without pipelining alone: otherwise they mostly take more, and that rules out."""
-        self.best.learned = self.best.learned.only(Mode.UNPIPELINED)
+    def _without_others(self) -> Overflow:
+        """Return the same by what devices took without pipelining alone: mostly they take more otherwise."""
+        return Overflow(replace(self.optimizer, learned=self.optimizer.learned.only(Mode.UNPIPELINED)))
 
-    def _fitting(self, request: PlanRequest) -> Candidate | None:
+    def fitting(self, request: PlanRequest) -> Candidate | None:
         """Return the first placement that really fits of those that are expected to."""
-        tried = set[Filled]()
-        while len(tried) < MAX_ACCOUNTINGS and (filled := self._filled(request, tried)):
-            tried.add(filled)
-            attempt = self._accounted(request, filled)
-            if attempt.fits:
-                return attempt
+        tried = set[Filling]()
+        while len(tried) < MAX_ACCOUNTINGS and (filling := self._expected(request, tried)):
+            tried.add(filling)
+            candidate = self._accounted(request, filling)
+            if candidate.fits:
+                return candidate
         return None
 
     def longest(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
@@ -89,11 +81,10 @@ class Overflow:
         """
         if not self._applies(knobs.with_context(settled, floor)):
             return found
-        found = self._longer(settled, floor, trained, found)
-        self._forget_others()
-        return self._longer(settled, floor, trained, found)
+        found = self.longer(settled, floor, trained, found)
+        return self._without_others().longer(settled, floor, trained, found)
 
-    def _longer(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
+    def longer(self, settled: PlanRequest, floor: int, trained: int, found: Candidate | None) -> Candidate | None:
         """Return what was ``found``, or what really fits of what is expected to with a longer context."""
         if found is not None and is_whole(found):
             floor = found.params.n_ctx_seq + 1
@@ -103,55 +94,55 @@ class Overflow:
             if steps is None:
                 break
             request = _with_steps(settled, steps, trained)
-            filled = self._filled(request)
-            attempt = self._accounted(request, filled) if filled else None
-            if attempt is not None and attempt.fits:
-                found, low = attempt, steps + 1
-            elif self._filled(request) == filled:  # nothing was learned that would change it
+            filling = self._expected(request)
+            candidate = self._accounted(request, filling) if filling else None
+            if candidate is not None and candidate.fits:
+                found, low = candidate, steps + 1
+            elif self._expected(request) == filling:  # nothing was learned that would change it
                 high = steps
         return found
 
     def _applies(self, request: PlanRequest) -> bool:
         """Say whether experts may go on: those of a model over several devices, where no flag places any of them."""
-        best, pinned = self.best, request.n_gpu_layers
-        everything = not isinstance(pinned, int) or not 0 <= pinned < slot_count(best.accountant.model)
-        has_experts = bool(best.accountant.model.hparams.n_expert)
-        return has_experts and len(best.devices) > 1 and everything and bool(best.question(request).parts)
+        optimizer, pinned = self.optimizer, request.n_gpu_layers
+        everything = not isinstance(pinned, int) or not 0 <= pinned < slot_count(optimizer.accountant.model)
+        has_experts = bool(optimizer.accountant.model.hparams.n_expert)
+        return has_experts and len(optimizer.devices) > 1 and everything and bool(optimizer.question(request).parts)
 
     def _most_expected(self, settled: PlanRequest, low: int, high: int, trained: int) -> int | None:
         """Return the most steps of context, below ``high``, that are expected to fit; None where ``low`` do not."""
-        if low >= high or self._filled(_with_steps(settled, low, trained)) is None:
+        if low >= high or self._expected(_with_steps(settled, low, trained)) is None:
             return None
         while high - low > 1:
             middle = (low + high) // 2
-            if self._filled(_with_steps(settled, middle, trained)) is None:
+            if self._expected(_with_steps(settled, middle, trained)) is None:
                 high = middle
             else:
                 low = middle
         return low
 
-    def _filled(self, request: PlanRequest, tried: Container[Filled] = ()) -> Filled | None:
+    def _expected(self, request: PlanRequest, tried: Container[Filling] = ()) -> Filling | None:
         """Return the first filling that is expected to fit and was not tried; None where none is."""
-        return next((each for each in fillings(self.best.question(request)) if each not in tried), None)
+        return next((each for each in fillings(self.optimizer.question(request)) if each not in tried), None)
 
-    def _accounted(self, request: PlanRequest, filled: Filled) -> Candidate:
+    def _accounted(self, request: PlanRequest, filling: Filling) -> Candidate:
         """Return this placement, accounted for, having learned from it."""
-        best = self.best
-        overrides = tuple(each.override for each in filled.sent) or UNPIPELINED
+        optimizer = self.optimizer
+        overrides = tuple(each.override for each in filling.sent) or UNPIPELINED
         flagged = replace(request, override_tensor=overrides)
-        attempt = best.accountant.candidate(flagged, best.devices, sum(filled.counts), filled.counts)
-        taken = {row.name: row.claimed_bytes for row in attempt.usages}
-        question = best.question(request)
-        for index, start, end in _segments(filled.counts):
-            device = best.devices[index]
+        candidate = optimizer.accountant.candidate(flagged, optimizer.devices, sum(filling.counts), filling.counts)
+        taken = {row.name: row.claimed_bytes for row in candidate.usages}
+        question = optimizer.question(request)
+        for index, start, end in _segments(filling.counts):
+            device = optimizer.devices[index]
             own = sum(question.sizes(device)[start:end])
-            for slot, matrices, target in filled.sent:
+            for slot, matrices, target in filling.sent:
                 moved = bytes_of(question, index, slot, matrices)
                 own += (target == device.name) * moved - (start <= slot < end) * moved
             part = question.part(Mode.UNPIPELINED, index, first=start == 0, output=end == question.n_slots)
             beyond = taken[device.name] - own - budget.overhead_bytes(device)
-            best.learned.learn(part, question.params.n_ctx_seq, beyond)
-        return attempt
+            optimizer.learned.learn(part, question.params.n_ctx_seq, beyond)
+        return candidate
 
 
 def _with_steps(settled: PlanRequest, steps: int, trained: int) -> PlanRequest:

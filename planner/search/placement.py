@@ -12,25 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
-from planner import budget, companions, ggml, launch, refusals, speculation, speed, weights
-from planner.build import is_pinned
+from planner import budget, companions, ggml, refusals
 from planner.companions import projector
 from planner.context import CONTEXT_ALIGNMENT
-from planner.errors import InvalidRequest
 from planner.model import ModelFacts
-from planner.search import knobs, reasons, slots
-from planner.search.best import Best
-from planner.search.candidates import Accountant, Candidate, Oracle, effective
+from planner.search import knobs, outcomes, reasons, slots
+from planner.search.candidates import Accountant, Candidate, Oracle
+from planner.search.devices import buffer_refusal, chosen_devices, device_named
 from planner.search.ladder import beside_projector, relaxed, unburdened
 from planner.search.longest import longest
 from planner.search.nearest import nearest
+from planner.search.optimizer import Optimizer
 from planner.search.overflow import Overflow
 from planner.search.packer import Packer
 from planner.search.stretch import Stretch
-from planner.types.machine import Device, DeviceKind, LlamaBuild, Machine
-from planner.types.plan import Decision, NoFit, Placement, PlacementKind, Plan, PlanOutcome, Refused
+from planner.types.machine import LlamaBuild, Machine
+from planner.types.plan import Decision, NoFit, PlacementKind, Plan, PlanOutcome, Refused
 from planner.types.request import PlanRequest, Policy
-from planner.types.usage import UNKNOWN_DETAIL, UNKNOWN_FIGURE
 
 __all__ = ["MIN_CONTEXT", "Oracle", "search"]
 
@@ -100,17 +98,17 @@ class _Search:
     warnings: tuple[str, ...] = ()
 
     def run(self) -> PlanOutcome:
-        devices = _chosen_devices(self.request, self.machine)
+        devices = chosen_devices(self.request, self.machine)
         if self.request.devices_draft is not None:
-            drafts = (_device("--device-draft", name, self.machine) for name in self.request.devices_draft)
+            drafts = (device_named("--device-draft", name, self.machine) for name in self.request.devices_draft)
             self.request = replace(self.request, devices_draft=tuple(device.name for device in drafts))
         if self.request.split_mode == "none" or not any((self.request.tensor_split or ())[: len(devices)]):
             self.request = replace(self.request, tensor_split=None)  # as llama.cpp does (src/llama-model.cpp)
         settled, knob_decisions = knobs.settle(self.model, self.request, self.policy, devices)
-        self.warnings = self.machine.warnings + _build_warnings(self.build)
+        self.warnings = self.machine.warnings + outcomes.build_warnings(self.build)
         kinds = [device.kind for device in devices]
         reason = refusals.refusal(self.model, settled, kinds) or companions.refusal(self.model, settled)
-        reason = _buffer_refusal(settled, self.machine) or reason
+        reason = buffer_refusal(settled, self.machine) or reason
         if settled.split_mode == "tensor" and not devices:
             reason = "--split-mode tensor needs a device"
         if reason is not None:
@@ -124,8 +122,10 @@ class _Search:
             self.decisions += reasons.of_beside(found)
         self.decisions += knob_decisions
         if found.unknown and not accountant.is_settled_by(settled):
-            return self._left_to_llama(accountant, found)
-        return self._no_fit(found) if found.shortfalls else self._plan(found)
+            keeps_context = self._context_is_pinned
+            return outcomes.left_to_llama(accountant, found, self.decisions, self.warnings, keeps_context=keeps_context)
+        outcome = outcomes.no_fit if found.shortfalls else outcomes.plan
+        return outcome(accountant, found, self.decisions, self.warnings)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Context
@@ -147,7 +147,7 @@ class _Search:
             return self._best_of(accountant, knobs.with_context(settled, chosen))
         floor = min(self._shortest_context, trained)
         found = self._largest_context(accountant, settled, floor, trained)
-        if MIN_CONTEXT < floor == self._per_slot(found) < trained:
+        if MIN_CONTEXT < floor == outcomes.per_slot(self.model, found) < trained:
             self._decide(
                 "shortest context", f"{floor:,} tokens", "a large image and words about it have no room in less"
             )
@@ -166,12 +166,18 @@ class _Search:
         return self.request.n_ctx != "auto"
 
     def _best_of(self, accountant: Accountant, request: PlanRequest) -> Candidate:
-        best = Best(accountant, order_is_settled=self.request.devices is not None)
-        found = Overflow.after(best).at(request, best.at(request)) if best.applies(request) else None
-        return accountant.worthwhile(self._packed(accountant, request) if found is None else found)
+        optimizer = self._optimizer(accountant)
+        found = None
+        if optimizer.applies(request):
+            incumbent = optimizer.incumbent(request)
+            found = Overflow(optimizer).at(request, incumbent and incumbent.candidate)
+        return accountant.worthwhile(found or self._packed(accountant, request))
+
+    def _optimizer(self, accountant: Accountant) -> Optimizer:
+        return Optimizer(accountant, accountant.devices, order_is_pinned=self.request.devices is not None)
 
     def _packed(self, accountant: Accountant, request: PlanRequest) -> Candidate:
-        """Return the placement by packing: where the solver does not apply or nothing fits, the nearest attempt."""
+        """Return the placement by packing: where the solver does not apply or nothing fits, the nearest candidate."""
         packer = Packer(accountant)
         complete = packer.complete(request)
         complete = complete if complete.fits else accountant.confirmed(complete)
@@ -182,12 +188,12 @@ class _Search:
 
     def _largest_context(self, accountant: Accountant, settled: PlanRequest, floor: int, trained: int) -> Candidate:
         """Return the candidate with the longest context that fits completely, on the host where no layer can leave."""
-        best = Best(accountant, order_is_settled=self.request.devices is not None)
-        if best.applies(knobs.with_context(settled, floor)):
+        optimizer = self._optimizer(accountant)
+        if optimizer.applies(knobs.with_context(settled, floor)):
             found = self._cached_on_host(accountant, settled, floor, trained) if settled.kv_offload is False else None
             if found is None:
-                found = Stretch(best, settled, floor, trained).longest()
-                found = Overflow.after(best).longest(settled, floor, trained, found)
+                found = Stretch(optimizer, settled, floor, trained).longest()
+                found = Overflow(optimizer).longest(settled, floor, trained, found)
             if found is not None and accountant.worthwhile(found).placement.devices:
                 self._decide_context(found, trained)
                 return found
@@ -232,135 +238,12 @@ class _Search:
             why = f"of the trained {trained:,} no more fit"
         self._decide("context", f"{n_ctx:,} tokens", why)
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Outcomes
-
     def _decide(self, step: str, chosen: str, because: str) -> None:
         self.decisions = (*self.decisions, Decision(step, chosen, because))
 
-    def _plan(self, found: Candidate) -> Plan:
-        request = effective(found)
-        used = [self.machine.device(name) for name in found.placement.devices]
-        return Plan(
-            model=self.model.summary,
-            request=request,
-            build=self.build,
-            placement=found.placement,
-            usages=found.usages,
-            host=found.ledger.host_detail,
-            n_ctx_per_slot=self._per_slot(found),
-            launch=launch.spec(self.model.summary.path, request, self.machine, self.build),
-            decode=speed.decode(self.model, found.params, found.placement, self.machine),
-            decisions=self.decisions,
-            warnings=self.warnings + self._unknown_figures(found) + _plan_warnings(self.model, found, used),
-        )
 
-    def _unknown_figures(self, found: Candidate) -> tuple[str, ...]:
-        """Return a line that names the figures which are not known, and why; none where all are."""
-        everyone = (*found.ledger.devices, found.ledger.host)
-        parts = {
-            "weights": any(row.model.bytes is None for row in everyone),
-            "context": any(row.context.bytes is None for row in everyone),
-            "compute": any(row.compute.bytes is None for row in everyone),
-        }
-        unknown = [part for part, is_unknown in parts.items() if is_unknown]
-        if not unknown:
-            return ()
-        return (f"how much {' and '.join(unknown)} takes is unknown: {self._why_unknown(found)}; leave room for it",)
-
-    def _why_unknown(self, found: Candidate) -> str:
-        asked = "llama.cpp could not say" if self.oracle else "llama.cpp was not asked (--no-oracle, or none to ask)"
-        return f"there is no rule here for {', '.join(found.ledger.not_built)}, and {asked}"
-
-    def _no_fit(self, found: Candidate) -> NoFit:
-        return NoFit(
-            model=self.model.summary,
-            request=effective(found),
-            build=self.build,
-            usages=found.usages,
-            host=found.ledger.host_detail,
-            n_ctx_per_slot=self._per_slot(found),
-            causes=found.shortfalls,
-            decisions=self.decisions,
-            warnings=self.warnings + _cut_context(self.model, found),
-        )
-
-    def _per_slot(self, found: Candidate) -> int:
-        """Return the tokens that one conversation is sure of (tools/server/server-context.cpp, ``n_ctx_slot``)."""
-        params = found.params
-        guaranteed = params.n_ctx_seq // params.n_seq_max if params.kv_unified else params.n_ctx_seq
-        if knobs.needs_whole_text(self.model, found.request):
-            guaranteed = min(guaranteed, params.n_ubatch)
-        return min(guaranteed, self.model.hparams.n_ctx_train or guaranteed)
-
-    def _left_to_llama(self, accountant: Accountant, found: Candidate) -> Plan:
-        """Return a plan whose bytes nobody knows: llama.cpp's own fit places it within our budgets."""
-        keeps_context = self._context_is_pinned
-        devices = tuple(str(device.name) for device in accountant.devices)
-        request = replace(
-            found.request,
-            devices=devices,
-            n_ctx=found.params.n_ctx_unpadded if keeps_context else None,
-            n_ctx_per_slot=None,
-        )
-        margins = [(device.free_bytes or 0) - (accountant.limits.of(device.name) or 0) for device in accountant.devices]
-        unknown = tuple(
-            replace(row, model=UNKNOWN_FIGURE, context=UNKNOWN_FIGURE, compute=UNKNOWN_FIGURE, layers=(), output=False)
-            if row.name in devices or row.kind is DeviceKind.HOST
-            else row
-            for row in found.usages
-        )
-        return Plan(
-            model=self.model.summary,
-            request=request,
-            build=self.build,
-            placement=Placement(devices, (), -1, 0, ()),
-            usages=unknown,
-            host=UNKNOWN_DETAIL,
-            n_ctx_per_slot=self._per_slot(found) if keeps_context else None,
-            launch=launch.spec(self.model.summary.path, request, self.machine, self.build, fit_margins=margins),
-            decisions=self.decisions,
-            warnings=(*self.warnings, f"every figure is unknown: {self._why_unknown(found)}"),
-            fit_by_llama=True,
-        )
-
-
-def _shortfall_bytes(attempt: Candidate) -> int:
-    return sum(cause.shortfall_bytes for cause in attempt.shortfalls)
-
-
-def _chosen_devices(request: PlanRequest, machine: Machine) -> tuple[Device, ...]:
-    """Return the devices that may be used, in llama-server's order. Raises InvalidRequest for a name that is none."""
-    if request.devices is None:
-        chosen = tuple(device for device in machine.devices if device.usable)
-    else:
-        chosen = tuple(_device("--device", name, machine) for name in request.devices)
-    # No other mode looks at it (src/llama.cpp, llama_prepare_model_devices).
-    if request.split_mode == "none" and chosen and (request.main_gpu or 0) >= len(chosen):
-        raise InvalidRequest(f"--main-gpu {request.main_gpu}: there are {len(chosen)} devices, counted from 0")
-    return chosen
-
-
-def _device(flag: str, name: str, machine: Machine) -> Device:
-    """Return the device that this flag names, in any case, as in llama-server. Raises InvalidRequest."""
-    device = next((device for device in machine.devices if device.name.lower() == name.lower()), None)
-    if device is None:
-        names = ", ".join(device.name for device in machine.devices) or "none at all"
-        raise InvalidRequest(f"{flag} {name}: no such device; there is {names}")
-    if not device.usable:
-        raise InvalidRequest(f"{flag} {name}: it cannot be used: {device.why_not}")
-    return device
-
-
-def _buffer_refusal(request: PlanRequest, machine: Machine) -> str | None:
-    """Return why llama-server would not take an override's buffer type, or None; it looks at those first of all."""
-    unknown = weights.unknown_buffer(
-        (*(request.override_tensor or ()), *(request.override_tensor_draft or ())), machine.devices
-    )
-    if unknown is None:
-        return None
-    known = ", ".join(["CPU", *(device.name for device in machine.devices)])
-    return f"--override-tensor: there is no buffer type {unknown}, but {known}"
+def _shortfall_bytes(candidate: Candidate) -> int:
+    return sum(cause.shortfall_bytes for cause in candidate.shortfalls)
 
 
 def _pinned_context(settled: PlanRequest) -> PlanRequest:
@@ -370,42 +253,3 @@ def _pinned_context(settled: PlanRequest) -> PlanRequest:
         return settled
     per_slot = max(1, total // (1 if settled.kv_unified else settled.slots))
     return replace(knobs.with_context(settled, per_slot), n_ctx=total, n_ctx_per_slot=None)
-
-
-def _build_warnings(build: LlamaBuild) -> tuple[str, ...]:
-    if build.path is None:
-        return ("no llama-server was found: the plan is made for the pinned llama.cpp",)
-    if not is_pinned(build):
-        return (
-            f"{build.path} is another llama.cpp ({build.commit}) than the formulas are exact for: they are estimates",
-        )
-    return ()
-
-
-def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> tuple[str, ...]:
-    """Return what a reader of the plan should know beside its figures."""
-    warnings = []
-    if reason := refusals.aborts(model, found.params):
-        warnings.append(reason)
-    if missing := launch.unaddressed(used):
-        warnings.append(
-            f"{', '.join(missing)}: no address is known, so the command line has no --rpc; give NAME@HOST:PORT=SIZE"
-        )
-    if blind := [row.name for row in found.usages if row.planned_bytes and row.free_bytes is None]:
-        warnings.append(f"{', '.join(blind)}: how much is free is not known, so nothing was held against it")
-    if reason := budget.host_warning(found.usages[-1], found.ledger.host_detail):
-        warnings.append(reason)
-    if found.request.model_draft and not speculation.types(found.request):
-        warnings.append("no --spec-type uses the draft model: llama-server loads it and frees it again")
-    return (*warnings, *_cut_context(model, found))
-
-
-def _cut_context(model: ModelFacts, found: Candidate) -> tuple[str, ...]:
-    """Return a line for each bound that leaves a slot less than its share of the context."""
-    has, trained, whole = found.params.n_ctx_seq, model.hparams.n_ctx_train, found.params.n_ubatch
-    lines = []
-    if trained is not None and has > trained:
-        lines.append(f"a slot uses {trained:,} tokens of its {has:,}: the model was trained for no more")
-    if knobs.needs_whole_text(model, found.request) and whole < min(has, trained or has):
-        lines.append(f"a text has {whole:,} tokens at most, not {has:,}: it has to pass in one micro-batch")
-    return tuple(lines)

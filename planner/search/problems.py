@@ -15,7 +15,7 @@ from planner.context import ContextParams
 from planner.model import ModelFacts, Tensor
 from planner.overrides import EXPERTS, FFN, Override
 from planner.search.learned import Learned, Mode, Part
-from planner.search.solver import Bin, Problem
+from planner.search.splits import Bin, Problem
 from planner.speed import cache_reads, pace, tensor_read
 from planner.types.machine import Device, Machine
 

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from planner.search.learned import Mode
 from planner.search.problems import Question
-from planner.search.solver import Segment, Split
+from planner.search.splits import Segment, Split
 from planner.types.usage import DeviceUsage
 from planner.units import KIB
 

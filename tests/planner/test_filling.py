@@ -12,7 +12,7 @@ from test_exhaust import N_CTX, REQUEST, TYPES, Cards, Layers, cards
 from planner import budget
 from planner.context import context_params
 from planner.search import knobs
-from planner.search.filling import Filled, bytes_of, fillings
+from planner.search.filling import Filling, bytes_of, fillings
 from planner.search.learned import Learned
 from planner.search.problems import Question
 from planner.types import Policy
@@ -21,12 +21,12 @@ MATRICES = ("down", "gate", "up")
 SUBSETS = tuple(chain.from_iterable(combinations(MATRICES, count) for count in range(len(MATRICES) + 1)))
 
 
-def fits(question: Question, filled: Filled) -> bool:
+def fits(question: Question, filling: Filling) -> bool:
     """Add up what each device then holds."""
     held, start = [0] * len(question.devices), 0
-    for index, count in enumerate(filled.counts):
+    for index, count in enumerate(filling.counts):
         held[index] = sum(question.sizes(question.devices[index])[start : start + count])
-        for sent in (each for each in filled.sent if start <= each.slot < start + count):
+        for sent in (each for each in filling.sent if start <= each.slot < start + count):
             target = [device.name for device in question.devices].index(sent.device)
             held[index] -= bytes_of(question, index, sent.slot, sent.matrices)
             held[target] += bytes_of(question, target, sent.slot, sent.matrices)

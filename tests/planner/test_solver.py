@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from planner.search.bounds import bound_s
 from planner.search.chain import Chain
-from planner.search.solver import Bin, Problem, Solver, Split
+from planner.search.solver import Solver
+from planner.search.splits import Bin, Problem, Split
 
 MAX_SLOTS = 11  # ten layers and the output
 FAST = st.sampled_from([4.0, 7.0, 10.0])
