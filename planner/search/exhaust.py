@@ -37,9 +37,7 @@ def improved(optimizer: Optimizer, request: PlanRequest, limit_s: float, found: 
     question = optimizer.question(request, told=False)
     roles = Roles(question)
     for tier in optimizer.tiers(question, request):
-        here = found is not None and any(
-            subproblem.has(found.proposal.mode, found.proposal.split) for subproblem in tier
-        )
+        here = found is not None and _lies_in(tier, found)
         most_s = found.proposal.split.seconds / EQUAL_SPEED if found is not None and here else limit_s
         faster = _first(optimizer, request, roles, tier, most_s)
         if faster is not None or here:
@@ -54,15 +52,19 @@ def _on_fewest(
     """Return the split on the fewest devices that is as fast and lies alike."""
     limit_s = min(found.proposal.split.seconds * EQUAL_SPEED, limit_s)
     for tier in optimizer.tiers(roles.question, request):
-        while any(subproblem.has(found.proposal.mode, found.proposal.split) for subproblem in tier):
+        while _lies_in(tier, found):
             most = len(found.proposal.split.segments) - 1
-            subproblems = [subproblem._replace(most=min(subproblem.most, most)) for subproblem in tier]
-            fewer = _first(optimizer, request, roles, subproblems, limit_s)
+            on_fewer = [each._replace(most=min(each.most, most)) for each in tier]
+            fewer = _first(optimizer, request, roles, on_fewer, limit_s)
             # The split that was found may itself be slower than the fastest by what counts as equal.
             if fewer is None or _first(optimizer, request, roles, tier, fewer.proposal.split.seconds / EQUAL_SPEED):
                 return found
             found = fewer
     return found
+
+
+def _lies_in(tier: Sequence[Subproblem], found: Evaluation) -> bool:
+    return any(subproblem.has(found.proposal.mode, found.proposal.split) for subproblem in tier)
 
 
 def _earliest(request: PlanRequest, found: Evaluation) -> Evaluation:

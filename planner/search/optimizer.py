@@ -14,12 +14,11 @@ from typing import Final, NamedTuple
 
 from planner import budget, cache, weights
 from planner.context import context_params
-from planner.flag_values import MAX_DEVICES
 from planner.search.bounds import bound_s
 from planner.search.candidates import Accountant, Candidate
-from planner.search.chain import Chain
 from planner.search.exhaust import SMALL, improved
 from planner.search.learned import Learned, Mode
+from planner.search.preference import preferred
 from planner.search.problems import Question, slot_count
 from planner.search.proposals import Proposal, flagged
 from planner.search.solver import Solver
@@ -32,7 +31,6 @@ from planner.types.request import PlanRequest
 
 MAX_ROUNDS: Final = 8  # of solving and accounting; three are usual, since only compute buffers move
 MAX_SPILL_ORDERS: Final = 6  # devices whose orders are all tried where parts of layers may be left to the host
-_PERMILLE: Final = 1000
 
 
 class Evaluation(NamedTuple):
@@ -47,9 +45,8 @@ class Evaluation(NamedTuple):
 class Optimizer:
     """The search for the best split of one model over ``devices``, in that order of preference.
 
-    ``learned`` grows with each candidate, and those made from one another share it; all else is fixed. Where the
-    ``order_is_pinned`` no other is looked for, nor where it ``was_reordered`` or found to be the fastest. Only
-    ``modes`` are of interest.
+    ``learned`` grows with each candidate, and those made from one another share it; all else is fixed. No other order
+    is looked for where it is pinned or where all ``orders_were_tried``. Only ``modes`` are of interest.
     """
 
     accountant: Accountant
@@ -57,7 +54,7 @@ class Optimizer:
     order_is_pinned: bool
     learned: Learned = field(default_factory=Learned)
     modes: frozenset[Mode] = frozenset(Mode)
-    was_reordered: bool = False
+    orders_were_tried: bool = False
 
     def only(self, *modes: Mode) -> Optimizer:
         """Return the same where only these modes are of interest."""
@@ -155,90 +152,30 @@ class Optimizer:
                 yield (Subproblem(Mode.UNPIPELINED, several, most=1), Subproblem(Mode.PIPELINED, pipelined, least=2))
             yield (Subproblem(Mode.UNPIPELINED, several),)
         if Mode.WITH_HOST in self.modes and pinned in {None, "auto"}:
-            yield (
-                Subproblem(Mode.WITH_HOST, question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))),
-            )
+            with_host = question.problem(Mode.WITH_HOST, on_host=None, spills=bool(question.parts))
+            yield (Subproblem(Mode.WITH_HOST, with_host),)
 
     def least_s(self, request: PlanRequest, limit_s: float) -> float:
         """Return the seconds of a split that is expected to fit and to be this fast, infinite where there is none."""
-        subproblems = (subproblem for tier in self.tiers(self.question(request), request) for subproblem in tier)
-        return next((s for subproblem in subproblems if (s := subproblem.least_s(limit_s)) < inf), inf)
+        tiers = self.tiers(self.question(request), request)
+        return next((s for tier in tiers for each in tier if (s := each.least_s(limit_s)) < inf), inf)
 
     def proposal(self, request: PlanRequest, limit_s: float = inf) -> Proposal | None:
         """Return the split that the objective puts first, by what is expected of every device."""
-        question = self.question(request)
+        question, spread = self.question(request), self.accountant.spread
         for tier in self.tiers(question, request):
-            chains = [
-                (subproblem, subproblem.chained(inf) if self.accountant.spread else subproblem.fastest(limit_s))
-                for subproblem in tier
-            ]
-            fastest_s = min(
-                (s for subproblem, chain in chains for s in subproblem.by_count(chain).values()), default=inf
-            )
+            chains = [(each, each.chained(inf) if spread else each.fastest(limit_s)) for each in tier]
+            fastest_s = min((s for each, chain in chains for s in each.by_count(chain).values()), default=inf)
             if fastest_s < inf and fastest_s <= limit_s:
-                return self._preferred(question, chains, fastest_s, limit_s)
+                return preferred(question, chains, fastest_s, limit_s, spread=spread)
         return None
-
-    def _preferred(
-        self, question: Question, chains: list[tuple[Subproblem, Chain]], fastest_s: float, limit_s: float
-    ) -> Proposal:
-        """Return the split on the fewest devices of those as fast as the fastest; on the most where they are spread.
-
-        Of sets of as many devices the one with the most room is taken, then the first in order. Where some of the
-        model is left to the host, it is the fastest. A limit that was given says itself what counts as equal.
-        """
-        spread = self.accountant.spread
-        equal_s = limit_s if limit_s < inf else fastest_s * EQUAL_SPEED
-        equal_s = inf if spread else equal_s
-        splits = [
-            (count, s, i)
-            for i, (subproblem, chain) in enumerate(chains)
-            for count, s in subproblem.by_count(chain).items()
-        ]
-        count, seconds, which = min((-n if spread else n, s, i) for n, s, i in splits if s <= equal_s)
-        subproblem, chain = chains[which]
-        if subproblem.problem.on_host is not None:
-            split, seconds = self._roomiest(question, subproblem, abs(count), equal_s)
-        else:
-            split = chain.split(abs(count))
-        return Proposal(subproblem.mode, split, seconds if spread else fastest_s)
-
-    def _roomiest(self, question: Question, subproblem: Subproblem, count: int, equal_s: float) -> tuple[Split, float]:
-        """Return the split on that many devices with the most room, and the seconds of the fastest one on them."""
-
-        def rank(used: int) -> tuple[float, float]:
-            room = sum(max(each.rooms) for i, each in enumerate(subproblem.problem.bins) if used >> i & 1)
-            return -room, _reversed_bits(used)
-
-        solver = Solver(replace(subproblem.problem, max_bins=count, limit_s=equal_s))
-        used = min((used for used in solver.seconds if used.bit_count() == count), key=rank)
-        split = solver.split(used)
-        most_s = max(split.seconds, split.seconds * EQUAL_SPEED if equal_s == inf else equal_s)
-        return self._even(question, subproblem, split, most_s), solver.seconds[used]
-
-    def _even(self, question: Question, subproblem: Subproblem, split: Split, limit_s: float) -> Split:
-        """Return the split over these devices that fills the fullest least, in permille of its budget."""
-        used = [segment.bin for segment in split.segments]
-        low, high = 0, _PERMILLE
-        while high - low > 1:
-            middle = (low + high) // 2
-            bins = (question.bin(subproblem.mode, index, middle / _PERMILLE) for index in used)
-            emptier = tuple(replace(each, spill_sizes=()) for each in bins)
-            chain = Chain(replace(subproblem.problem, bins=emptier, all_bins=True, limit_s=limit_s))
-            if chain.seconds:
-                found = chain.split(len(used))
-                segments = tuple(segment._replace(bin=used[segment.bin]) for segment in found.segments)
-                high, split = middle, Split(segments, found.seconds)
-            else:
-                low = middle
-        return split
 
     def faster_order(self, request: PlanRequest, proposal: Proposal) -> tuple[Device, ...] | None:
         """Return the devices in the order of a split that is faster by more than what is equal, where there is one.
 
         Every order is tried once, with what accounting has shown of the devices in their own order.
         """
-        if self.order_is_pinned or self.was_reordered:
+        if self.order_is_pinned or self.orders_were_tried:
             return None
         question = self.question(request)
         limit_s = proposal.fastest_s / EQUAL_SPEED
@@ -255,8 +192,8 @@ class Optimizer:
         return None
 
     def reordered(self, order: tuple[Device, ...] | None) -> Optimizer:
-        """Return the same with the devices in that order, or in their own where none is faster."""
-        return replace(self, devices=order or self.devices, was_reordered=True)
+        """Return the same with the devices in that order for good, in their own where none is faster."""
+        return replace(self, devices=order or self.devices, orders_were_tried=True)
 
     def in_order_of(self, first: Sequence[Device]) -> Optimizer:
         """Return the same with these devices before the others."""
@@ -295,8 +232,3 @@ class Optimizer:
             stands = stands and beyond >= question.expected(part)
             self.learned.learn(part, n_ctx, beyond)
         return candidate, stands
-
-
-def _reversed_bits(used: int) -> int:
-    """Return a number that is the smaller the earlier the bins of a set are."""
-    return -sum(1 << (MAX_DEVICES - index) for index in range(used.bit_length()) if used >> index & 1)

@@ -15,7 +15,7 @@ from planner.search.splits import Bin, Problem, Segment
 
 
 class _Row(NamedTuple):
-    """The ways in which a bin's slots may end before one slot: the possible starts, and what spilling adds.
+    """How a bin's slots may end before one slot: the possible starts, and what spilling adds.
 
     ``spill_s`` are the seconds of the first starts, up to ``whole``; from there on nothing is spilled. Where the bin
     holds no slots that end there, the first start is the end itself.
@@ -26,7 +26,7 @@ class _Row(NamedTuple):
     after: int
     spill_s: list[float]
 
-    def ways(self) -> Iterator[tuple[int, float]]:
+    def starts(self) -> Iterator[tuple[int, float]]:
         """Yield every start, and what spilling adds."""
         yield from enumerate(self.spill_s, self.start)
         yield from ((start, 0.0) for start in range(self.whole, self.after))
@@ -157,14 +157,14 @@ class _Table:
     def last(self, index: int, before: list[float], end: int, least_s: float) -> Iterator[Segment]:
         """Yield the segments to this end that make these seconds of a state, with as little left out as must be."""
         row = self._row(end)
-        for start, spill_s in row.ways():
+        for start, spill_s in row.starts():
             if before[start] + self._own_s(start, end) + spill_s <= least_s * (1 + ROUNDING):
                 yield Segment(index, start, end, *self._spilled(start, end))
 
     def every(self, index: int, before: list[float], end: int) -> Iterator[tuple[float, Segment]]:
         """Yield every segment to this end after a state, and its seconds."""
         row = self._row(end)
-        for start, _ in row.ways():
+        for start, _ in row.starts():
             if before[start] == inf:
                 continue
             begin, least = self._spilled(start, end)
