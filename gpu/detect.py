@@ -97,14 +97,12 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     ours = frozenset[int]() if owner is None else host.runners(owner, root)
     cards = (*(nvml.unless_taken(card, ours) for card in nvidia.cards), *amd.cards)
     machine_key = _machine_key(cards, root)
-    if previous is not None and previous.llama.server is not None and previous.machine_key == machine_key:
-        search = replace(previous.llama, server=previous.llama.server.without_free())
-    else:
+    search = _found_before(previous, machine_key)
+    if search is None:
         lightly = False
-        n_gpus = sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
+        n_gpus = _n_gpus(cards, root)
         search = llama.find(environ, configured=llama_server, n_gpus=n_gpus, machine_key=machine_key, root=root)
-    protocol = search.build.rpc_protocol
-    before = () if previous is None else previous.workers
+    protocol, before = search.build.rpc_protocol, () if previous is None else previous.workers
     asked = () if lightly else ask_workers(rpc_servers, protocol=protocol, leased=leased, before=before, insist=insist)
     # Only now: a worker of this machine answers once it has given back what its last client held.
     memory = host.read(root).without(host.mapped_bytes(ours, root))
@@ -114,13 +112,8 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     if previous is not None and lightly:
         local, workers = _as_before(previous, local), previous.of_workers
     else:
-        workers = rpc_devices(
-            rpc_servers,
-            asked,
-            protocol=protocol,
-            memory=memory,
-            known=previous.machine if known is None and previous is not None else known,
-        )
+        told = previous.machine if known is None and previous is not None else known
+        workers = rpc_devices(rpc_servers, asked, protocol=protocol, memory=memory, known=told)
     devices = (*workers.devices, *local, *workers.absent)
     machine = Machine(
         devices=devices,
@@ -130,6 +123,18 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
     return Detected(machine, search, nvidia, amd, memory, workers, by_name, left_idle, machine_key)
+
+
+def _found_before(previous: Detected | None, machine_key: tuple[str, ...]) -> Search | None:
+    """Return the search of before without its figures; None where it found nothing, or cards came or went since."""
+    if previous is None or previous.llama.server is None or previous.machine_key != machine_key:
+        return None
+    return replace(previous.llama, server=previous.llama.server.without_free())
+
+
+def _n_gpus(cards: Sequence[Card], root: Path) -> int:
+    """Return how many GPUs llama-server may find: those of the drivers, else those that the kernel draws with."""
+    return sum(card.why_not is None for card in cards) or len(list((root / "dev/dri").glob("renderD*")))
 
 
 def _as_before(previous: Detected, local: Sequence[Device]) -> tuple[Device, ...]:
