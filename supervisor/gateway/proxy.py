@@ -12,9 +12,9 @@ What is not untouched, and why:
   (``Retelling``).
 - A stream whose runner is lost ends, after its last whole event, with an error event instead of ``[DONE]``.
 
-Each request has a connection of its own (``upstream``). An idle kept connection would hold a thread of llama-server that
-wakes up a hundred times a second (cpp-httplib, ``keep_alive``), and a request sent into one that the server is just
-closing could not be told from one that was begun.
+Each request has a connection of its own (``upstream``). An idle kept connection would hold a thread of llama-server
+that wakes up a hundred times a second (cpp-httplib, ``keep_alive``), and a request sent into one that the server is
+just closing could not be told from one that was begun.
 """
 
 from __future__ import annotations
