@@ -54,7 +54,7 @@ async def test_it_shows_devices_models_and_runners_as_they_come(
     assert "ready for requests" in shown
     assert str(runner["pid"]) in shown
     assert "tiny-chat" in await page.text("#devices")
-    await page.until("/\\d tokens, [\\d.]+ per second/.test(document.querySelector('#models').textContent)")
+    await page.until("/\\d tokens, [\\d.,]+ per second/.test(document.querySelector('#models').textContent)")
     await page.click("#runners summary")
     assert f"--model {chat_model}" in (await page.text("#runners pre")).replace(" -m ", " --model ")
     assert page.complaints == []
