@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -83,16 +84,18 @@ async def _serve(loaded: Loaded, files: OperatorFiles, environ: Mapping[str, str
         _log.warning("config.odd", warning=warning)
     folder = StoreFolder(settings.store, settings.registry)
     planning = PlanningProcess(environ)
-    inventory = Inventory(
+    make_inventory = partial(
+        Inventory,
         settings.models,
         planning,
         store=folder,
         folder_optional=loaded.is_default("models"),
         learned=Learned(settings.state_dir),
     )
+    supervisor = Supervisor(_runtime_options(loaded, environ), make_inventory)
+    inventory = supervisor.inventory
     store = ModelStore(folder, logins=Logins(settings.registry_logins), files_of=inventory.files_of)
     async with planning, store, anyio.create_task_group() as tasks:
-        supervisor = Supervisor(_runtime_options(loaded, environ), inventory)
         await tasks.start(supervisor.run)
         await tasks.start(_obey_signals, supervisor, notifier)
         app = build_app(supervisor, _gateway_options(settings, files), store)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 import structlog
@@ -55,6 +55,22 @@ WHERE_NAMES_ARE: Final = "GET /v1/models lists the names"
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.inventory")
 
 
+class Runners(Protocol):
+    """Those who run the models: what they hold of the machine, and who follows what is found."""
+
+    def held_bytes(self) -> Mapping[str, int]:
+        """Return what runners hold at present, by device, promises among it."""
+        ...
+
+    def promised_bytes(self) -> Mapping[str, int]:
+        """Return the part of it that belongs to runners which have not finished loading."""
+        ...
+
+    def follow_models(self) -> None:
+        """Follow the models, or what is said of them: they are others now."""
+        ...
+
+
 class Inventory:
     """Asks the planning process and remembers its answers. ``not_ready`` are the reasons why nothing can be served.
 
@@ -65,6 +81,7 @@ class Inventory:
         self,
         models: Path,
         planning: PlanningProcess,
+        runners: Runners,
         *,
         store: StoreFolder | None = None,
         folder_optional: bool = False,
@@ -77,6 +94,7 @@ class Inventory:
         self._rescan_every_s = rescan_every_s
         self._shown_for_s = shown_for_s
         self._planning = planning
+        self._runners = runners
         self._learned = learned or Learned()
         self._catalogue = Catalogue()
         self._found: tuple[ModelEntry, ...] = ()  # before the models file is applied
@@ -90,9 +108,6 @@ class Inventory:
         self.llama: LlamaBuild | None = None
         self.doubts: tuple[str, ...] = ()  # a line for each thing that the models file says in vain
         self._machine: Machine | None = None  # workers that a runner holds with their figures of before
-        self.when_models_change: Callable[[], None] = lambda: None
-        self.held_now: Callable[[], Mapping[str, int]] = dict
-        self.promised_now: Callable[[], Mapping[str, int]] = dict
 
     @property
     def entries(self) -> tuple[ModelEntry, ...]:
@@ -102,7 +117,7 @@ class Inventory:
     @property
     def machine(self) -> Machine | None:
         """Return the machine as last read; what runners of ours hold of workers by now is taken off."""
-        return None if self._machine is None else occupied(self._machine, self.held_now())
+        return None if self._machine is None else occupied(self._machine, self._runners.held_bytes())
 
     @property
     def not_ready(self) -> tuple[str, ...]:
@@ -122,7 +137,7 @@ class Inventory:
 
     def _apply(self) -> None:
         self._catalogue.replace(configured.apply(self._file, self._found))
-        self.when_models_change()
+        self._runners.follow_models()
 
     async def look_around(self) -> None:
         """Find the machine, llama-server and the models; what is missing is remembered and logged, no more."""
@@ -163,7 +178,8 @@ class Inventory:
 
     async def _look(self, gone: Mapping[str, int], *, lightly: bool = False) -> Surroundings:
         def question() -> LookAround:
-            return LookAround(Situation(self._machine, self.held_now(), self.promised_now(), gone), lightly)
+            held, promised = self._runners.held_bytes(), self._runners.promised_bytes()
+            return LookAround(Situation(self._machine, held, promised, gone), lightly)
 
         answer = await self._planning.ask(question)
         if isinstance(answer, Surroundings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +36,7 @@ from supervisor.core.events import (
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
-from supervisor.inventory import Inventory
+from supervisor.inventory import Inventory, Runners
 from supervisor.leases import ChildLease
 from supervisor.models import configured
 from supervisor.models.catalogue import ModelEntry
@@ -68,25 +68,30 @@ class RuntimeOptions:
 
 
 class Supervisor:
-    """The runtime behind ``supervisor.api.runtime.Runtime``. ``run`` has to run for anything to happen."""
+    """The runtime behind ``supervisor.api.runtime.Runtime``. ``run`` has to run for anything to happen.
 
-    def __init__(self, options: RuntimeOptions, inventory: Inventory) -> None:
+    It and its ``inventory`` know each other, so it is given what makes one.
+    """
+
+    def __init__(self, options: RuntimeOptions, make_inventory: Callable[[Runners], Inventory]) -> None:
         self._options = options
-        self._inventory = inventory
+        self._inventory = make_inventory(self)
         self._writer = Writer(
             options.limits,
-            inventory,
+            self._inventory,
             state_dir=options.state_dir,
             environ=options.environ,
             stop_grace_s=options.stop_grace_s,
             patience=options.patience,
         )
-        inventory.when_models_change = self._follow_models
-        inventory.held_now = lambda: ledger.held_bytes(self._writer.pool)
-        inventory.promised_now = lambda: ledger.promised_bytes(self._writer.pool)
         self._started_at = time.time()
         self._clock = views.Clock()
         self._loaded_files: dict[ModelId, tuple[object, ...]] = {}
+
+    @property
+    def inventory(self) -> Inventory:
+        """Return what there is to serve, and to serve it with."""
+        return self._inventory
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
         """Serve until ``shut_down`` was called and every child is gone. Cancelled, it takes its children with it."""
@@ -100,7 +105,23 @@ class Supervisor:
         """Let this models file hold from now on: runners whose settings it does not change keep serving."""
         self._inventory.configure(file)
 
-    def _follow_models(self) -> None:
+    def shut_down(self) -> None:
+        """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""
+        self._writer.post(ShutdownRequested())
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # supervisor.inventory.Runners
+
+    def held_bytes(self) -> Mapping[str, int]:
+        """Return what our runners hold on each device, promises among it."""
+        return ledger.held_bytes(self._writer.pool)
+
+    def promised_bytes(self) -> Mapping[str, int]:
+        """Return the part of it that belongs to runners which have not finished loading."""
+        return ledger.promised_bytes(self._writer.pool)
+
+    def follow_models(self) -> None:
+        """Take over what the settings say of the models now, and stop the runners of those whose files are others."""
         settings = configured.scheduling(self._inventory.entries)
         if settings != self._writer.pool.settings:
             self._writer.post(SettingsChanged(settings))
@@ -111,10 +132,6 @@ class Supervisor:
                 _log.info("model.gone" if now is None else "model.changed", model=runner.model)
                 self._stop(runner)  # the next request loads what lies there now, if anything does
         self._loaded_files = files
-
-    def shut_down(self) -> None:
-        """Take no new work, let what runs finish in its time, stop every child. Called again: stop them now."""
-        self._writer.post(ShutdownRequested())
 
     # -----------------------------------------------------------------------------------------------------------------
     # supervisor.api.runtime.Runtime

@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,9 @@ def supervising(tmp_path: Path, llama_tools: Path, free_environment: dict[str, s
         )
         tending.prepare(options.state_dir)
         async with PlanningProcess(environ) as planning, anyio.create_task_group() as tasks:
-            inventory = Inventory(folder, planning)
-            supervisor = Supervisor(options, inventory)
+            supervisor = Supervisor(options, partial(Inventory, folder, planning))
             await tasks.start(supervisor.run)
-            await inventory.look_around()
+            await supervisor.inventory.look_around()
             try:
                 yield supervisor
                 assert violations(supervisor._writer.pool) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -19,6 +20,23 @@ PRINTED_TO = 3 * 0.01 * 1024 * 1024  # llama-server prints each of the three sum
 
 Models = Callable[..., Path]
 Supervising = Callable[..., AbstractAsyncContextManager[Supervisor]]
+
+
+@dataclass(slots=True)
+class Holding:
+    """Runners that hold so much, as far as an inventory asks (``supervisor.inventory.Runners``)."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    promised: dict[str, int] = field(default_factory=dict)
+
+    def held_bytes(self) -> dict[str, int]:
+        return self.held
+
+    def promised_bytes(self) -> dict[str, int]:
+        return self.promised
+
+    def follow_models(self) -> None:
+        """There are none that could."""
 
 
 async def story_of_loss(lease: Lease) -> str:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from rpc_worker import RpcWorker, start_worker
 from running_service import Serve, Service
+from supervising import Holding
 
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, PoolId
 from planner.units import MIB
@@ -113,19 +114,18 @@ async def test_a_look_that_waited_for_its_turn_leaves_a_worker_alone_that_was_ta
     tmp_path: Path, llama_tools: Path, free_environment: dict[str, str], rpc_workers: Workers
 ) -> None:
     (worker,) = rpc_workers(1)
-    held: dict[str, int] = {}
+    runners = Holding()
     async with PlanningProcess(
         {**free_environment, "PLANNER_RPC_SERVERS": f"{worker.endpoint}={DECLARED}"}
     ) as planning:
-        inventory = Inventory(tmp_path, planning)
-        inventory.held_now = lambda: dict(held)
+        inventory = Inventory(tmp_path, planning, runners)
         await inventory.look_around()
         planning_process().suspend()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(planning.ask, ScanModels(tmp_path))
             tasks.start_soon(inventory.refresh, {})
             await anyio.wait_all_tasks_blocked()
-            held["RPC0"] = MIB
+            runners.held["RPC0"] = MIB
             client = taken(worker)
             planning_process().resume()
         with client:
@@ -140,9 +140,10 @@ async def test_a_planning_process_that_had_to_be_replaced_knows_the_workers_that
     async with PlanningProcess(
         {**free_environment, "PLANNER_RPC_SERVERS": f"{worker.endpoint}={DECLARED}"}
     ) as planning:
-        inventory = Inventory(tmp_path, planning, shown_for_s=0.0)
+        runners = Holding()
+        inventory = Inventory(tmp_path, planning, runners, shown_for_s=0.0)
         await inventory.look_around()
-        inventory.held_now = lambda: {"RPC0": MIB}
+        runners.held["RPC0"] = MIB
         with taken(worker):
             planning_process().kill()
             await inventory.refresh({})  # finds it dead

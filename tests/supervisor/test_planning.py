@@ -16,7 +16,7 @@ import psutil
 import pytest
 from event_log import EventLog
 from store_layout import HOST, put_model
-from supervising import Supervising
+from supervising import Holding, Supervising
 
 from planner.types import Role
 from planner.units import GIB, MIB
@@ -98,7 +98,7 @@ async def test_models_that_come_and_go_are_noticed_without_being_asked_for(
     tmp_path: Path, chat_model: Path, log: EventLog
 ) -> None:
     async with PlanningProcess({}) as planning, anyio.create_task_group() as tasks:
-        inventory = Inventory(tmp_path, planning, rescan_every_s=0.0)
+        inventory = Inventory(tmp_path, planning, Holding(), rescan_every_s=0.0)
         await inventory.look_around()
         assert inventory.entries == ()
         shutil.copy(chat_model, tmp_path)
@@ -115,7 +115,7 @@ async def test_a_file_or_a_stores_model_that_came_is_noticed_long_before_everyth
     folder, store = tmp_path / "models", StoreFolder(tmp_path / "store")
     folder.mkdir()
     async with PlanningProcess({}) as planning, anyio.create_task_group() as tasks:
-        inventory = Inventory(folder, planning, store=store, rescan_every_s=math.inf)
+        inventory = Inventory(folder, planning, Holding(), store=store, rescan_every_s=math.inf)
         await inventory.look_around()
         assert inventory.not_ready == ()
         tasks.start_soon(inventory.keep_looking)
@@ -207,12 +207,12 @@ async def test_a_load_that_fails_before_it_took_anything_is_not_waited_for(
     memory = (f"memory {100 * MIB} 0 {(100 - free_mib) * MIB}" for free_mib in (50, 50, 50, 77))
     (tmp_path / "nvml.txt").write_text("\n".join((card, *memory)) + "\n")
     async with PlanningProcess(stubbed) as planning:
-        inventory = Inventory(tmp_path, planning)
+        runners, load = Holding(), {"CUDA0": 40 * MIB}
+        inventory = Inventory(tmp_path, planning, runners)
         await inventory.look_around()
-        load = {"CUDA0": 40 * MIB}
-        inventory.held_now = inventory.promised_now = lambda: load
+        runners.held = runners.promised = load
         await inventory.refresh({})
-        inventory.held_now = inventory.promised_now = dict
+        runners.held = runners.promised = {}
         await inventory.refresh(load)
         assert inventory.machine is not None
         assert inventory.machine.device("CUDA0").free_bytes == 50 * MIB
@@ -231,7 +231,7 @@ async def test_what_is_shown_is_read_again_when_it_is_old_and_not_while_nobody_l
     tmp_path: Path, stubbed: dict[str, str]
 ) -> None:
     async with PlanningProcess(stubbed) as planning:
-        young, old = Inventory(tmp_path, planning), Inventory(tmp_path, planning, shown_for_s=0.0)
+        young, old = Inventory(tmp_path, planning, Holding()), Inventory(tmp_path, planning, Holding(), shown_for_s=0.0)
         await young.look_around()
         await old.look_around()
         before, asked = old.machine, (tmp_path / "asked").read_text()
@@ -249,7 +249,7 @@ async def test_a_card_that_falls_off_the_bus_and_comes_back_is_followed_by_what_
     tmp_path: Path, stubbed: dict[str, str]
 ) -> None:
     async with PlanningProcess(stubbed) as planning:
-        inventory = Inventory(tmp_path, planning, shown_for_s=0.0)
+        inventory = Inventory(tmp_path, planning, Holding(), shown_for_s=0.0)
         await inventory.look_around()
         for error, names, n_warnings in (("", ["CUDA0"], 0), ("error 15\n", [], 1), ("", ["CUDA0"], 0)):
             (tmp_path / "nvml.txt").write_text(CARD.format(used=0) + error)
