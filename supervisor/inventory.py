@@ -20,6 +20,7 @@ from supervisor.api.lease import Amendments
 from supervisor.core.commands import PlanModel
 from supervisor.core.events import Planned
 from supervisor.core.types import ModelId, PlanProblem
+from supervisor.device_ids import renamed
 from supervisor.learned import Learned
 from supervisor.models import catalogue, configured
 from supervisor.models.catalogue import Catalogue, ModelEntry
@@ -68,6 +69,10 @@ class Runners(Protocol):
 
     def follow_models(self) -> None:
         """Follow the models, or what is said of them: they are others now."""
+        ...
+
+    def follow_devices(self, names: Mapping[str, str]) -> None:
+        """Follow devices that are called otherwise from now on, by the names of before."""
         ...
 
 
@@ -350,8 +355,12 @@ class Inventory:
     def _take(self, found: Surroundings) -> None:
         """Remember what was found, and log what is new about it."""
         self._looked_at = anyio.current_time()
+        before = self._machine
         self._machine, self.llama = found.machine, found.llama if found.not_found is None else None
         self._note(LLAMA_SERVER, found.not_found)
+        if before is not None and (names := renamed(before, found.machine)):
+            _log.info("devices.renamed", names=names)
+            self._runners.follow_devices(names)
         for warning in found.machine.warnings:
             if warning not in self._warned:
                 _log.warning("machine.warning", warning=warning)

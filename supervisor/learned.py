@@ -1,15 +1,13 @@
 """What runners turned out to take beside llama.cpp's buffers, device by device; kept on disk beyond the service's life.
 
-A device is remembered by what tells it from others of its name: its UUID, its PCI address, a worker's endpoint and its
-place among the devices there.
+A device is remembered by what tells it from others, whatever its name is then.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +15,8 @@ from typing import Final
 
 import structlog
 
-from planner.types import Device, LearnedOverhead, Machine
+from planner.types import HOST, LearnedOverhead, Machine
+from supervisor.device_ids import device_ids, place_of
 
 FILE_NAME: Final = "learned.json"
 # A runner's own share is hundreds of MiB on every card measured; what lacks beyond this was somebody else's doing.
@@ -36,15 +35,15 @@ class Learned:
     def by_device(self, machine: Machine | None) -> Mapping[str, LearnedOverhead]:
         """Return what was learned of the devices of this machine, by their names on it."""
         told: dict[str, LearnedOverhead] = {}
-        for device, key in () if machine is None else _keys(machine):
-            known = self._known.get(key) or self._known.get(device.endpoint or key)  # once a worker had one key
+        for name, device in {} if machine is None else device_ids(machine).items():
+            known = self._known.get(device) or self._known.get(place_of(device))  # files once knew the places alone
             if known is not None:
-                told[device.name] = known
+                told[name] = known
         return told
 
     def learn(self, machine: Machine | None, device: str, size_bytes: int, model: str) -> None:
         """Remember that a runner takes so much on a device of this machine."""
-        key = None if machine is None else next((key for one, key in _keys(machine) if one.name == device), None)
+        key = None if machine is None or device == HOST else device_ids(machine).get(device)
         if key is None:
             return
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
@@ -71,14 +70,3 @@ class Learned:
             fresh.replace(self._path)
         except OSError as error:
             _log.warning("learned.not_written", path=str(self._path), reason=str(error))
-
-
-def _keys(machine: Machine) -> Iterator[tuple[Device, str]]:
-    """Yield each device and what it is remembered by."""
-    of_worker: Counter[str] = Counter()
-    for device in machine.devices:
-        place = str(device.name)
-        if device.endpoint is not None:
-            place = f"{device.endpoint}#{of_worker[device.endpoint]}"
-            of_worker[device.endpoint] += 1
-        yield device, device.uuid or device.pci_bus_id or place

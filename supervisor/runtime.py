@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from supervisor.api.snapshot import Snapshot
 from supervisor.children.hanging import PATIENCE, Patience
 from supervisor.core import ledger, yielding
 from supervisor.core.events import (
+    DevicesRenamed,
     ResetRequested,
     SettingsChanged,
     ShutdownRequested,
@@ -36,6 +36,7 @@ from supervisor.core.events import (
 from supervisor.core.pool import Pool
 from supervisor.core.runner import HAS_CHILD, Runner, RunnerState
 from supervisor.core.types import Limits, ModelId
+from supervisor.device_ids import DeviceId, device_ids, place_of
 from supervisor.inventory import Inventory, Runners
 from supervisor.leases import ChildLease
 from supervisor.models import configured
@@ -119,6 +120,10 @@ class Supervisor:
     def promised_bytes(self) -> Mapping[str, int]:
         """Return the part of it that belongs to runners which have not finished loading."""
         return ledger.promised_bytes(self._writer.pool)
+
+    def follow_devices(self, names: Mapping[str, str]) -> None:
+        """Go on remembering what is remembered of devices under the names that they have now."""
+        self._writer.post(DevicesRenamed(names))
 
     def follow_models(self) -> None:
         """Take over what the settings say of the models now, and stop the runners of those whose files are others."""
@@ -209,18 +214,20 @@ class Supervisor:
 
         Returns once those that were idle are gone, and does not wait for those in use. Raises UnknownDevice.
         """
-        writer = self._writer
-        found = await self._steady_shares(device)
-        everywhere, mostly = _all_of(found), found[0].devices
-        before, now = ledger.held_on(writer.pool, mostly), anyio.current_time()
+        writer, which = self._writer, await self._identified(device)
+        found = await self._steady_shares(which)
+        before, now = ledger.held_on(writer.pool, found[0].devices), anyio.current_time()
         self._clock.follow(now)
         for share in found:
             writer.post(YieldRequested(share.devices, wanted_bytes, share.free_bytes, now + for_s))
-        await writer.until(lambda pool: not any(_is_stopping_on(one, everywhere) for one in pool.leaving))
+        going = [one for one in writer.pool.leaving if _is_stopping_on(one, _all_of(found))]
+        await writer.until(lambda pool: all(_is_gone(pool.runner(one.model), one.generation) for one in going))
         await self._read_machine()
-        free_bytes = min((one.free_bytes for one in self._shares(device) if one.free_bytes is not None), default=None)
+        name, found = self._called_now(which), self._shares(which)
+        mostly = found[0].devices
+        free_bytes = min((one.free_bytes for one in found if one.free_bytes is not None), default=None)
         return YieldResult(
-            device=device,
+            device=name,
             freed_bytes=max(0, before - ledger.held_on(writer.pool, mostly)),
             free_bytes=free_bytes,
             short_bytes=None if free_bytes is None else max(0, wanted_bytes - free_bytes),
@@ -232,26 +239,32 @@ class Supervisor:
 
     async def end_yield(self, device: str) -> bool:
         """Let our runners have what was given to other programs of a device's memory; False where nothing was."""
-        if self._inventory.machine is None:
-            await self._read_machine()
-        devices, before = _all_of(self._shares(device)), self._writer.pool.yields
+        which = await self._identified(device)
+        devices, before = _all_of(self._shares(which)), self._writer.pool.yields
         self._writer.post(YieldEnded(devices))
         return self._writer.pool.yields != before
 
-    async def _steady_shares(self, device: str) -> tuple[Share, ...]:
+    async def _identified(self, device: str) -> DeviceId:
+        """Return which device is called that at present. Raises UnknownDevice."""
+        if self._inventory.machine is None:
+            await self._read_machine()
+        ids = self._ids()
+        if device not in ids:
+            raise UnknownDevice(f"there is no device {device!r} here; there are: {', '.join(ids) or 'none known yet'}")
+        return ids[device]
+
+    async def _steady_shares(self, which: DeviceId) -> tuple[Share, ...]:
         """Return what is free for a device, read while no load was under way there, began or ended.
 
         Where loads leave it no rest, what they took or gave back meanwhile counts as used. Raises UnknownDevice.
         """
-        if self._inventory.machine is None:
-            await self._read_machine()
-        found, changed = self._shares(device), 0
+        found, changed = self._shares(which), 0
         for _ in range(STEADY_TRIES):
-            devices = _all_of(found)
-            await self._writer.until(partial(_is_at_rest, devices))
-            held = ledger.held_on(self._writer.pool, devices)
+            await self._writer.until(lambda pool: _is_at_rest(_all_of(self._shares(which)), pool))
+            held = ledger.held_on(self._writer.pool, _all_of(self._shares(which)))
             await self._read_machine()
-            found, changed = self._shares(device), abs(ledger.held_on(self._writer.pool, devices) - held)
+            found = self._shares(which)
+            changed = abs(ledger.held_on(self._writer.pool, _all_of(found)) - held)
             if not changed:
                 break
         return tuple(
@@ -263,14 +276,20 @@ class Supervisor:
         """Read it once the drivers show what runners that have just gone gave back."""
         await self._inventory.refresh(ledger.gone_bytes(self._writer.pool, anyio.current_time()))
 
-    def _shares(self, device: str) -> tuple[Share, ...]:
+    def _ids(self) -> Mapping[str, DeviceId]:
         machine = self._inventory.machine
-        names = [] if machine is None else [str(one.name) for one in (*machine.devices, machine.host)]
-        if machine is None or device not in names:
-            raise UnknownDevice(
-                f"there is no device {device!r} here; there are: {', '.join(names) or 'none known yet'}"
-            )
-        return shares(machine, device)
+        return {} if machine is None else device_ids(machine)
+
+    def _called_now(self, which: DeviceId) -> str:
+        """Return the name of this device. Raises UnknownDevice where it has gone."""
+        for name, device in self._ids().items():
+            if device == which:
+                return name
+        raise UnknownDevice(f"the device at {place_of(which)} is not there any more")
+
+    def _shares(self, which: DeviceId) -> tuple[Share, ...]:
+        name, machine = self._called_now(which), self._inventory.machine
+        return () if machine is None else shares(machine, name)
 
     async def forget(self, model: str) -> None:
         """Follow that a model was deleted: stop its runner, unless other names share it, and read the models again."""

@@ -27,10 +27,11 @@ class LoadProgress:
 class YieldResult:
     """What came of freeing memory for another program.
 
-    ``freed_bytes`` is what our runners gave back for it, ``free_bytes`` what the driver calls free now and
-    ``short_bytes`` how much less that is than was wanted (None: it does not say). ``awaited_bytes`` is what runners in
-    use will give back, by model: they take up no new request, and go when they have finished. ``until`` is the moment,
-    in seconds since the epoch, up to which nothing of ours is placed there.
+    ``device`` is what it is called by now: names are given anew when a worker or a card goes. ``freed_bytes`` is what
+    our runners gave back for it, ``free_bytes`` what the driver calls free now and ``short_bytes`` how much less that
+    is than was wanted (None: it does not say). ``awaited_bytes`` is what runners in use will give back, by model:
+    they take up no new request, and go when they have finished. ``until`` is the moment, in seconds since the epoch,
+    up to which nothing of ours is placed there.
     """
 
     device: str

@@ -67,6 +67,16 @@ class YieldEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesRenamed:
+    """Devices are called otherwise from now on. ``names`` are the new names, by the old ones.
+
+    What is gone has a name that is no device's, until it is back.
+    """
+
+    names: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """The service is to stop. A second one hurries: what still drains is stopped at once."""
 
@@ -204,6 +214,7 @@ Event = (
     | SettingsChanged
     | YieldRequested
     | YieldEnded
+    | DevicesRenamed
     | ShutdownRequested
     | TimePassed
     | RunnerEvent

@@ -30,14 +30,17 @@ Outcome = tuple[Runner, tuple[Command, ...]]
 
 def died(runner: Runner, event: ProcessExited, now: float, limits: Limits) -> Outcome:
     """Return what becomes of a runner whose child ended without being told to."""
-    shortage = None if event.shortage is None else str(event.shortage)
+    shortage = event.shortage
+    if shortage is not None and shortage.device is not None and runner.child is not None:
+        shortage = replace(shortage, device=runner.child.devices.get(shortage.device, shortage.device))
+    what = None if shortage is None else str(shortage)
     failure = Failure(
         at=now,
-        reason=": ".join(part for part in (event.exit, shortage, event.last_error) if part is not None),
+        reason=": ".join(part for part in (event.exit, what, event.last_error) if part is not None),
         exit=event.exit,
         log_tail=event.log_tail,
         killed=event.killed,
-        shortage=event.shortage,
+        shortage=shortage,
     )
     return fail(runner, failure, now, limits)
 

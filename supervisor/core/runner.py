@@ -36,13 +36,15 @@ NOBODY: Final[Mapping[str, int]] = MappingProxyType({})
 class Child:
     """What is known of one child process, from when it is asked for until it is reaped.
 
-    ``launch`` is what the settings said of it. It has a ``pid`` once it was spawned, and a ``url`` from when it was
+    ``launch`` is what the settings said of it. ``devices`` are those of its plan as they are called now, by the names
+    that they had then, which its log goes by. It has a ``pid`` once it was spawned, and a ``url`` from when it was
     ready. ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of it, None
     where none did. ``pending_failure`` is why it is stopped, where that is a failure.
     """
 
     started_at: float
     launch: object = None
+    devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     pid: int | None = None
     url: str | None = None
     load_fraction: float | None = None

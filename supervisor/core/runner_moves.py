@@ -59,7 +59,7 @@ def start(runner: Runner, event: StartRequested, now: float, _limits: Limits) ->
         generation=event.generation,
         plan=event.plan,
         options=event.options,
-        child=Child(now, event.launch),
+        child=Child(now, event.launch, MappingProxyType({use.device: use.device for use in event.plan.uses})),
         restarts=runner.restarts + runner.failed_last,
         failed_last=False,
         wanted_back=False,
@@ -82,13 +82,15 @@ def keep_loading(runner: Runner, event: LoadProgressed, now: float, limits: Limi
 
 
 def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits) -> Outcome:
+    child = _child(runner)
+    measured = {child.devices.get(device, device): size for device, size in event.measured_bytes.items()}
     ready = _enter(
         runner,
         S.READY,
         now,
         deadline=_idle_deadline(runner, now, limits),
-        child=replace(_child(runner), url=event.url, measured_bytes=event.measured_bytes),
-        reload_s=now - _child(runner).started_at,
+        child=replace(child, url=event.url, measured_bytes=MappingProxyType(measured)),
+        reload_s=now - child.started_at,
         last_used=now,
     )
     return ready, ()

@@ -15,10 +15,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, assert_never
 
-from supervisor.core import admission, loading, yielding
+from supervisor.core import admission, loading, renaming, yielding
 from supervisor.core.commands import Command, PlanModel, ReadMachine, Reject
 from supervisor.core.events import (
     DeadlinePassed,
+    DevicesRenamed,
     Event,
     KeepAliveChanged,
     Planned,
@@ -51,8 +52,8 @@ def step(pool: Pool, event: Event, now: float) -> Outcome:
             pool, commands = loading.planned(pool, event, now)
         case SettingsChanged(by_model):
             pool, commands = _change_settings(pool, by_model, now)
-        case YieldRequested() | YieldEnded():
-            pool, commands = _ask_all_anew(yielding.changed(pool, event, now)), ()
+        case YieldRequested() | YieldEnded() | DevicesRenamed():
+            pool, commands = _ask_all_anew(_change_devices(pool, event, now)), ()
         case ShutdownRequested():
             pool, commands = _shut_down(pool, now)
         case TimePassed():
@@ -133,8 +134,15 @@ def _change_settings(pool: Pool, by_model: Mapping[ModelId, ModelSettings], now:
     return _ask_all_anew(pool), commands
 
 
+def _change_devices(pool: Pool, event: YieldRequested | YieldEnded | DevicesRenamed, now: float) -> Pool:
+    """Follow what may be had of devices, and how they are called."""
+    if isinstance(event, DevicesRenamed):
+        return renaming.renamed(pool, event.names)
+    return yielding.changed(pool, event, now)
+
+
 def _ask_all_anew(pool: Pool) -> Pool:
-    """Return the pool in which every load that is not launched yet is planned again: what may be used has changed."""
+    """Return the pool in which every load that is not launched yet is planned again: what it was planned on is not."""
     for load in pool.loads.values():
         if load.phase in {LoadPhase.WAITING, LoadPhase.MAKING_ROOM}:
             pool = pool.with_load(load, phase=LoadPhase.QUEUED, victims=frozenset())

@@ -17,6 +17,7 @@ from supervisor.core.commands import Grant, LoseLeases, PlanModel, Reject, Spawn
 from supervisor.core.events import (
     BecameReady,
     ChildHung,
+    DevicesRenamed,
     Event,
     LoadProgressed,
     Planned,
@@ -226,6 +227,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(device=st.sampled_from(["CUDA0", "Host"]))
     def end_yield(self, device: str) -> None:
         self.post(YieldEnded(frozenset({device})))
+
+    @rule()
+    def number_the_cards_anew(self) -> None:
+        self.post(DevicesRenamed({"CUDA0": "CUDA1", "CUDA1": "CUDA0"}))
 
     @rule()
     def shut_down(self) -> None:

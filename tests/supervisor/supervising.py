@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,9 @@ class Holding:
 
     def follow_models(self) -> None:
         """There are none that could."""
+
+    def follow_devices(self, names: Mapping[str, str]) -> None:
+        """Nothing is remembered of any."""
 
 
 async def story_of_loss(lease: Lease) -> str:

@@ -8,11 +8,21 @@ from pathlib import Path
 import psutil
 import pytest
 from rpc_worker import RpcWorker
-from supervising import Models, Supervising, only_runner, took_what_was_planned
+from supervising import Models, Supervising, load, only_runner, took_what_was_planned
 
-from planner.types import Role
+from planner.types import HOST, Role
+from planner.units import MIB
+from supervisor.runtime import Supervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
+
+
+def used_workers(supervisor: Supervisor) -> dict[str, str | None]:
+    """Return the endpoints of the workers that the only runner uses, by the names of their devices."""
+    machine = supervisor.snapshot().machine
+    assert machine is not None
+    used = [use.device for use in only_runner(supervisor).uses if use.device != HOST]
+    return {device: machine.device(device).endpoint for device in used}
 
 
 async def test_workers_serve_one_model_at_a_time_with_the_bytes_that_were_planned(
@@ -60,3 +70,28 @@ async def test_a_worker_in_use_keeps_its_name_when_another_vanishes(
     on = {runner.model: runner.uses[0].device for runner in runners}
     assert on["tiny-chat"] == "RPC1"
     assert endpoints[on["tiny-embedding"]] == second.endpoint
+
+
+async def test_memory_that_was_yielded_of_a_worker_stays_so_under_its_next_name(
+    supervising: Supervising,
+    models: Models,
+    chat_model: Path,
+    rpc_workers: Callable[[int], tuple[RpcWorker, ...]],
+) -> None:
+    """Workers that nobody uses are numbered anew when one has died: then another one has the name that was told."""
+    small, first, second = rpc_workers(3)
+    settings = {"PLANNER_RPC_SERVERS": f"{small.endpoint}=1KiB,{first.endpoint}=64MiB,{second.endpoint}=64MiB"}
+    async with supervising(models(chat_model), settings) as supervisor:
+        await load(supervisor, "tiny-chat", Role.CHAT)
+        assert used_workers(supervisor) == {"RPC1": first.endpoint}
+        small.stop()
+        given = await supervisor.yield_memory("RPC1", 64 * MIB, 60.0)
+        assert (given.device, given.short_bytes) == ("RPC0", 0)
+        assert given.freed_bytes > 0
+        assert next(row for row in supervisor.snapshot().ledger if row.device == "RPC0").cap_bytes == 0
+        await load(supervisor, "tiny-chat", Role.CHAT)
+        assert used_workers(supervisor) == {"RPC1": second.endpoint}
+        await supervisor.unload("tiny-chat")
+        assert await supervisor.end_yield("RPC0")
+        await load(supervisor, "tiny-chat", Role.CHAT)
+        assert used_workers(supervisor) == {"RPC0": first.endpoint}
