@@ -12,7 +12,7 @@ from planner.types import Machine
 from supervisor.api.models import ModelView
 from supervisor.api.runtime import LoadProgress
 from supervisor.api.snapshot import DeviceLedger, DeviceUse, FailureView, ModelCounters, RunnerView, TokenCounts
-from supervisor.core import ledger, loading, yielding
+from supervisor.core import ledger
 from supervisor.core.commands import (
     Command,
     Grant,
@@ -32,7 +32,6 @@ from supervisor.models.catalogue import ModelEntry
 
 # The two clocks are read a moment apart, and the system's is slewed: less than this is not somebody setting it.
 CLOCK_STEP_S: Final = 0.1
-EVICTED: Final = (loading.FOR_ROOM, yielding.FOR_OTHERS)  # how the reasons begin why a runner goes for another's sake
 
 
 class Clock:
@@ -73,7 +72,7 @@ def count(counters: Mapping[str, ModelCounters], command: Command) -> Mapping[st
                 out_of_memory=before.out_of_memory + (failure.shortage is not None),
             )
         case StopProcess(reason=reason):
-            after = replace(before, unloads=before.unloads + 1, evictions=before.evictions + reason.startswith(EVICTED))
+            after = replace(before, unloads=before.unloads + 1, evictions=before.evictions + reason.evicts)
         case PlanModel() | ReadMachine() | LoseLeases() | Learn():
             return counters
         case _:

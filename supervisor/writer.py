@@ -174,7 +174,7 @@ class Writer:
             case Learn(model, device, size_bytes):
                 self._inventory.learn(device, size_bytes, model)
             case StopProcess(model, generation, reason, at_once):
-                _log.info("runner.stop", model=model, generation=generation, reason=reason)
+                _log.info("runner.stop", model=model, generation=generation, reason=str(reason))
                 self._tasks.start_soon(self.children.stop, model, generation, at_once)
             case Grant() | Reject() | LoseLeases():
                 self._tell(command)

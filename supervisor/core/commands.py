@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from planner.types import LoadOptions
-from supervisor.core.types import NO_OPTIONS, Cap, Failure, LoadPlan, ModelId, Neighbour, Refusal, RunnerId, TicketId
+from supervisor.core.types import (
+    NO_OPTIONS,
+    Cap,
+    Failure,
+    LoadPlan,
+    ModelId,
+    Neighbour,
+    Refusal,
+    RunnerId,
+    StopReason,
+    TicketId,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +66,7 @@ class StopProcess:
 
     model: ModelId
     generation: int
-    reason: str
+    reason: StopReason
     at_once: bool = False
 
 

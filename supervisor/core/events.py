@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final
 
 from planner.types import LoadOptions
 from supervisor.core.loglines import Shortage
-from supervisor.core.types import NO_OPTIONS, LoadPlan, ModelId, ModelSettings, PlanOutcome, TicketId
+from supervisor.core.types import NO_OPTIONS, LoadPlan, ModelId, ModelSettings, PlanOutcome, StopReason, TicketId
+
+ASKED: Final = StopReason("it was asked to stop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +179,7 @@ class StopRequested(RunnerEvent):
     """
 
     drain_until: float | None = None
-    reason: str = "it was asked to stop"
+    reason: StopReason = ASKED
     come_back: bool = False
 
 

@@ -52,7 +52,7 @@ def fail(runner: Runner, failure: Failure, now: float, limits: Limits) -> Outcom
     """
     child, while_loading = runner.child, runner.url is None
     crashes = (*(at for at in runner.crashes if at > now - limits.crash_window_s), now)
-    is_told_to_go = child is not None and child.stop_reason
+    is_told_to_go = child is not None and child.stop_reason is not None
     in_use = not while_loading and not is_told_to_go and runner.stays_s(limits) > 0
     state, pause_s, wanted_back = RunnerState.BACKOFF, _pause_s(len(crashes), limits), in_use or runner.wanted_back
     if len(crashes) >= limits.max_crashes:

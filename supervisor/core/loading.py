@@ -40,12 +40,13 @@ from supervisor.core.types import (
     PlanProblem,
     Refusal,
     RefusalKind,
+    StopReason,
     Ticket,
 )
 
 CAN_LOAD: Final = frozenset({RunnerState.STOPPED, RunnerState.READY})  # READY: what it was loaded for is not enough
-FOR_ROOM: Final = "another model needs its place"
-FOR_OPTIONS: Final = "it is loaded again with other options"
+FOR_ROOM: Final = StopReason("another model needs its place", evicts=True)
+FOR_OPTIONS: Final = StopReason("it is loaded again with other options")
 
 
 def advance(pool: Pool, now: float) -> Outcome:

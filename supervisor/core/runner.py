@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from planner.types import HOST, Decision, LoadOptions
-from supervisor.core.types import NO_OPTIONS, Failure, Limits, LoadPlan, ModelId, RunnerId
+from supervisor.core.types import NO_OPTIONS, Failure, Limits, LoadPlan, ModelId, RunnerId, StopReason
 
 
 class RunnerState(StrEnum):
@@ -39,7 +39,7 @@ class Child:
     ``launch`` is what the settings said of it. ``devices`` are those of its plan as they are called now, by the names
     that they had then, which its log goes by. It has a ``pid`` once it was spawned, and a ``url`` from when it was
     ready. ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of it, None
-    where none did. ``pending_failure`` is why it is stopped, where that is a failure.
+    where none did. ``stop_reason`` is why it drains, ``pending_failure`` why it is stopped, where that is a failure.
     """
 
     started_at: float
@@ -51,7 +51,7 @@ class Child:
     measured_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     serving: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     keep_alive_s: float | None = None
-    stop_reason: str = ""
+    stop_reason: StopReason | None = None
     pending_failure: Failure | None = None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from supervisor.core import failing
 from supervisor.core.commands import Command, LoseLeases, Spawn, StopProcess
 from supervisor.core.events import (
+    ASKED,
     BecameReady,
     ChildHung,
     DeadlinePassed,
@@ -27,13 +28,19 @@ from supervisor.core.events import (
     WrongDevices,
 )
 from supervisor.core.runner import Child, Runner, RunnerState
-from supervisor.core.types import Failure, Limits
+from supervisor.core.types import Failure, Limits, StopReason
 
 # ruff: noqa: D103 - the table says when each is called; what a reader would not guess stands with the function
 
 S = RunnerState
 
 Outcome = tuple[Runner, tuple[Command, ...]]
+
+NOT_WANTED: Final = StopReason("no longer wanted")
+AT_ONCE: Final = StopReason("it was told to stop at once")
+IDLE: Final = StopReason("idle")
+STUCK: Final = StopReason("stuck while loading")
+ELSEWHERE: Final = StopReason("on other devices than planned")
 
 
 def _enter(runner: Runner, state: RunnerState, now: float, *, deadline: float | None = None, **changes: Any) -> Runner:
@@ -123,14 +130,20 @@ def keep_as_long(runner: Runner, _event: KeepAliveChanged, _now: float, limits: 
 
 def finish_draining(runner: Runner, event: RequestFinished, now: float, _limits: Limits) -> Outcome:
     left = _given_back(runner, event.client)
-    return (left, ()) if left.serving else _stop(left, now, f"{_child(left).stop_reason}; drained")
+    reason = _stop_reason(left)
+    return (left, ()) if left.serving else _stop(left, now, replace(reason, words=f"{reason}; drained"))
 
 
 def finish_stopping(runner: Runner, event: RequestFinished, _now: float, _limits: Limits) -> Outcome:
     return _given_back(runner, event.client), ()
 
 
-def _stop(runner: Runner, now: float, reason: str, failure: Failure | None = None) -> Outcome:
+def _stop_reason(runner: Runner) -> StopReason:
+    """Return why it drains, of one that does."""
+    return _child(runner).stop_reason or ASKED
+
+
+def _stop(runner: Runner, now: float, reason: StopReason, failure: Failure | None = None) -> Outcome:
     stopping = _enter(runner, S.STOPPING, now, child=replace(_child(runner), pending_failure=failure))
     return stopping, (StopProcess(runner.model, runner.generation, reason),)
 
@@ -140,7 +153,7 @@ def stop_before_spawned(runner: Runner, event: StopRequested, now: float, _limit
 
 
 def stop_just_spawned(runner: Runner, event: ProcessSpawned, now: float, _limits: Limits) -> Outcome:
-    return _stop(replace(runner, child=replace(_child(runner), pid=event.pid)), now, "no longer wanted")
+    return _stop(replace(runner, child=replace(_child(runner), pid=event.pid)), now, NOT_WANTED)
 
 
 def stop_loading(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
@@ -159,7 +172,7 @@ def stop_ready(runner: Runner, event: StopRequested, now: float, _limits: Limits
 
 def stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Limits) -> Outcome:
     if event.drain_until is None:
-        return _cut_short(runner, now, "it was told to stop at once")
+        return _cut_short(runner, now, AT_ONCE)
     if runner.deadline is not None and runner.deadline <= event.drain_until:
         return runner, ()
     child = replace(_child(runner), stop_reason=event.reason)
@@ -167,37 +180,39 @@ def stop_draining(runner: Runner, event: StopRequested, now: float, _limits: Lim
 
 
 def drained_long_enough(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
-    reason, given = _child(runner).stop_reason, f"{limits.drain_timeout_s:g} s"
-    return _cut_short(runner, now, f"{reason}, and this did not finish in the {given} of DRAIN_TIMEOUT")
+    reason, given = _stop_reason(runner), f"{limits.drain_timeout_s:g} s"
+    story = f"{reason}, and this did not finish in the {given} of DRAIN_TIMEOUT"
+    return _cut_short(runner, now, replace(reason, words=story))
 
 
-def _cut_short(runner: Runner, now: float, story: str) -> Outcome:
+def _cut_short(runner: Runner, now: float, reason: StopReason) -> Outcome:
     """Stop it, and tell the holders of leases at once: the child may take its time to go."""
-    stopping, commands = _stop(runner, now, f"{runner.in_flight} requests in flight: {story}")
-    return stopping, (*commands, LoseLeases(runner.model, runner.generation, story))
+    story = f"{runner.in_flight} requests in flight: {reason}"
+    stopping, commands = _stop(runner, now, replace(reason, words=story))
+    return stopping, (*commands, LoseLeases(runner.model, runner.generation, str(reason)))
 
 
 def hang(runner: Runner, event: ChildHung, now: float, _limits: Limits) -> Outcome:
     """End it by force: it does not even hear that it is told to stop."""
     failure = Failure(at=now, reason=f"it hung: {event.reason}")
     stopping = _enter(runner, S.STOPPING, now, child=replace(_child(runner), pending_failure=failure))
-    stop = StopProcess(runner.model, runner.generation, failure.reason, at_once=True)
+    stop = StopProcess(runner.model, runner.generation, StopReason(failure.reason), at_once=True)
     lost = (LoseLeases(runner.model, runner.generation, failure.reason),) if runner.serving else ()
     return stopping, (stop, *lost)
 
 
 def unload(runner: Runner, _event: DeadlinePassed, now: float, _limits: Limits) -> Outcome:
-    return _stop(runner, now, "idle")
+    return _stop(runner, now, IDLE)
 
 
 def give_up_loading(runner: Runner, _event: DeadlinePassed, now: float, limits: Limits) -> Outcome:
     reason = f"showed no progress in loading for {limits.load_timeout_s:g} s (LOAD_TIMEOUT)"
-    return _stop(runner, now, "stuck while loading", Failure(at=now, reason=reason, timed_out=True))
+    return _stop(runner, now, STUCK, Failure(at=now, reason=reason, timed_out=True))
 
 
 def stop_on_wrong_devices(runner: Runner, event: WrongDevices, now: float, _limits: Limits) -> Outcome:
     reason = f"not on the planned devices: {event.reason}; planner doctor says more"
-    return _stop(runner, now, "on other devices than planned", Failure(at=now, reason=reason))
+    return _stop(runner, now, ELSEWHERE, Failure(at=now, reason=reason))
 
 
 def spawn_failed(runner: Runner, event: SpawnFailed, now: float, limits: Limits) -> Outcome:

@@ -36,8 +36,10 @@ from supervisor.core.events import (
 from supervisor.core.pool import LoadPhase, Pool
 from supervisor.core.runner import STAYS, RunnerState
 from supervisor.core.stepping import Outcome, asked_anew, step_runner
-from supervisor.core.types import ModelId, ModelSettings, Refusal, RefusalKind
+from supervisor.core.types import ModelId, ModelSettings, Refusal, RefusalKind, StopReason
 
+SERVICE_STOPS: Final = StopReason("the service stops")
+SETTINGS_CHANGED: Final = StopReason("its settings have changed")
 MAX_ROUNDS: Final = 10_000  # of settling; far above what a full queue needs, so that ping-pong is an error and no hang
 
 
@@ -95,7 +97,7 @@ def _shut_down(pool: Pool, now: float) -> Outcome:
     commands: tuple[Command, ...] = tuple(Reject(one.id, one.model, refusal) for one in pool.waiting)
     pool = replace(pool, draining=True, loads=MappingProxyType({}), waiting=())
     for one in tuple(pool.runners.values()):
-        stop = StopRequested(one.model, one.generation, drain_until, "the service stops")
+        stop = StopRequested(one.model, one.generation, drain_until, SERVICE_STOPS)
         pool, more = step_runner(pool, stop, now)
         commands += more
     return pool, commands
@@ -122,7 +124,7 @@ def _change_settings(pool: Pool, by_model: Mapping[ModelId, ModelSettings], now:
     for one in tuple(pool.runners.values()):
         if one.child is not None and one.state in STAYS and one.child.launch != pool.settings_of(one.model).launch:
             until = now + pool.limits.drain_timeout_s
-            stop = StopRequested(one.model, one.generation, until, "its settings have changed", come_back=True)
+            stop = StopRequested(one.model, one.generation, until, SETTINGS_CHANGED, come_back=True)
             pool, more = step_runner(pool, stop, now)
             commands += more
         elif before.limits_of(one.model) != pool.limits_of(one.model):

@@ -184,6 +184,18 @@ class Cap:
     most_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class StopReason:
+    """Why a runner goes, in words. ``evicts``: not for its own sake, but for somebody else's."""
+
+    words: str
+    evicts: bool = False
+
+    def __str__(self) -> str:
+        """Return the words."""
+        return self.words
+
+
 class Standing(StrEnum):
     """Whether a runner's memory can be had."""
 

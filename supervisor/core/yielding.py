@@ -21,9 +21,9 @@ from supervisor.core.events import StopRequested, YieldEnded, YieldRequested
 from supervisor.core.pool import Pool, Yielded
 from supervisor.core.runner import STAYS, Runner, RunnerState
 from supervisor.core.stepping import Outcome, step_runner
-from supervisor.core.types import Cap, ModelId
+from supervisor.core.types import Cap, ModelId, StopReason
 
-FOR_OTHERS: Final = "its memory is another program's for now"
+FOR_OTHERS: Final = StopReason("its memory is another program's for now", evicts=True)
 
 
 def changed(pool: Pool, event: YieldRequested | YieldEnded, now: float) -> Pool:

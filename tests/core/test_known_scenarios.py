@@ -102,7 +102,7 @@ def test_a_model_in_use_is_not_unloaded_however_long_that_takes_and_one_that_is_
     bench.finish(A)
     assert bench.wait(59.0) == ()
     bench.wait(1.0)
-    assert bench.one(StopProcess).reason == "idle"
+    assert str(bench.one(StopProcess).reason) == "idle"
     bench.exit(A)
     assert ledger.held_bytes(bench.pool) == {}
 

@@ -12,6 +12,7 @@ from making_plans import LIMITS, make_plan
 from supervisor.core import events
 from supervisor.core.commands import Learn, LoseLeases, ReportFailure, Spawn, StopProcess
 from supervisor.core.events import (
+    ASKED,
     BecameReady,
     ChildHung,
     DeadlinePassed,
@@ -267,7 +268,7 @@ def test_a_child_that_hangs_while_it_loads_is_ended_by_force_and_its_load_failed
 @pytest.mark.parametrize("state", [RunnerState.READY, RunnerState.DRAINING])
 def test_a_child_that_hangs_is_ended_by_force_its_clients_told_and_comes_back(state: RunnerState) -> None:
     """Unless it was about to go anyway."""
-    reason, deadline = ("unloaded", 9.0) if state is RunnerState.DRAINING else ("", None)
+    reason, deadline = (ASKED, 9.0) if state is RunnerState.DRAINING else (None, None)
     child = Child(0.0, url="http://x", serving={"": 2}, stop_reason=reason)
     busy = runner_in(state, child, deadline=deadline)
     stopping, (stop, lost) = step(busy, ChildHung(MODEL, 1, "no answer to GET /health"), 5.0, LIMITS)

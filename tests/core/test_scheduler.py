@@ -23,7 +23,7 @@ from supervisor.core.events import (
 from supervisor.core.loglines import Shortage
 from supervisor.core.runner import RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
-from supervisor.core.types import DoesNotFit, MakeRoom, ModelId, ModelSettings, PlanProblem, RefusalKind
+from supervisor.core.types import DoesNotFit, MakeRoom, ModelId, ModelSettings, PlanProblem, RefusalKind, StopReason
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 ALONE = replace(LIMITS, max_loaded_models=1)
@@ -224,7 +224,7 @@ def test_an_idle_model_is_unloaded_after_keep_alive() -> None:
     bench.finish(A)
     bench.now = 60.0
     bench.post(TimePassed())
-    assert bench.one(StopProcess).reason == "idle"
+    assert str(bench.one(StopProcess).reason) == "idle"
 
 
 def test_keep_alive_zero_unloads_at_once_but_serves_who_waits_first() -> None:
@@ -314,7 +314,7 @@ def test_a_runner_whose_launch_is_another_now_drains_and_comes_back_and_others_a
     assert (bench.state(A), bench.pool.runner(B)) == (RunnerState.DRAINING, untouched)
     waiting = bench.arrive(A)
     bench.finish(A)
-    assert bench.one(StopProcess).reason == "its settings have changed; drained"
+    assert str(bench.one(StopProcess).reason) == "its settings have changed; drained"
     bench.exit(A)
     assert bench.one(PlanModel).launch == "-c 8192"
     bench.answer(make_plan())
@@ -390,7 +390,7 @@ def test_a_runner_that_failed_for_good_may_be_reset() -> None:
 def test_a_runner_that_is_unloaded_finishes_its_streams_and_then_serves_who_waits_with_another_child() -> None:
     bench = Bench()
     bench.bring_up(A)
-    bench.post(StopRequested(A, 1, drain_until=10.0, reason="it was unloaded"))
+    bench.post(StopRequested(A, 1, drain_until=10.0, reason=StopReason("it was unloaded")))
     waiting = bench.arrive(A)
     assert granted(bench.commands) == []
     bench.finish(A)
@@ -402,6 +402,6 @@ def test_a_runner_that_is_unloaded_finishes_its_streams_and_then_serves_who_wait
 def test_a_drain_that_takes_too_long_is_cut_short_and_says_for_what() -> None:
     bench = Bench()
     bench.bring_up(A)
-    bench.post(StopRequested(A, 1, drain_until=10.0, reason="it was unloaded"))
+    bench.post(StopRequested(A, 1, drain_until=10.0, reason=StopReason("it was unloaded")))
     bench.wait(10.0)
     assert bench.one(LoseLeases).story == "it was unloaded, and this did not finish in the 10 s of DRAIN_TIMEOUT"

@@ -18,7 +18,7 @@ from supervisor.core.events import (
     YieldRequested,
 )
 from supervisor.core.runner import RunnerState
-from supervisor.core.types import Cap, DoesNotFit, ModelId, ModelSettings, RefusalKind
+from supervisor.core.types import Cap, DoesNotFit, ModelId, ModelSettings, RefusalKind, StopReason
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 MANY = replace(LIMITS, max_loaded_models=None)
@@ -88,7 +88,7 @@ def test_one_that_loads_serves_who_waited_for_it_before_it_goes() -> None:
     assert granted(bench.finish(A)) == [second]
     assert bench.state(A) is RunnerState.DRAINING
     bench.finish(A)
-    assert bench.one(StopProcess).reason == f"{yielding.FOR_OTHERS}; drained"
+    assert bench.one(StopProcess).reason == StopReason(f"{yielding.FOR_OTHERS}; drained", evicts=True)
 
 
 def test_what_is_loaded_below_the_cap_and_turns_out_larger_is_not_loaded_over_and_over() -> None:
@@ -111,7 +111,7 @@ def test_one_that_goes_when_it_has_finished_may_be_hurried() -> None:
         bench.bring_up(model)
     bench.post(replace(ALL, wanted_bytes=30))
     assert [bench.pool.runner(model).deadline for model in (A, B)] == [math.inf, math.inf]
-    bench.post(StopRequested(A, 1, drain_until=5.0, reason="it was unloaded"))
+    bench.post(StopRequested(A, 1, drain_until=5.0, reason=StopReason("it was unloaded")))
     assert bench.pool.runner(A).deadline == 5.0
     bench.post(ShutdownRequested())
     assert [bench.pool.runner(model).deadline for model in (A, B)] == [5.0, 10.0]
