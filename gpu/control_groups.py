@@ -52,8 +52,8 @@ def thread_limit(process: str, root: Path = Path("/")) -> ThreadLimit | None:
     found = []
     for folder, _ in levels(root, process, "pids"):
         most, now = number(folder / "pids.max"), number(folder / "pids.current")
-        if most is not None:
-            found.append(ThreadLimit(max(most - (now or 0), 0), name_of(folder, root)))
+        if most is not None and now is not None:
+            found.append(ThreadLimit(max(most - now, 0), name_of(folder, root)))
     return min(found, key=lambda limit: limit.left, default=None)
 
 

@@ -228,8 +228,12 @@ def _held(facts: Facts) -> Found:
             yield from _runner(holder, what, facts)
         elif holder.name is None:
             yield _NOTE, Fault(what, "it runs in another container, or hangs in the driver: look from the host itself")
-        elif (holder.used_bytes or 0) > HELD_BY_OTHERS * (device.total_bytes or 0):
+        elif _is_much(holder.used_bytes, device.total_bytes):
             yield _NOTE, Fault(what, "end it to make room; plans are made around it")
+
+
+def _is_much(used_bytes: int | None, total_bytes: int | None) -> bool:
+    return used_bytes is not None and total_bytes is not None and used_bytes > HELD_BY_OTHERS * total_bytes
 
 
 def _runner(holder: Holder, what: str, facts: Facts) -> Found:

@@ -101,7 +101,8 @@ def capped(machine: Machine, policy: Policy, caps: Iterable[Cap]) -> tuple[Machi
 def _below(machine: Machine, policy: Policy, cap: Cap) -> tuple[Machine, Policy]:
     """Return both with room for what the cap leaves: on each of its devices, and in the memory that they share.
 
-    Where the host is among them that is the host's, of which what is beyond the cap counts as promised.
+    Where the host is among them that is the host's, of which what is beyond the cap counts as promised. Where nobody
+    knows what is free there, that is what the cap leaves.
     """
     room = cap.most_bytes - sum(policy.held.get(name, 0) for name in cap.devices)
     promised = sum(policy.promised.get(name, 0) for name in cap.devices)
@@ -110,22 +111,25 @@ def _below(machine: Machine, policy: Policy, cap: Cap) -> tuple[Machine, Policy]
         here, before = room + policy.held.get(name, 0), policy.max_vram.of(name)
         most[name] = here if before is None else min(here, before)
     policy = replace(policy, max_vram=PerDevice(policy.max_vram.default, most))
-    if HOST in cap.devices:
-        beyond = max(0, (machine.host.free_bytes or 0) - room - promised)
+    host = machine.host
+    if HOST in cap.devices and host.free_bytes is not None:
+        beyond = max(0, host.free_bytes - room - promised)
         return machine, replace(policy, promised={**policy.promised, HOST: policy.promised.get(HOST, 0) + beyond})
+    if HOST in cap.devices:
+        machine = replace(machine, host=replace(host, free_bytes=room + promised))
+        return _with_at_most(machine, frozenset({host.pool}), room + promised), policy
     shared = {device.pool for device in machine.devices if device.name in cap.devices} if len(cap.devices) > 1 else ()
     return _with_at_most(machine, frozenset(shared), room + promised), policy
 
 
 def _with_at_most(machine: Machine, shared: frozenset[PoolId], free_bytes: int) -> Machine:
     """Return the machine with no more than this free in these pools."""
-    pools = (
-        replace(pool, free_bytes=min(pool.free_bytes, free_bytes))
-        if pool.id in shared and pool.free_bytes is not None
-        else pool
-        for pool in machine.pools
-    )
-    return replace(machine, pools=tuple(pools))
+
+    def limited(pool: MemoryPool) -> MemoryPool:
+        least = free_bytes if pool.free_bytes is None else min(pool.free_bytes, free_bytes)
+        return replace(pool, free_bytes=least) if pool.id in shared else pool
+
+    return replace(machine, pools=tuple(map(limited, machine.pools)))
 
 
 @dataclass(frozen=True, slots=True)

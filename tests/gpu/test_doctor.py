@@ -288,6 +288,14 @@ def test_a_runner_of_the_service_is_no_finding() -> None:
     assert examine(replace(HEALTHY, holders=with_holder(parent=parent))) == ()
 
 
+@pytest.mark.parametrize("used, total", [(None, 24 * GIB), (20, None)])
+def test_of_a_program_nobody_says_that_it_holds_much_where_that_is_not_known(
+    used: int | None, total: int | None
+) -> None:
+    holders = with_holder(name="python3", used_bytes=used)
+    assert examine(replace(HEALTHY, machine=with_device(total_bytes=total), holders=holders)) == ()
+
+
 def test_the_text_has_a_line_for_every_check_and_a_verdict() -> None:
     text = doctor.as_text(examine(replace(HEALTHY, memory=HostMemory(GIB, GIB, limited_by="control group /a"))))
     assert "ok     NVIDIA driver" in text

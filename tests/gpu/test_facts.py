@@ -91,6 +91,11 @@ PIDS = "1 1 0:1 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids"
             "control group /sys/fs/cgroup/pids/x",
         ),
         (
+            {"proc/900/cgroup": "0::/a", "proc/900/mountinfo": UNIFIED, "sys/fs/cgroup/a/pids.max": "100"},
+            None,
+            None,
+        ),
+        (
             {
                 "proc/900/limits": "Max processes  100  100  processes",
                 "proc/900/status": "Uid:\t1000\t1000\nThreads:\t7",

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, PoolId
-from supervisor.planning.planned_machine import Share, emptied, occupied, shares, without
+from planner.budget import budgets
+from planner.types import HOST, HOST_POOL, Device, DeviceKind, DeviceName, Machine, MemoryPool, Policy, PoolId
+from supervisor.core.types import Cap
+from supervisor.planning.planned_machine import Share, capped, emptied, occupied, shares, without
 
 HOST_DEVICE = Device(HOST, DeviceKind.HOST, 1000, 400, HOST_POOL)
 
@@ -86,6 +88,22 @@ def test_who_wants_memory_of_a_device_wants_it_of_all_that_share_it_and_of_the_d
     assert shares(there, "Vulkan0") == shares(there, HOST) == (all_of_it,)
     with pytest.raises(KeyError):
         shares(there, "CUDA7")
+
+
+@pytest.mark.parametrize("devices", [frozenset({HOST}), frozenset({HOST, "Vulkan0"})])
+def test_of_memory_of_which_nobody_knows_what_is_free_our_runners_may_have_what_a_cap_leaves(
+    devices: frozenset[str],
+) -> None:
+    """And not all they like, nor nothing."""
+    shared = Device(DeviceName("Vulkan0"), DeviceKind.VULKAN, None, None, HOST_POOL)
+    unknown = Machine(
+        (shared,), Device(HOST, DeviceKind.HOST, None, None, HOST_POOL), (MemoryPool(HOST_POOL, None, None),)
+    )
+    policy = Policy(held={HOST: 30, "Vulkan0": 20}, promised={HOST: 10})
+    assert budgets(unknown, policy).of(HOST) is None
+    limits = budgets(*capped(unknown, policy, [Cap(devices, 90)]))
+    room = 90 - sum(policy.held[name] for name in devices)
+    assert (limits.of(HOST), limits.shared_pools) == (room, {HOST_POOL: room})
 
 
 def test_a_device_that_is_not_to_be_used_is_left_out_and_said_so() -> None:
