@@ -7,20 +7,21 @@ handler can forget to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from config.keys_file import Client, hash_of
 from planner.types import Role
-from supervisor.api.errors import ClientLimit, UnknownModel
+from supervisor.api.errors import AcquireError, ClientLimit, UnknownModel
 from supervisor.api.lease import Lease
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, Need
 from supervisor.api.runtime import LoadProgress, Runtime, YieldResult
 from supervisor.api.snapshot import Snapshot
+from supervisor.gateway.discretion import Discretion
 from supervisor.gateway.errors import NotPermitted, Unauthorized
 
 SHARED: Final = "shared key"  # how the names begin of those who hold a key of API_KEYS, which have none
@@ -125,18 +126,22 @@ class PermittedRuntime:
         self._runtime = runtime
 
     def snapshot(self) -> Snapshot:
-        """Return the state of everything, models and runners that the client may not use left out."""
+        """Return the state of everything, models and runners that the client may not use left out.
+
+        So are the operator's paths for a client that may not use all.
+        """
         snapshot = self._runtime.snapshot()
         client = _caller.get().client
         if not client.models:
             return snapshot
         visible = {one.id for one in snapshot.models if _may_use(client, one.id, one.aliases)}
-        return replace(
+        shown = replace(
             snapshot,
             models=tuple(one for one in snapshot.models if one.id in visible),
             runners=tuple(one for one in snapshot.runners if one.model in visible),
             counters={name: counters for name, counters in snapshot.counters.items() if name in visible},
         )
+        return Discretion(snapshot.models).snapshot(shown)
 
     async def resolve(self, name: str) -> str:
         """Return the model's id. Raises UnknownModel."""
@@ -152,12 +157,22 @@ class PermittedRuntime:
     def model(self, model: str) -> ModelView:
         """Return the model. Raises UnknownModel."""
         self._check(model)
-        return self._runtime.model(model)
+        view = self._runtime.model(model)
+        return Discretion([view]).model(view) if _caller.get().client.models else view
 
     def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
         """Wait for a lease, in the name of the client at hand. Raises UnknownModel."""
         self._check(model)
-        return self._runtime.acquire(model, role, replace(need, client=_caller.get().name))
+        need = replace(need, client=_caller.get().name)
+        if not _caller.get().client.models:
+            return self._runtime.acquire(model, role, need)
+        return self._acquire_discreetly(model, role, need)
+
+    @asynccontextmanager
+    async def _acquire_discreetly(self, model: str, role: Role, need: Need) -> AsyncIterator[Lease]:
+        with self._discreetly(model):
+            async with self._runtime.acquire(model, role, need) as lease:
+                yield lease
 
     async def unload(self, model: str) -> bool:
         """Unload the model. Raises NotPermitted, UnknownModel."""
@@ -199,19 +214,39 @@ class PermittedRuntime:
     async def details(self, model: str, *, whole: bool = False) -> Mapping[str, Any]:
         """Return what the model's header says. Raises UnknownModel."""
         self._check(model)
-        return await self._runtime.details(model, whole=whole)
+        with self._discreetly(model):
+            return await self._runtime.details(model, whole=whole)
 
     def log_lines(self, model: str, *, follow: bool) -> AsyncGenerator[str, None]:
         """Yield the runner's log. Raises NotPermitted, UnknownModel."""
         check_may_manage()
         self._check(model)
-        return self._runtime.log_lines(model, follow=follow)
+        lines = self._runtime.log_lines(model, follow=follow)
+        if not _caller.get().client.models:
+            return lines
+        return _discreet_lines(lines, Discretion([self._runtime.model(model)]))
+
+    @contextmanager
+    def _discreetly(self, model: str) -> Iterator[None]:
+        """Let what went wrong with a model be told without paths, where the client at hand may use some models only."""
+        try:
+            yield
+        except AcquireError as error:
+            if _caller.get().client.models:
+                error.args = (Discretion([self._runtime.model(model)]).text(str(error)),)
+            raise
 
     def _check(self, model: str) -> None:
         """Raise UnknownModel for a model that the client at hand may not use."""
         client = _caller.get().client
         if client.models and not _may_use(client, model, self._runtime.model(model).aliases):
             raise _unknown(model)
+
+
+async def _discreet_lines(lines: AsyncGenerator[str, None], discretion: Discretion) -> AsyncGenerator[str, None]:
+    async with aclosing(lines):
+        async for line in lines:
+            yield discretion.text(line)
 
 
 def _unknown(model: str) -> UnknownModel:

@@ -28,9 +28,11 @@ class Service:
     log: list[dict[str, Any]]
     closing: ExitStack
 
-    def request(self, method: str, path: str, body: object = None) -> HTTPResponse:
+    def request(self, method: str, path: str, body: object = None, *, key: str | None = None) -> HTTPResponse:
         connection = self.closing.enter_context(closing(HTTPConnection("127.0.0.1", self.port, timeout=WITHIN_S)))
-        connection.request(method, path, body if body is None or isinstance(body, bytes) else json.dumps(body))
+        headers = {} if key is None else {"X-Api-Key": key}
+        sent = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        connection.request(method, path, sent, headers)
         return self.closing.enter_context(connection.getresponse())
 
     def get(self, path: str) -> Any:
