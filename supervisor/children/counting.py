@@ -1,8 +1,9 @@
 """How many tokens a child has worked through, by its own counters (tools/server/server-task.cpp, ``to_metrics``).
 
 They are read a moment after a request has ended, since a request's generated tokens are counted when it ends
-(server-context.cpp, ``metrics_on_prediction``); so a child that nobody uses is never asked. llama-server answers from
-its queue, between two batches or from beside one: reading takes nothing from those whom it serves.
+(server-context.cpp, ``metrics_on_prediction``); so a child that nobody uses is never asked. What was not read when it
+crashes is lost: what it worked on, and what has ended since it was read last. llama-server answers from its queue,
+between two batches or from beside one: reading takes nothing from those whom it serves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from supervisor.children.health import fetch
 COUNTERS: Final = "/metrics"
 # Without this llama-server refuses to tell them. A variable, not a flag: the same flag may stand among the operator's.
 ENABLED: Final[Mapping[str, str]] = MappingProxyType({"LLAMA_ARG_ENDPOINT_METRICS": "1"})
-# More often than anybody scrapes, and seldom enough that it is no work: reading them takes a millisecond.
+# Whoever asks the next question at once is served first.
+READ_AFTER_S: Final = 0.1
+# More often than anybody scrapes, and seldom enough that it is no work: reading them takes a millisecond. Longer than
+# llama-server takes to notice that a client has left (server-context.cpp, HTTP_POLLING_SECONDS).
 READ_EVERY_S: Final = 3.0
 # An older llama-server computes a batch to its end first; what it has not told by then, it tells the next time.
 ANSWER_WITHIN_S: Final = 2.0
@@ -42,11 +46,16 @@ class TokenWatch:
         """Let it be read soon: a request has ended."""
         self._used.set()
 
-    async def follow(self) -> None:
-        """Tell what was added, some time after it was used; for ever."""
+    async def follow(self, *, again_s: float = READ_EVERY_S) -> None:
+        """Tell what was added soon after it was used, and once more after ``again_s``; for ever.
+
+        Soon, for it may crash; again, for a request whose client has left is counted later.
+        """
         while True:
             await self._used.wait()
-            await anyio.sleep(READ_EVERY_S)
+            await anyio.sleep(READ_AFTER_S)
+            await self._tell_added(ANSWER_WITHIN_S)
+            await anyio.sleep(again_s)
             await self.read(ANSWER_WITHIN_S)
 
     async def read(self, within_s: float) -> None:
@@ -54,6 +63,9 @@ class TokenWatch:
         if not self._used.is_set():
             return
         self._used = anyio.Event()
+        await self._tell_added(within_s)
+
+    async def _tell_added(self, within_s: float) -> None:
         answer = await fetch(self._url, COUNTERS, self._api_key, within_s=within_s)
         if answer is None or (counts := counts_of(answer)) is None:
             return

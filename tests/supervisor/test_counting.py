@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -113,6 +114,27 @@ async def test_a_child_is_asked_once_for_many_uses_and_with_its_key() -> None:
         await watch.read(WITHIN_S)
     assert len(asked) == len(told) == 1
     assert "Authorization: Bearer its-key\r\n" in asked[0]
+
+
+async def test_a_child_is_read_soon_after_use_and_once_more_for_what_it_counts_later() -> None:
+    """It may crash any time; and a request whose client has left goes on until llama-server notices."""
+    told, all_told = list[TokenCounts](), anyio.Event()
+
+    def tell(added: TokenCounts) -> None:
+        told.append(added)
+        if len(told) == 2:
+            all_told.set()
+
+    async with telling(good(exposition("10", "5")), good(exposition("10", "7"))) as (url, asked):
+        watch = TokenWatch(url, "key", tell)
+        watch.note_use()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(watch.follow, again_s=0.0))
+            with anyio.fail_after(WITHIN_S):
+                await all_told.wait()
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+    assert (told, len(asked)) == ([TokenCounts(10, 5, 0.25, 1.5), TokenCounts(0, 2, 0.0, 0.0)], 2)
 
 
 async def test_a_silent_child_is_not_waited_for() -> None:
