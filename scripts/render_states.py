@@ -55,6 +55,7 @@ def _examples(kind: type[each.RunnerEvent]) -> Iterator[each.RunnerEvent]:
         each.WrongDevices: [{"reason": ""}],
         each.BecameReady: [{"url": ""}],
         each.ChildHung: [{"reason": ""}],
+        each.PromptCacheChanged: [{"size_bytes": 1}],
         each.StopRequested: [{"drain_until": None}, {"drain_until": NOW + 1}],
         each.ProcessExited: [
             {"exit": "", "last_error": None, "shortage": shortage} for shortage in (None, Shortage("CUDA0"))

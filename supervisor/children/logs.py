@@ -11,7 +11,7 @@ import anyio
 import structlog
 
 from supervisor.core import loglines
-from supervisor.core.loglines import BufferKind, BufferSize, ErrorLine, Fact, Shortage
+from supervisor.core.loglines import BufferKind, BufferSize, ErrorLine, Fact, PromptCache, Shortage
 
 MAX_LINE_BYTES: Final = 4096  # longer lines are metadata dumps (chat templates); their beginning tells all
 KEPT_LINES: Final = 200  # a load prints about 170 lines, so the ring holds the story of a failed one
@@ -34,6 +34,7 @@ class ChildLog:
         self._lines: deque[bytes] = deque(maxlen=KEPT_LINES)  # as they came: hardly any is ever read again
         self._errors: deque[ErrorLine] = deque(maxlen=KEPT_ERRORS)
         self._measured: Counter[str] = Counter()
+        self._prompt_cache = PromptCache(0)
         self.n_lines = 0
         self._said: anyio.Event | None = None  # made by whoever waits for more: nearly always nobody does
         self._closed = False
@@ -48,6 +49,10 @@ class ChildLog:
             facts = []
         else:
             facts = [fact for line in lines if (fact := self._take(line)) is not None]
+        cache = loglines.prompt_cache(whole)
+        if cache is not None and cache != self._prompt_cache:
+            self._prompt_cache = cache
+            facts.append(cache)
         self._wake()
         return facts
 

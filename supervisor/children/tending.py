@@ -39,10 +39,11 @@ from supervisor.core.events import (
     LoadProgressed,
     ProcessExited,
     ProcessSpawned,
+    PromptCacheChanged,
     SpawnFailed,
     WrongDevices,
 )
-from supervisor.core.loglines import Fact, Listening, UsingDevice
+from supervisor.core.loglines import Fact, Listening, PromptCache, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId, Program
 
@@ -270,6 +271,8 @@ class Children:
                     running.used.append(fact)
                 if (wrong := _wrong_devices(running, fact)) is not None:
                     self._post(WrongDevices(model, generation, wrong))
+                elif isinstance(fact, PromptCache):
+                    self._post(PromptCacheChanged(model, generation, fact.size_bytes))
                 elif isinstance(fact, Listening):
                     running.url = fact.url
                     running.tokens = TokenWatch(fact.url, running.api_key, partial(self._count, model))

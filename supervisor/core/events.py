@@ -143,6 +143,13 @@ class BecameReady(RunnerEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptCacheChanged(RunnerEvent):
+    """The child has taken so much of the host's memory for its prompt cache by now: the kernel shows that as used."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessExited(RunnerEvent):
     """The child is gone and reaped. ``last_error`` is the line of its log that says most about why.
 

@@ -50,6 +50,13 @@ class UsingDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptCache:
+    """What the prompt cache has taken of the host's memory by now (tools/server/server-task.cpp, ``update``)."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listening:
     """The server has loaded, and answers at this address."""
 
@@ -80,7 +87,7 @@ class Shortage:
         return "out of memory" if self.device is None else f"out of memory on {self.device}"
 
 
-Fact = BufferSize | UsingDevice | Listening | ErrorLine
+Fact = BufferSize | UsingDevice | Listening | ErrorLine | PromptCache
 
 MIB: Final = 1024 * 1024
 LAST_WORDS: Final = 12  # a fatal allocation is passed on in 8 lines; one that was survived lies further back
@@ -92,6 +99,8 @@ _BUFFER = re.compile(
 _DEVICE = re.compile(
     r"^\w+: using device (?P<name>\S+) \((?P<description>.*)\) \((?P<id>[^()]*)\) - (?P<free>\d+) MiB free$"
 )
+_PROMPT_CACHE: Final = b" - cache state: "
+_CACHED = re.compile(rb"\d+ prompts, (?P<mib>\d+\.\d+) MiB ")
 _UNKNOWN_ID: Final = "unknown id"  # src/llama.cpp, llama_prepare_model_devices
 _LISTENING = re.compile(r"^llama_server: listening on (?P<url>\S+)$")
 # How a line begins that is no complaint (or goes on with one that is none), and what is in all that state a fact.
@@ -150,6 +159,13 @@ def read(line: str) -> Fact | None:
             buffer=failed["buffer"] if failed else None,
         )
     return None
+
+
+def prompt_cache(lines: bytes) -> PromptCache | None:
+    """Return what the last of these lines says of the prompt cache, None where none does; at little cost, too."""
+    at = lines.rfind(_PROMPT_CACHE)
+    found = None if at < 0 else _CACHED.match(lines, at + len(_PROMPT_CACHE))
+    return None if found is None else PromptCache(round(float(found["mib"]) * MIB))
 
 
 def device_of(buffer: str, buffer_devices: Mapping[str, str]) -> str:

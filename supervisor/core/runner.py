@@ -38,8 +38,9 @@ class Child:
 
     ``launch`` is what the settings said of it. ``devices`` are those of its plan as they are called now, by the names
     that they had then, which its log goes by. It has a ``pid`` once it was spawned, and a ``url`` from when it was
-    ready. ``serving`` counts the requests in flight by client. ``keep_alive_s`` is what a request asked of it, None
-    where none did. ``stop_reason`` is why it drains, ``pending_failure`` why it is stopped, where that is a failure.
+    ready. ``prompt_cache_bytes`` is what it said last that its prompt cache has taken. ``serving`` counts the requests
+    in flight by client. ``keep_alive_s`` is what a request asked of it, None where none did. ``stop_reason`` is why it
+    drains, ``pending_failure`` why it is stopped, where that is a failure.
     """
 
     started_at: float
@@ -49,6 +50,7 @@ class Child:
     url: str | None = None
     load_fraction: float | None = None
     measured_bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    prompt_cache_bytes: int = 0
     serving: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     keep_alive_s: float | None = None
     stop_reason: StopReason | None = None
@@ -153,10 +155,15 @@ class Runner:
         }
 
     def later_bytes(self) -> dict[str, int]:
-        """Return the part of it that its child takes in use only, where there is one that has loaded."""
+        """Return the part of it that its child takes in use only and has not taken yet, where one has loaded.
+
+        How full its prompt cache is, it says; of what a large image takes nobody knows whether there was one.
+        """
         if self.child is None or self.state in IS_LOADING or self.plan is None:
             return {}
-        return {use.device: use.later_bytes for use in self.plan.uses if use.later_bytes}
+        later = {use.device: use.later_bytes for use in self.plan.uses}
+        later[HOST] = later.get(HOST, 0) - self.child.prompt_cache_bytes
+        return {device: size for device, size in later.items() if size > 0}
 
     def held_on(self, devices: Iterable[str]) -> int:
         """Return what its child holds on these devices together."""

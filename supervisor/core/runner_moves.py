@@ -19,6 +19,7 @@ from supervisor.core.events import (
     NoRoomLeft,
     ProcessExited,
     ProcessSpawned,
+    PromptCacheChanged,
     RequestFinished,
     RequestGranted,
     ResetRequested,
@@ -101,6 +102,10 @@ def become_ready(runner: Runner, event: BecameReady, now: float, limits: Limits)
         last_used=now,
     )
     return ready, ()
+
+
+def fill_prompt_cache(runner: Runner, event: PromptCacheChanged, _now: float, _limits: Limits) -> Outcome:
+    return replace(runner, child=replace(_child(runner), prompt_cache_bytes=event.size_bytes)), ()
 
 
 def grant(runner: Runner, event: RequestGranted, now: float, _limits: Limits) -> Outcome:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from making_plans import CUDA0, Bench, make_plan
 
 from supervisor.core import ledger
-from supervisor.core.events import BecameReady, YieldRequested
+from supervisor.core.events import BecameReady, PromptCacheChanged, YieldRequested
 from supervisor.core.settling import SETTLE_WITHIN_S
 from supervisor.core.types import ModelId, PlannedUse
 
@@ -79,6 +79,16 @@ def test_what_is_taken_in_use_only_is_held_but_neither_shown_nor_free_once_the_r
     assert row(bench, "CUDA0").cap_bytes == 2, "of what nobody knows nothing can be taken off"
     bench.exit(A)
     assert ledger.later_on(bench.pool, CUDA0) == 0
+
+
+def test_of_a_prompt_cache_what_it_has_taken_already_is_not_promised_to_it_as_well() -> None:
+    """The kernel shows that as used; what its runner holds in all is the same."""
+    bench = Bench()
+    bench.bring_up(A, replace(make_plan(), uses=(PlannedUse("Host", 10, 10, later_bytes=4),)))
+    for cached, left in ((3, {"Host": 1}), (9, {}), (0, {"Host": 4})):
+        bench.post(PromptCacheChanged(A, 1, cached))
+        assert ledger.neighbour(bench.pool, bench.pool.runner(A), 0.0).promised_bytes == left
+        assert ledger.held_bytes(bench.pool) == {"Host": 10}
 
 
 def test_memory_that_a_load_was_promised_counts_when_other_memory_is_yielded() -> None:

@@ -21,6 +21,7 @@ from supervisor.core.events import (
     NoRoomLeft,
     ProcessExited,
     ProcessSpawned,
+    PromptCacheChanged,
     RequestFinished,
     RequestGranted,
     ResetRequested,
@@ -48,6 +49,7 @@ EXAMPLES: dict[type[RunnerEvent], RunnerEvent] = {
     LoadProgressed: LoadProgressed(MODEL, 1),
     WrongDevices: WrongDevices(MODEL, 1, "it uses CUDA1 where CUDA0 was planned"),
     BecameReady: BecameReady(MODEL, 1, "http://127.0.0.1:1"),
+    PromptCacheChanged: PromptCacheChanged(MODEL, 1, 5),
     ProcessExited: ProcessExited(MODEL, 1, "exit status 1", "out of memory", ("a", "b")),
     RequestGranted: RequestGranted(MODEL, 1),
     RequestFinished: RequestFinished(MODEL, 1),
@@ -69,7 +71,10 @@ ILLEGAL = {
         set(RunnerState) - {RunnerState.STARTING, RunnerState.STOPPING}, [ProcessSpawned, SpawnFailed]
     ),
     # before there is a process nothing can be said of it, and after its exit there is none
-    *itertools.product([RunnerState.STARTING], [LoadProgressed, WrongDevices, BecameReady, ChildHung, ProcessExited]),
+    *itertools.product(
+        [RunnerState.STARTING],
+        [LoadProgressed, WrongDevices, BecameReady, PromptCacheChanged, ChildHung, ProcessExited],
+    ),
     *itertools.product([RunnerState.STOPPED, RunnerState.BACKOFF, RunnerState.FAILED], [ProcessExited]),
     *itertools.product([RunnerState.READY, RunnerState.DRAINING], [BecameReady, WrongDevices]),  # said once, before
     *itertools.product([RunnerState.STARTING, RunnerState.LOADING], [RequestFinished]),  # nothing was granted yet

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import aiohttp
+import anyio
 import psutil
 import pytest
-from event_log import EventLog
+from event_log import WITHIN_S, EventLog
 from supervising import Models, Supervising, ask, load, only_runner, pid_of, took_what_was_planned
 
-from planner.types import LoadOptions, Role
+from planner.types import HOST, LoadOptions, Role
+from planner.units import MIB
 from supervisor.api.errors import (
     BadModel,
     UnknownModel,
     WrongRole,
 )
 from supervisor.api.need import Need
+from supervisor.core.types import ModelId
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 
@@ -114,3 +117,18 @@ async def test_what_a_header_says_is_told_without_its_vocabulary(
         assert names["token_embd.weight"]["shape"]
         with pytest.raises(UnknownModel):
             await supervisor.details("nobody")
+
+
+async def test_what_a_prompt_cache_has_filled_is_not_promised_to_it_any_more(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    reserve = 64 * MIB
+    async with supervising(models(chat_model), {"PLANNER_CACHE_RAM": str(reserve)}) as supervisor:
+        for words in ("the one thing ", "quite another "):
+            async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+                await ask(lease, messages=[{"role": "user", "content": words * 20}])
+        with anyio.fail_after(WITHIN_S):
+            await supervisor._writer.until(
+                lambda pool: 0 < pool.runner(ModelId("tiny-chat")).later_bytes()[HOST] < reserve
+            )
+        assert next(row for row in supervisor.snapshot().ledger if row.device == HOST).held_bytes > reserve
