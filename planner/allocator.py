@@ -7,13 +7,22 @@ buffer is the high-water mark of a best-fit allocator. Order, ties and the rules
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from planner.graph import Node
 
 _ENDLESS: Final = 1 << 62  # an allocator's last block: SIZE_MAX / 2 in ggml_dyn_tallocr_new
 
 AllocSize = Callable[[Node], int]
+Placed = Sequence[tuple[Node, int]]  # tensors, each with the backend that it was placed on
+
+
+class Repeat(NamedTuple):
+    """Positions of nodes: what is from ``start`` to ``middle`` is said to repeat itself from there to ``end``."""
+
+    start: int
+    middle: int
+    end: int
 
 
 class DynamicAllocator:
@@ -30,6 +39,11 @@ class DynamicAllocator:
         self.alignment_bytes = alignment_bytes
         self.high_water_bytes = 0
         self._free: list[list[int]] = [[0, _ENDLESS]]  # [offset, size] by offset; the last one is the endless tail
+
+    @property
+    def gaps(self) -> tuple[tuple[int, ...], ...]:
+        """Return the free list: offset and size of each gap."""
+        return tuple(map(tuple, self._free))
 
     def padded(self, size_bytes: int) -> int:
         """Return the bytes that an allocation of that size takes."""
@@ -83,11 +97,42 @@ class GraphAllocator:
         self._buffers = [DynamicAllocator(alignment) for alignment in alignments]
         self._alloc_sizes = alloc_sizes
 
-    def reserve(self, nodes: Sequence[tuple[Node, int]], leafs: Sequence[tuple[Node, int]]) -> tuple[int, ...]:
-        """Return each buffer's bytes for nodes and leafs, each with the backend that it was placed on."""
+    def reserve(self, nodes: Placed, leafs: Placed, repeats: Sequence[Repeat] = ()) -> tuple[int, ...] | None:
+        """Return each buffer's bytes for nodes and leafs; None where what is said to repeat itself does not.
+
+        It does where the second time leaves all memory as the first one did. What would follow on it, as often as it
+        may be, would then change nothing: it has as much room, at the same places.
+        """
         for leaf, backend in leafs:
             self._allocate(leaf, backend)
         self._count_readers(nodes)
+        done = 0
+        for start, middle, end in repeats:
+            self._compute(nodes[done:middle])
+            before = self._state(nodes[start:middle])
+            self._compute(nodes[middle:end])
+            if before is None or before != self._state(nodes[middle:end]):
+                return None
+            done = end
+        self._compute(nodes[done:])
+        return tuple(buffer.high_water_bytes for buffer in self._buffers)
+
+    def _state(self, latest: Placed) -> object | None:
+        """Return what is free, and where the latest nodes lie; None where some had room before all others.
+
+        Pipelined copies of inputs have: what is left out with some of its own would take less.
+        """
+        if any(node.is_input for node, _ in latest):
+            return None
+        free = [buffer.gaps for buffer in self._buffers]
+        return free, [
+            (node.op, node.type, node.ne, node.nb, backend, node.n_children, node.n_views, node.allocated)
+            + ((node.buffer, node.offset) if node.allocated else ())
+            for node, backend in latest
+        ]
+
+    def _compute(self, nodes: Placed) -> None:
+        """Give each node room, and take back what it was the last to read."""
         for node, backend in nodes:
             for source in node.src:
                 if not source.allocated:
@@ -97,9 +142,8 @@ class GraphAllocator:
                 source.n_children -= 1
                 if not source.n_children and not source.n_views:
                     self._done_with(source)
-        return tuple(buffer.high_water_bytes for buffer in self._buffers)
 
-    def _count_readers(self, nodes: Sequence[tuple[Node, int]]) -> None:
+    def _count_readers(self, nodes: Placed) -> None:
         """Count each tensor's readers and views, and give the inputs their room: they come first."""
         for node, backend in nodes:
             if node.view_of is not None and node.op != "none":

@@ -143,6 +143,7 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.leafs: list[Node] = []
+        self.begins: dict[int, int] = {}  # by layer, how many nodes there were before it; where layers can be left out
         self.fused: list[tuple[Node, int]] = []  # operations that are tried out, each with its layer
         self.reductions: list[tuple[Node, Node]] = []  # a product by weights, and the last sum over its parts
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 from planner.adapters import pairs
-from planner.allocator import AllocSize, GraphAllocator
+from planner.allocator import AllocSize, GraphAllocator, Repeat
 from planner.buffers import CUDA_KINDS, HOST_BUFFER, OFFLOADING_KINDS, buffer_type
 from planner.context import ContextParams
 from planner.estimate import (
@@ -21,11 +21,12 @@ from planner.estimate import (
 )
 from planner.ggml import pad
 from planner.graph import FLASH_ATTN, HC_COMB, HC_POST, HC_PRE, Graph, Node
-from planner.graphs import build_graph
+from planner.graphs import build_graph, repeats_layers
 from planner.graphs.blocks import Blocks
 from planner.graphs.parts import PIN_BELOW_TOKENS, Batch, Places
 from planner.model import ModelFacts
 from planner.operations import CUDA_NO_MUL_MAT
+from planner.repeats import Gap, gaps, layer_kinds
 from planner.scheduler import Offloads, Schedule, schedule
 from planner.types.machine import Device, DeviceKind, Machine
 from planner.types.plan import Placement
@@ -43,6 +44,7 @@ _ONE_SEQUENCE_LAST: Final = frozenset({"kimi-linear", "minimax-01"})
 _GATHERS_TO_GENERATE: Final = frozenset({"minimax-m3"})
 
 _BLOCK: Final = re.compile(r"blk\.(\d+)\.(?!ffn_)")  # of a block's weights, those of attention and norms
+_STEPS: Final = (1, 2)  # in some graphs what comes in lies in two places by turns: their memory repeats with two layers
 _F16_BYTES: Final = 2
 
 
@@ -69,7 +71,8 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
     """
     backends = tuple(Backend.of(machine.device(name)) for name in placement.devices)
     homes = tensor_homes(model, params, placement, machine)
-    return _replay(model, params, placement, backends, tuple(homes.get(tensor.name, -1) for tensor in model.tensors))
+    where = tuple(homes.get(tensor.name, -1) for tensor in model.tensors)
+    return _replay(model, replace(params, cache_ram_mib=0), placement, backends, where)  # no graph knows of that cache
 
 
 @lru_cache(maxsize=256)
@@ -131,6 +134,7 @@ class _Replay:
         self._adapters = tuple(map(pairs, reversed(model.adapters))) if params.applies_adapters else ()
         self._tensors = {tensor.name: tensor for tensor in model.tensors}
         self._n_copies = pipeline_copies(params, placement, model.hparams.n_layer_all)
+        self._left_out = [*_tries(model, self._places), ()]
 
     def _fuses_attention(self) -> bool:
         """Say whether flash attention is used: "auto" tries a graph and gives up where a layer's runs elsewhere.
@@ -186,17 +190,27 @@ class _Replay:
         return {node.op for node, il in graph.fused if node.backend != self._places.layers[il]}
 
     def reserve(self, each: _Pass, unfused: frozenset[str]) -> tuple[int, ...]:
-        """Return the bytes of each backend's buffer for one graph."""
-        plan = self._schedule(self._graph(each, unfused))
+        """Return the bytes of each backend's buffer for one graph.
+
+        It is replayed without layers that only repeat what others do, as a whole where they turn out not to.
+        """
+        tries = (self._reserved(each, unfused, left_out) for left_out in self._left_out)
+        return next(sizes for sizes in tries if sizes is not None)
+
+    def _reserved(self, each: _Pass, unfused: frozenset[str], left_out: Sequence[Gap]) -> tuple[int, ...] | None:
+        """Return the same where these layers repeat others; None where they do not."""
+        graph = self._graph(each, unfused, left_out)
+        plan = self._schedule(graph)
         alignments = [*(backend.alignment_bytes for backend in self._backends), HOST_BUFFER.alignment_bytes]
         sizes: list[AllocSize] = [_cuda_alloc_size if backend.like_cuda else Node.nbytes for backend in self._backends]
-        return GraphAllocator(alignments, [*sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs)
+        repeats = _repeats(graph, plan, left_out)
+        return GraphAllocator(alignments, [*sizes, Node.nbytes]).reserve(plan.nodes, plan.leafs, repeats)
 
-    def _graph(self, each: _Pass, unfused: frozenset[str]) -> Graph:
+    def _graph(self, each: _Pass, unfused: frozenset[str], left_out: Sequence[Gap] = ()) -> Graph:
         everything = offloads_everything(self._placement, self._model.hparams.n_layer_all)
         pins = everything or each.n_tokens < PIN_BELOW_TOKENS
         batch = Batch(each.n_tokens, each.n_outputs, each.n_seqs, pins_norms=pins, unfused=unfused)
-        blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch, self._adapters)
+        blocks = Blocks(self._model.hparams, self._tensors, self._params, self._places, batch, self._adapters, left_out)
         return build_graph(blocks, self._model.metadata)
 
     def _schedule(self, graph: Graph) -> Schedule:
@@ -214,6 +228,23 @@ def _places(model: ModelFacts, params: ContextParams, placement: Placement, home
     weights = {tensor.name: cpu if device < 0 else device for tensor, device in zip(model.tensors, homes, strict=True)}
     caches = layers if params.kv_offload else (cpu,) * len(layers)
     return Places(weights, overridden_names(model, params), layers, caches, output, cpu)
+
+
+def _tries(model: ModelFacts, places: Places) -> Iterator[tuple[Gap, ...]]:
+    """Yield what may be left out of a model's graphs: the most first, then less that more likely repeats itself."""
+    if not model.adapters and repeats_layers(model.hparams.architecture):
+        kinds = layer_kinds(model, places)
+        yield from filter(None, (gaps(kinds, step) for step in _STEPS))
+
+
+def _repeats(graph: Graph, plan: Schedule, left_out: Sequence[Gap]) -> list[Repeat]:
+    """Return, for each gap, where the two periods before it lie among the scheduled nodes."""
+    begins = [
+        [graph.begins[il] for il in (gap.start - 2 * gap.period, gap.start - gap.period, gap.end)] for gap in left_out
+    ]
+    wanted = {id(graph.nodes[begin]) for each in begins for begin in each}
+    at = {id(node): position for position, (node, _) in enumerate(plan.nodes) if id(node) in wanted}
+    return [Repeat(*(at[id(graph.nodes[begin])] for begin in each)) for each in begins]
 
 
 def _takes_host_weights(node: Node) -> bool:

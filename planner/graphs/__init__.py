@@ -326,6 +326,17 @@ _BUILDERS: Final[Mapping[str, str]] = {
 }
 
 
+# Those of them whose layers hand on nothing but the residual, and differ by what is in the header and the file alone.
+_ALIKE: Final = frozenset({"latent.LatentDecoder", "delta_net.DeltaNetDecoder", "delta_net.SpreadDeltaNetDecoder"})
+
+
+def repeats_layers(architecture: str) -> bool:
+    """Say whether layers of this architecture are alike where header and tensors are, so that some can be left out."""
+    shape = SHAPES[architecture]
+    alike = architecture not in _BUILDERS or _BUILDERS[architecture] in _ALIKE
+    return alike and not shape.carries_more and shape.rope is not Rope.BUT_EVERY_FOURTH
+
+
 def build_graph(blocks: Blocks, metadata: Mapping[str, MetadataValue]) -> Graph:
     """Return the graph of one batch. Raises KeyError for an architecture or a file whose graph is not built here."""
     architecture = blocks.hparams.architecture

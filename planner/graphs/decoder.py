@@ -53,7 +53,8 @@ class Decoder:
     def layers(self, x: Node, rows: Node) -> Node:
         """Return the last layer's output, of which it keeps only the given rows where the family does."""
         last = self.hparams.n_layer - 1
-        for il in range(self.hparams.n_layer):
+        for il in self.blocks.layers:
+            self.graph.begins[il] = len(self.graph.nodes)
             x = self.layer(x, il, rows if il == last and self.shape.rows is Rows.IN_LAST_LAYER else None)
         return x
 

@@ -14,6 +14,7 @@ from planner.context import ContextParams
 from planner.ggml import TYPES
 from planner.graph import F32, FLASH_ATTN, I32, Graph, Node
 from planner.model import HParams, Tensor
+from planner.repeats import Gap, without
 
 # Below this many tokens norms are pinned to their layer's device even where layers stay on the CPU
 # (src/llama-context.cpp, graph_get_cb).
@@ -80,8 +81,10 @@ class Parts:
         places: Places,
         batch: Batch,
         adapters: Sequence[Mapping[str, Sequence[Tensor]]] = (),
+        left_out: Sequence[Gap] = (),
     ) -> None:
         self.graph = Graph()
+        self.layers = without(hparams.n_layer, left_out)
         self.hparams = hparams
         self.params = params
         self.places = places
