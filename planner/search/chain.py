@@ -5,6 +5,7 @@ Of the sets with as many bins the fastest is told only. ``solver`` tells them ap
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import inf
 
@@ -19,9 +20,9 @@ class Chain:
     Where they are not ``counted``, 1 stands for one bin or more, which takes a fraction of the time.
     """
 
-    def __init__(self, problem: Problem, *, counted: bool = True) -> None:
+    def __init__(self, problem: Problem, *, counted: bool = True, tables: Tables | None = None) -> None:
         self._problem, self._counted = problem, counted
-        self._tables = Tables(problem)
+        self._tables = tables or Tables(problem)
         # By bins gone through and bins used: the least seconds for the first slots, by how many these are.
         self._states: list[list[list[float]]] = [[self._tables.on_host_s]]
         for index in range(len(problem.bins)):
@@ -34,6 +35,10 @@ class Chain:
         totals = enumerate(state[-1] for state in self._states[-1])
         least = len(self._problem.bins) if self._problem.all_bins else 0
         return {count: s for count, s in totals if s < inf and s <= limit_s and count >= least}
+
+    def within(self, limit_s: float) -> Chain:
+        """Return the same problem, counted, with a limit that is no later; what the bins can take is known by now."""
+        return Chain(replace(self._problem, limit_s=limit_s), tables=self._tables.within(limit_s))
 
     @property
     def least_s(self) -> float:

@@ -56,7 +56,9 @@ def unburdened(request: PlanRequest, plan: Plan, answer: Callable[[PlanRequest],
 
     Prompts are read again then, once for each conversation that is gone on with, and not weights for each token.
     """
-    if request.cache_ram_mib is not None or (plan.usages[-1].headroom_bytes or 0) >= 0:
+    headroom = plan.usages[-1].headroom_bytes or 0
+    is_enough = headroom + (plan.host.prompt_cache_bytes or 0) >= 0
+    if request.cache_ram_mib is not None or headroom >= 0 or not is_enough:
         return plan
     without = answer(_with(request, [_NO_PROMPT_CACHE]))
     if not isinstance(without, Plan) or (without.usages[-1].headroom_bytes or 0) < 0:

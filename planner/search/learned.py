@@ -43,9 +43,11 @@ class Learned:
     """
 
     _seen: dict[Part, dict[int, int]] = field(default_factory=dict)
+    _told: dict[tuple[Part, int, float], float] = field(default_factory=dict)  # of parts that were not seen themselves
 
     def learn(self, part: Part, n_ctx: int, size_bytes: int) -> None:
         """Keep what accounting has shown."""
+        self._told.clear()
         points = self._seen.setdefault(part, {})
         points.pop(n_ctx, None)  # the latest goes last
         points[n_ctx] = size_bytes
@@ -62,6 +64,12 @@ class Learned:
         step = _MASK_BYTES * n_ubatch * (PIPELINE_COPIES if part.mode is Mode.PIPELINED else 1)
         if part in self._seen:
             return _on_line(self._seen[part], n_ctx, step)
+        of_any_device = (part._replace(device=""), n_ctx, step)
+        if of_any_device not in self._told:
+            self._told[of_any_device] = self._of_the_like(part, n_ctx, step)
+        return self._told[of_any_device]
+
+    def _of_the_like(self, part: Part, n_ctx: int, step: float) -> float:
         alike = [
             (
                 (seen.mode is part.mode) + (seen.first == part.first) + (seen.output == part.output),

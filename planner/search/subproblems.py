@@ -45,10 +45,11 @@ class Subproblem(NamedTuple):
         likely_s = bound_s(self.problem) * LIKELY
         if likely_s >= limit_s:
             return self.chained(limit_s)
-        fastest_s = self.chained(likely_s, counted=False).least_s
-        if fastest_s == inf:
-            fastest_s = self.chained(limit_s, counted=False).least_s
-        return self.chained(min(fastest_s * EQUAL_SPEED, limit_s))
+        most_s, chain = likely_s, self.chained(likely_s, counted=False)
+        if chain.least_s == inf:
+            most_s, chain = limit_s, self.chained(limit_s, counted=False)
+        equal_s = min(chain.least_s * EQUAL_SPEED, limit_s)
+        return chain.within(equal_s) if equal_s <= most_s else self.chained(equal_s)
 
     @property
     def _counts(self) -> bool:

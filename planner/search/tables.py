@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import inf
@@ -46,6 +47,12 @@ class Tables:
         self._by_role: dict[tuple[int, bool], _Table] = {}
         self.limit_s = problem.limit_s * (1 + ROUNDING)
         self.twins = [problem.bins.index(each) for each in problem.bins]
+
+    def within(self, limit_s: float) -> Tables:
+        """Return the same with a limit that is no later: what is in them beyond it does no harm."""
+        same = copy(self)
+        same.limit_s = limit_s * (1 + ROUNDING)
+        return same
 
     @property
     def on_host_s(self) -> list[float]:
