@@ -3,7 +3,7 @@
 Each is planned beside those that were placed before it, whose bytes count as promised. Who comes first matters to who
 gets what, so that orders are tried, and the answer is that of the best one: the order in which models were named does
 not matter. Where their slots are free and crowd each other out, each has one; where contexts do that, all of them get
-the same shorter one.
+the same shorter one, but for those that need more for an image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from planner.context import CONTEXT_ALIGNMENT
 from planner.model import ModelFacts
 from planner.requirement import left_on_host
 from planner.search import slots
-from planner.search.placement import MIN_CONTEXT
+from planner.search.placement import MIN_CONTEXT, shortest_context
 from planner.types.machine import HOST
 from planner.types.plan import Plan, PlanOutcome
 from planner.types.request import PlanRequest, Policy
@@ -223,8 +223,9 @@ def _with_shorter_contexts(wanted: Sequence[Wanted], policy: Policy, search: Sea
 
 
 def _limited(wanted: Wanted, policy: Policy, n_ctx: int) -> Wanted:
-    """Return the question with this context, or its trained one where that is shorter, if it is free at all."""
+    """Return the question with this context, if that is free: no less than an image takes, no more than trained."""
     if not _is_free(wanted, policy):
         return wanted
+    n_ctx = max(n_ctx, shortest_context(wanted.model, wanted.request))
     n_ctx = min(n_ctx, wanted.model.hparams.n_ctx_train or n_ctx)
     return wanted._replace(request=replace(wanted.request, n_ctx=None, n_ctx_per_slot=n_ctx))

@@ -30,7 +30,7 @@ from planner.types.machine import LlamaBuild, Machine
 from planner.types.plan import Decision, NoFit, PlacementKind, Plan, PlanOutcome, Refused
 from planner.types.request import PlanRequest, Policy
 
-__all__ = ["MIN_CONTEXT", "Oracle", "search"]
+__all__ = ["MIN_CONTEXT", "Oracle", "search", "shortest_context"]
 
 MIN_CONTEXT: Final = 4096  # tokens; below this no context is chosen, as with llama.cpp's own -fitc
 MIN_CONTEXT_FOR_WORDS: Final = 2048  # of these beside an image: a question, its answer, and what was said before
@@ -70,6 +70,12 @@ def search(
         return outcome
     has_experts = bool(model.hparams.n_expert)
     return replace(outcome, nearest=nearest(request, machine, outcome, answer, has_experts=has_experts))
+
+
+def shortest_context(model: ModelFacts, request: PlanRequest) -> int:
+    """Return below how many tokens no context is chosen: a large image has room in it, and words about it."""
+    image = 0 if model.projector is None else projector.image_tokens(model.projector, request.passthrough)
+    return max(MIN_CONTEXT, ggml.pad(image + MIN_CONTEXT_FOR_WORDS, CONTEXT_ALIGNMENT))
 
 
 @contextmanager
@@ -145,19 +151,13 @@ class _Search:
             why = "it is the setting PLANNER_CONTEXT_LENGTH"
             self._decide("context", f"{chosen:,} tokens for each of {settled.slots} slots", why)
             return self._best_of(accountant, knobs.with_context(settled, chosen))
-        floor = min(self._shortest_context, trained)
+        floor = min(shortest_context(self.model, self.request), trained)
         found = self._largest_context(accountant, settled, floor, trained)
         if MIN_CONTEXT < floor == outcomes.per_slot(self.model, found) < trained:
             self._decide(
                 "shortest context", f"{floor:,} tokens", "a large image and words about it have no room in less"
             )
         return found
-
-    @property
-    def _shortest_context(self) -> int:
-        seen = self.model.projector
-        image = 0 if seen is None else projector.image_tokens(seen, self.request.passthrough)
-        return max(MIN_CONTEXT, ggml.pad(image + MIN_CONTEXT_FOR_WORDS, CONTEXT_ALIGNMENT))
 
     @property
     def _context_is_pinned(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import companion_models
 import pytest
 
+from planner import companions
 from planner.build import PINNED_BUILD
 from planner.model import read_model
 from planner.search.placement import search
@@ -133,6 +136,32 @@ def test_contexts_that_crowd_each_other_out_become_shorter(endless_model: Path) 
     plans = [outcome for outcome in result.outcomes if isinstance(outcome, Plan)]
     assert [plan.placement.kind for plan in plans] == [PlacementKind.GPU] * 2
     assert all(4096 < (plan.n_ctx_per_slot or 0) < 32_768 for plan in plans)
+
+
+def test_contexts_become_no_shorter_than_a_large_image_and_words(endless_model: Path, tmp_path: Path) -> None:
+    """The model that sees keeps as many tokens as it would alone; only the other's are fewer."""
+    companion_models.write_projector(tmp_path / "mmproj.gguf", kind="qwen2vl_merger")
+    model = read_model(str(endless_model))
+    eyes = PlanRequest(mmproj=str(tmp_path / "mmproj.gguf"), n_ubatch=64)
+    seeing, blind = Wanted(companions.attach(model, eyes), eyes), Wanted(model, PlanRequest(n_ubatch=64))
+
+    def taken(wanted: Wanted, n_ctx: int) -> int:
+        request = replace(wanted.request, n_ctx=n_ctx, n_gpu_layers="all")
+        plan = search(wanted.model, request, machine(GIB), NO_CACHE, PINNED_BUILD)
+        assert isinstance(plan, Plan)
+        return plan.usages[0].claimed_bytes
+
+    where = machine(taken(seeing, 6144) + taken(blind, 5120))
+    result = together(
+        [seeing, blind],
+        NO_CACHE,
+        lambda each, policy: search(each.model, each.request, where, policy, PINNED_BUILD, advises=False),
+    )
+    plans = [outcome for outcome in result.outcomes if isinstance(outcome, Plan)]
+    assert [plan.placement.kind for plan in plans] == [PlacementKind.GPU] * 2
+    n_ctx = [plan.n_ctx_per_slot or 0 for plan in plans]
+    assert n_ctx[0] == 6144
+    assert 4096 <= n_ctx[1] <= 5120
 
 
 def test_the_text_names_every_model_and_device_within_the_width(models: list[Path]) -> None:
