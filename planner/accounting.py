@@ -159,7 +159,13 @@ def _host_detail(model: ModelFacts, params: ContextParams, host: HostShare | Non
         pinned_bytes=host.pinned_bytes if host else None,
         output_buffer_bytes=None if params.not_built else _output_buffer_bytes(model, params),
         prompt_cache_bytes=None if params.cache_ram_mib < 0 else params.cache_ram_mib * MIB,
+        checkpoint_bytes=None if cache.not_built(model) else _checkpoint_bytes(model, params),
     )
+
+
+def _checkpoint_bytes(model: ModelFacts, params: ContextParams) -> int:
+    """Return the most that the checkpoints of all slots take (tools/server/server-context.cpp)."""
+    return params.n_ctx_checkpoints * params.n_seq_max * cache.checkpoint_bytes(model, params)
 
 
 def _resident_bytes(params: ContextParams, host: HostShare) -> int:

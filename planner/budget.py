@@ -29,8 +29,8 @@ OVERHEAD_BYTES: Final[Mapping[DeviceKind, int]] = MappingProxyType(
     }
 )
 
-# What stays free on the host where the search chooses how long a context is: llama-server itself, the drivers, the
-# checkpoints of contexts and whatever else runs there live beside what llama.cpp reports. As much as llama.cpp's own
+# What stays free on the host where the search chooses how long a context is: llama-server itself, the drivers and
+# whatever else runs there live beside what llama.cpp reports. As much as llama.cpp's own
 # fit leaves free on a device (common/common.h, ``fit_params_target``), but no more than this part of a small machine.
 HOST_RESERVE_BYTES: Final = GIB
 HOST_RESERVE_PART: Final = 8
@@ -128,8 +128,7 @@ def usages(machine: Machine, placement: Placement, ledger: MemoryLedger, limits:
 def host_bytes(context: Figure, compute: Figure, detail: HostDetail) -> int:
     """Return the bytes that the host must really have: what is known, but for what is mapped (page cache)."""
     weights = (detail.allocated_bytes, detail.pinned_bytes)
-    later = (detail.prompt_cache_bytes, detail.image_reserve_bytes)
-    parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, *later)
+    parts = (*weights, context.bytes, compute.bytes, detail.output_buffer_bytes, detail.later_bytes)
     return sum(part or 0 for part in parts)
 
 
@@ -158,7 +157,11 @@ def host_warning(host: DeviceUsage, detail: HostDetail) -> str | None:
     headroom, beyond = host.headroom_bytes, beyond_reserve(host)
     if headroom is None or beyond is None or beyond >= 0:
         return None
-    ways = [("a shorter --ctx-size", host.context.bytes), ("a smaller --cache-ram", detail.prompt_cache_bytes)]
+    ways = [
+        ("a shorter --ctx-size", host.context.bytes),
+        ("a smaller --cache-ram", detail.prompt_cache_bytes),
+        ("fewer --ctx-checkpoints", detail.checkpoint_bytes),
+    ]
     remedy = " or ".join(way for way, size_bytes in ways if size_bytes)
     if headroom < 0:
         mapped = format_size(detail.resident_bytes or 0)

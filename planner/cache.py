@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from planner.context import ContextParams
     from planner.model import HParams, ModelFacts
 
+# What a checkpoint says of each tensor and each cell beside what is in them: types and widths, positions and sequences.
+_TENSOR_HEADER_BYTES: Final = 64
+_CELL_HEADER_BYTES: Final = 32
 _CELL_MULTIPLE: Final = 256  # llama-kv-cache-iswa.cpp, llama-kv-cache-dsv4.cpp
 _F32: Final = ggml.BY_NAME["f32"]
 DENSE_COMPRESSION: Final = 4  # DSV4_CSA_RATIO (llama-kv-cache-dsv4.cpp)
@@ -29,12 +32,16 @@ _LONG_CONTEXT_TOKENS: Final = 1 << 20  # src/models/glm-dsa.cpp: from here on on
 
 @dataclass(frozen=True, slots=True)
 class CacheTensor:
-    """One tensor of a layer's cache: ``rows`` rows of ``width`` elements."""
+    """One tensor of a layer's cache: ``rows`` rows of ``width`` elements.
+
+    ``kept_rows`` of them a checkpoint of one sequence keeps at most: what there is no way back to else.
+    """
 
     layer: int
     type: ggml.GgmlType
     width: int
     rows: int
+    kept_rows: int = 0
 
 
 def not_built(model: ModelFacts) -> str | None:
@@ -52,6 +59,29 @@ def layer_bytes(model: ModelFacts, params: ContextParams, buffer: BufferType) ->
         size = ggml.row_bytes(tensor.type, tensor.width) * tensor.rows
         sizes[tensor.layer] += buffer.allocation(tensor.type, tensor.width, size)
     return tuple(sizes)
+
+
+def checkpoint_bytes(model: ModelFacts, params: ContextParams) -> int:
+    """Return the most that a checkpoint of one sequence takes of the host, 0 where none is made.
+
+    (tools/server/server-context.cpp, ``create_checkpoint``; ``state_write`` of llama-kv-cache-iswa.cpp,
+    llama-memory-recurrent.cpp and llama-kv-cache-dsv4.cpp.) It has the cells within the windows, and recurrent states.
+    ``not_built`` must be None.
+    """
+    kept = [tensor for tensor in cache_tensors(model, params) if tensor.kept_rows and tensor.width]
+    size = sum(ggml.row_bytes(tensor.type, tensor.width) * tensor.kept_rows + _TENSOR_HEADER_BYTES for tensor in kept)
+    return size + _CELL_HEADER_BYTES * max((tensor.kept_rows for tensor in kept), default=0)
+
+
+def checkpoint_bytes_beside(model: ModelFacts, params: ContextParams) -> int:
+    """Return the most that a draft's context adds to each checkpoint of the model that it drafts for.
+
+    One with neither windows nor states adds all of its cells (``llama_kv_cache::state_write`` heeds no flags).
+    """
+    tensors = cache_tensors(model, params)
+    if any(tensor.kept_rows for tensor in tensors):
+        return checkpoint_bytes(model, params)
+    return sum(ggml.row_bytes(each.type, each.width) * each.rows for each in tensors) // params.n_stream
 
 
 def window_cells(hparams: HParams, params: ContextParams) -> int:
@@ -107,6 +137,11 @@ class _Context:
     def window_cells(self) -> int:
         return window_cells(self.hparams, self.params)
 
+    @property
+    def kept_cells(self) -> int:
+        """Return the cells of one sequence that are within the window; none where each layer keeps all of them."""
+        return 0 if self.params.swa_full else min(self.hparams.n_swa, self.params.n_ctx_seq)
+
     def integer(self, key: str) -> int:
         """Return a number of the file's metadata, 0 where it is absent."""
         value = self.model.metadata.get(f"{self.hparams.architecture}.{key}", 0)
@@ -149,12 +184,13 @@ def _keys_and_values(context: _Context, layers: Sequence[int]) -> Iterator[Cache
     for layer in layers:
         if layer >= owners:  # reads an earlier layer's cache
             continue
-        cells = context.window_cells if hparams.swa_layers[layer] else params.n_ctx_seq
-        rows = cells * params.n_stream
-        yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), rows)
+        windowed = hparams.swa_layers[layer]
+        rows = (context.window_cells if windowed else params.n_ctx_seq) * params.n_stream
+        kept = context.kept_cells if windowed else 0
+        yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), rows, kept)
         if not hparams.is_mla:
             width = widest_v if params.v_trans else hparams.n_embd_v_gqa(layer)
-            yield CacheTensor(layer, context.type_v, width, rows)
+            yield CacheTensor(layer, context.type_v, width, rows, kept)
 
 
 def _recurrent(context: _Context) -> Iterator[CacheTensor]:
@@ -163,14 +199,15 @@ def _recurrent(context: _Context) -> Iterator[CacheTensor]:
 
 def _states(context: _Context, layers: Sequence[int]) -> Iterator[CacheTensor]:
     """Both states of recurrent layers, a row per sequence and older state of it (llama-memory-recurrent.cpp)."""
-    hparams, rows = context.hparams, context.params.n_seq_max * (1 + context.params.n_rs_seq)
+    hparams, own = context.hparams, 1 + context.params.n_rs_seq
+    rows = context.params.n_seq_max * own
     ple_layers = context.model.metadata.get(f"{hparams.architecture}.ple.layers", ())
     for layer in layers:
-        yield CacheTensor(layer, _F32, hparams.n_embd_r, rows)
-        yield CacheTensor(layer, _F32, hparams.n_embd_s, rows)
+        yield CacheTensor(layer, _F32, hparams.n_embd_r, rows, own)
+        yield CacheTensor(layer, _F32, hparams.n_embd_s, rows, own)
         if isinstance(ple_layers, tuple) and layer in ple_layers:
             history = max(context.integer("ple.conv_kernel") - 1, 0) * context.integer("ple.ngram_size")
-            yield CacheTensor(layer, _F32, history * hparams.n_embd_out, rows)
+            yield CacheTensor(layer, _F32, history * hparams.n_embd_out, rows, own)
 
 
 def _hybrid_layers(context: _Context) -> tuple[list[int], list[int]]:
@@ -240,7 +277,9 @@ def _compressed(context: _Context) -> Iterator[CacheTensor]:
     hparams, params = context.hparams, context.params
     for layer in range(hparams.n_layer_all):
         rows = raw_cells(hparams, params) * params.n_seq_max
-        yield CacheTensor(layer, context.type_k, hparams.n_embd_k_gqa(layer), rows)
+        yield CacheTensor(
+            layer, context.type_k, hparams.n_embd_k_gqa(layer), rows, min(hparams.n_swa, params.n_ctx_seq)
+        )
     ratios = context.model.metadata.get(f"{hparams.architecture}.attention.compress_ratios", ())
     indexer = context.integer("attention.indexer.key_length")
     for layer, ratio in enumerate(ratios[: hparams.n_layer_all] if isinstance(ratios, tuple) else ()):
@@ -252,11 +291,12 @@ def _compressed(context: _Context) -> Iterator[CacheTensor]:
         if dense:
             yield CacheTensor(layer, context.type_k, indexer, cells)
         if layer < hparams.n_layer:
-            state_rows = int(ratio) * (2 if dense else 1) * params.n_seq_max
+            own = int(ratio) * (2 if dense else 1)
+            state_rows = own * params.n_seq_max
             widths = (2 * hparams.head_k, 2 * indexer) if dense else (hparams.head_k,)
             for width in widths:  # a state of the keys and one of their scores
-                yield CacheTensor(layer, _F32, width, state_rows)
-                yield CacheTensor(layer, _F32, width, state_rows)
+                yield CacheTensor(layer, _F32, width, state_rows, own)
+                yield CacheTensor(layer, _F32, width, state_rows, own)
 
 
 _RULES: Final[dict[Cache, Callable[[_Context], Iterator[CacheTensor]]]] = {

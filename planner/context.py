@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 N_BATCH: Final = 2048  # common/common.h, common_params
 N_UBATCH: Final = 512
 CACHE_RAM_MIB: Final = 8192
+N_CTX_CHECKPOINTS: Final = 32
 CONTEXT_ALIGNMENT: Final = 256  # src/llama-context.cpp, constructor
 MAX_PARALLEL: Final = 256  # LLAMA_MAX_SEQ (src/llama-cparams.h)
 MAX_CONTEXT: Final = (1 << 31) - 1  # -c is parsed as a C int
@@ -57,6 +58,7 @@ class ContextParams:
     overrides: tuple[tuple[str, str], ...]  # (regex, buffer type) in llama.cpp's order: -ot, -cmoe, -ncmoe, -ncffn
     n_ctx_unpadded: int = 0
     cache_ram_mib: int = CACHE_RAM_MIB
+    n_ctx_checkpoints: int = 0  # of each slot, where it completes texts
     pooling: str | None = None  # of embeddings; None: the model's own
     loads_draft_head: bool = False  # the NextN layers (load_mtp)
     n_rs_seq: int = 0  # older recurrent states that each sequence keeps
@@ -117,12 +119,17 @@ def context_params(model: ModelFacts, request: PlanRequest) -> ContextParams:
         overrides=_overrides(request, model.hparams.n_layer_all),
         n_ctx_unpadded=n_ctx_unpadded,
         cache_ram_mib=CACHE_RAM_MIB if request.cache_ram_mib is None else request.cache_ram_mib,
+        n_ctx_checkpoints=0 if embeddings else _checkpoints(request),
         pooling=_pooling(request),
         loads_draft_head=speculation.uses_own_head(request),
         n_rs_seq=speculation.n_rs_seq(model, request),
         applies_adapters=adapters.UNAPPLIED not in request.passthrough,
         not_built=_not_built(model, request),
     )
+
+
+def _checkpoints(request: PlanRequest) -> int:
+    return N_CTX_CHECKPOINTS if request.ctx_checkpoints is None else request.ctx_checkpoints
 
 
 def _not_built(model: ModelFacts, request: PlanRequest) -> tuple[str, ...]:

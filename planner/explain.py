@@ -177,6 +177,7 @@ def _host(host: HostDetail) -> dict[str, int | None]:
         "pinned_bytes": host.pinned_bytes,
         "output_buffer_bytes": host.output_buffer_bytes,
         "prompt_cache_bytes": host.prompt_cache_bytes,
+        "checkpoint_bytes": host.checkpoint_bytes,
         "image_reserve_bytes": host.image_reserve_bytes,
     }
 

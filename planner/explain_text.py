@@ -122,7 +122,7 @@ def _parts(usage: DeviceUsage, host: HostDetail) -> tuple[int | None, ...]:
     if usage.kind is DeviceKind.HOST:
         kept = (host.resident_bytes, host.allocated_bytes, host.pinned_bytes)
         weights = weights if weights is None or None in kept else sum(each or 0 for each in kept)
-        beside += (host.output_buffer_bytes or 0) + (host.prompt_cache_bytes or 0) + (host.image_reserve_bytes or 0)
+        beside += (host.output_buffer_bytes or 0) + host.later_bytes
     return (weights, usage.context.bytes, usage.compute.bytes, beside)
 
 
@@ -165,6 +165,7 @@ def _host_lines(host: HostDetail, width: int, style: Style) -> list[str]:
         ("pinned", host.pinned_bytes),
         ("output buffer", host.output_buffer_bytes),
         ("prompt cache, at most", host.prompt_cache_bytes),
+        ("context checkpoints, at most", host.checkpoint_bytes),
         ("kept for a large image", host.image_reserve_bytes),
     )
     text = ", ".join(f"{name} {size(figure)}" for name, figure in figures if figure)

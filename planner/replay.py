@@ -72,7 +72,8 @@ def replay(model: ModelFacts, params: ContextParams, placement: Placement, machi
     backends = tuple(Backend.of(machine.device(name)) for name in placement.devices)
     homes = tensor_homes(model, params, placement, machine)
     where = tuple(homes.get(tensor.name, -1) for tensor in model.tensors)
-    return _replay(model, replace(params, cache_ram_mib=0), placement, backends, where)  # no graph knows of that cache
+    in_graphs = replace(params, cache_ram_mib=0, n_ctx_checkpoints=0)  # those are beside the context
+    return _replay(model, in_graphs, placement, backends, where)
 
 
 @lru_cache(maxsize=256)

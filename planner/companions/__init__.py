@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner import adapters, speculation, weights
+from planner import adapters, cache, speculation, weights
 from planner.companions import draft, draft_head, lora, projector
 from planner.model import read_attachment, read_model
 
@@ -71,9 +71,17 @@ def charges(
         device = machine.host if on_host else machine.device(placement.devices[0])  # common/arg.cpp
         most_tokens = projector.image_tokens(model.projector, request.passthrough)
         found.append(projector.charge(model.projector, device, build, most_tokens))
+    n_checkpoints = _checkpoints(model, request, params)
     if model.draft is not None and not params.not_built:
-        found.append(draft.charge(model.draft, request, params, placement, ledger_of))
+        found.append(draft.charge(model.draft, request, params, placement, ledger_of, n_checkpoints))
     if params.loads_draft_head and not params.not_built:
         trunk = ledger_of(model, params, placement)
-        found.append(draft_head.charge(model, request, params, placement, machine, build, trunk))
+        found.append(draft_head.charge(model, request, params, placement, machine, build, trunk, n_checkpoints))
     return tuple(found)
+
+
+def _checkpoints(model: ModelFacts, request: PlanRequest, params: ContextParams) -> int:
+    """Return how many checkpoints of the model's contexts there may be that have a part for what drafts."""
+    if cache.not_built(model) is not None or not (speculation.types(request) and cache.checkpoint_bytes(model, params)):
+        return 0
+    return params.n_ctx_checkpoints * params.n_seq_max

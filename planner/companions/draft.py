@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from planner import context, refusals
+from planner import cache, context, refusals
 from planner.charges import Charge
 from planner.layers import layer_devices
 from planner.types.machine import HOST
@@ -31,15 +31,27 @@ def refusal(draft: ModelFacts, request: PlanRequest) -> str | None:
 
 
 def charge(
-    draft: ModelFacts, request: PlanRequest, params: ContextParams, placement: Placement, ledger_of: Ledgers
+    draft: ModelFacts,
+    request: PlanRequest,
+    params: ContextParams,
+    placement: Placement,
+    ledger_of: Ledgers,
+    n_checkpoints: int = 0,
 ) -> Charge:
-    """Return what the draft takes beside a model with these parameters on this placement."""
-    own = _placement(draft, request, placement)
-    ledger = ledger_of(draft, context.context_params(draft, _request(request, params.n_ctx)), own)
+    """Return what the draft takes beside a model with these parameters on this placement.
+
+    ``n_checkpoints`` are those of the model's contexts that have a part for the draft.
+    """
+    own, own_params = (
+        _placement(draft, request, placement),
+        context.context_params(draft, _request(request, params.n_ctx)),
+    )
+    ledger = ledger_of(draft, own_params, own)
+    kept = n_checkpoints * cache.checkpoint_bytes_beside(draft, own_params) if cache.not_built(draft) is None else None
     return Charge(
         "draft model",
         {**dict(zip(own.devices, ledger.devices, strict=True)), HOST: ledger.host},
-        replace(ledger.host_detail, prompt_cache_bytes=0),  # the server's, not the model's
+        replace(ledger.host_detail, prompt_cache_bytes=0, checkpoint_bytes=kept),  # the cache is the server's
         tuple(f"{reason} (draft model)" for reason in ledger.not_built),
     )
 

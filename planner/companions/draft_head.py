@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from planner import context
+from planner import cache, context
 from planner.accounting import DeviceBytes, caches
 from planner.charges import Charge
 from planner.estimate import F32_BYTES, PIPELINE_COPIES, reserved_tokens
@@ -39,6 +39,7 @@ def charge(
     machine: Machine,
     build: LlamaBuild,
     trunk: MemoryLedger,
+    n_checkpoints: int = 0,
 ) -> Charge:
     """Return what the head's context takes beside the trunk's, whose ledger this is.
 
@@ -60,7 +61,8 @@ def charge(
     inputs = _widest([trunk.host.compute], PIPELINE_COPIES * 2 * row + (kept.bytes or 0))
     output_bytes = F32_BYTES * own.n_outputs_max * (_SAMPLED * model.hparams.n_vocab + model.hparams.n_embd_out)
     hidden_bytes = F32_BYTES * params.n_batch * model.hparams.n_embd_out  # every token's, from the trunk
-    detail = HostDetail(output_buffer_bytes=output_bytes + hidden_bytes)
+    checkpoints = n_checkpoints * cache.checkpoint_bytes_beside(model, own)
+    detail = HostDetail(output_buffer_bytes=output_bytes + hidden_bytes, checkpoint_bytes=checkpoints)
     return Charge("draft head", {**devices, HOST: DeviceBytes(NOTHING, on_host, inputs)}, detail)
 
 

@@ -9,16 +9,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from planner import context, refusals
+from planner import cache, context, refusals
 from planner.types.machine import Device
 from planner.types.plan import Decision
 from planner.types.request import FlashAttention, PlanRequest, Policy, Role
+from planner.units import GIB, format_size
 
 if TYPE_CHECKING:
     from planner.model import ModelFacts
 
 DEFAULT: Final = "it is llama-server's default"
-CTX_CHECKPOINTS: Final = 32  # common/common.h
+# What the checkpoints of all conversations may take of the host where nobody says how many there are: as much as its
+# prompt cache does by default. Of some models one takes half a gigabyte, and llama-server's default is 32 of them.
+MOST_CHECKPOINTS_BYTES: Final = GIB
+LEAST_CHECKPOINTS: Final = 2  # as many as each prompt makes before its end (tools/server/server-context.cpp)
 POOLING_LAST: Final = 3  # LLAMA_POOLING_TYPE_LAST (include/llama.h)
 # A text that is embedded has to pass in one piece, and the compute buffers grow with the piece.
 MAX_EMBEDDING_UBATCH: Final = 8192
@@ -93,7 +97,7 @@ def _by_policy(model: ModelFacts, request: PlanRequest, policy: Policy, devices:
 
 
 def _by_default(model: ModelFacts, request: PlanRequest, policy: Policy, devices: Sequence[Device]) -> Iterable[Knob]:
-    del model, request, policy, devices
+    del policy, devices
     return (
         Knob("split_mode", "split mode", "layer", DEFAULT),
         Knob("kv_offload", "caches on the GPUs", True, DEFAULT),
@@ -103,7 +107,7 @@ def _by_default(model: ModelFacts, request: PlanRequest, policy: Policy, devices
         Knob("swa_full", "full-size window cache", False, DEFAULT),
         Knob("load_mode", "load mode", "auto", DEFAULT),
         Knob("lazy_mode", "lazy mode", "auto", DEFAULT),
-        Knob("ctx_checkpoints", "context checkpoints", CTX_CHECKPOINTS, DEFAULT),
+        Knob("ctx_checkpoints", "context checkpoints", *_checkpoints(model, request)),
     )
 
 
@@ -115,6 +119,16 @@ def _flash_attn(model: ModelFacts, request: PlanRequest, policy: Policy) -> tupl
     if model.hparams.architecture in refusals.ABORTS_WITH_FLASH_ATTENTION:
         return "off", f"llama.cpp aborts with it on {model.hparams.architecture}"
     return "auto", f"{DEFAULT}, and is on wherever each layer's device can"
+
+
+def _checkpoints(model: ModelFacts, request: PlanRequest) -> tuple[int, str]:
+    """Return how many checkpoints each conversation may keep on the host, and why."""
+    known = cache.not_built(model) is None
+    one = cache.checkpoint_bytes(model, context.context_params(model, request)) if known else 0
+    most = MOST_CHECKPOINTS_BYTES // (one * request.slots) if one else context.N_CTX_CHECKPOINTS
+    if most >= context.N_CTX_CHECKPOINTS or request.role is not Role.CHAT:
+        return context.N_CTX_CHECKPOINTS, DEFAULT
+    return max(most, LEAST_CHECKPOINTS), f"each takes {format_size(one)} of the host's memory"
 
 
 def _cache_type(model: ModelFacts, request: PlanRequest, policy: Policy) -> str:

@@ -30,6 +30,7 @@ class _Step(NamedTuple):
 
 
 _NO_PROMPT_CACHE: Final = _Step("cache_ram_mib", "prompt cache, MiB", 0, "the host has no memory left for one")
+_NO_CHECKPOINTS: Final = _Step("ctx_checkpoints", "context checkpoints", 0, "the host has no memory left for them")
 _PROJECTOR_ON_HOST: Final = _Step(
     "mmproj_offload", "projector on the GPU", False, "it leaves layers no room there; images are encoded on the CPU"
 )
@@ -88,13 +89,15 @@ def _decided(plan: Plan, steps: Iterable[_Step]) -> Plan:
 
 
 def _steps(request: PlanRequest, refused: NoFit) -> Iterator[_Step]:
-    """Yield the steps in order: nobody misses a prompt cache; a smaller micro-batch takes time for each prompt.
+    """Yield the steps in order: nobody misses a prompt cache, nor checkpoints as long as no prompt goes back.
 
-    A projector on the host takes more of it for each image.
+    A smaller micro-batch takes time for each prompt, a projector on the host more of it for each image.
     """
     on_host = [cause.device == HOST for cause in refused.causes]
     if request.cache_ram_mib is None and any(on_host):
         yield _NO_PROMPT_CACHE
+    if request.ctx_checkpoints is None and any(on_host) and refused.host.checkpoint_bytes:
+        yield _NO_CHECKPOINTS
     if request.n_ubatch is None and request.role is Role.CHAT and not all(on_host):
         for n_ubatch in SMALLER_UBATCHES:
             if n_ubatch < (refused.request.n_ubatch or 0):

@@ -95,8 +95,8 @@ class HostDetail:
 
     A mapped range goes from the first of the host's tensors in a file to the last, whatever lies between them.
     ``resident_bytes`` of it have to stay in memory, or parts are read from the disk again for each token: the host's
-    own tensors, the whole range where it is locked. The prompt cache and the reserve for a large image are taken in use
-    only.
+    own tensors, the whole range where it is locked. The prompt cache, the checkpoints of contexts and the reserve for a
+    large image are taken in use only, and are at most that much.
     """
 
     mapped_bytes: int | None = 0
@@ -105,7 +105,13 @@ class HostDetail:
     pinned_bytes: int | None = 0
     output_buffer_bytes: int | None = 0
     prompt_cache_bytes: int | None = 0
+    checkpoint_bytes: int | None = 0
     image_reserve_bytes: int | None = 0
 
+    @property
+    def later_bytes(self) -> int:
+        """Return what is taken in use only, as far as it is known."""
+        return sum(each or 0 for each in (self.prompt_cache_bytes, self.checkpoint_bytes, self.image_reserve_bytes))
 
-UNKNOWN_DETAIL: Final = HostDetail(None, None, None, None, None, None, None)
+
+UNKNOWN_DETAIL: Final = HostDetail(None, None, None, None, None, None, None, None)
