@@ -42,6 +42,12 @@ class Candidate:
         return not self.shortfalls and not self.unknown
 
     @property
+    def host_is_too_small(self) -> bool:
+        """Say whether the host lacks room for what any other split takes there too, whatever lies where."""
+        detail, limit = self.ledger.host_detail, self.usages[-1].budget_bytes
+        return limit is not None and (detail.output_buffer_bytes or 0) + detail.later_bytes > limit
+
+    @property
     def fits_in_memory(self) -> bool:
         """Say whether also what is mapped from the file fits, beside the host's reserve: nothing is read twice."""
         return self.fits and (budget.beyond_reserve(self.usages[-1]) or 0) >= 0

@@ -109,7 +109,7 @@ def _first(
             return found
         roles.learn(subproblem.mode, split, found.candidate.usages)
         n_checked += 1
-        if n_checked == MAX_CHECKED:
+        if n_checked == MAX_CHECKED or found.candidate.host_is_too_small:
             break
     return None
 
