@@ -217,8 +217,7 @@ def _use(usage: DeviceUsage, host: HostDetail) -> PlannedUse:
     on_host = usage.kind is DeviceKind.HOST
     taken = budget.host_bytes(usage.context, usage.compute, host) if on_host else usage.claimed_bytes
     headroom = None if usage.budget_bytes is None else usage.budget_bytes - taken
-    on_demand = (host.prompt_cache_bytes, host.image_reserve_bytes) if on_host else (usage.image_reserve_bytes,)
-    later = sum(each or 0 for each in on_demand)
+    later = host.later_bytes if on_host else usage.image_reserve_bytes
     return PlannedUse(usage.name, usage.planned_bytes, taken, usage.overhead_bytes, headroom, later)
 
 
