@@ -59,6 +59,12 @@ class CommandLine:
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
+# Flags with patterns, and for each the three that add patterns for the CPU to the same list (a draft has but two).
+_TO_CPU: Final[Mapping[str, tuple[str, str, str]]] = {
+    "override_tensor": ("cpu_moe", "n_cpu_moe", "n_cpu_ffn"),
+    "override_tensor_draft": ("cpu_moe_draft", "n_cpu_moe_draft", ""),
+}
+
 
 @dataclass(slots=True)
 class _Reading:
@@ -69,8 +75,8 @@ class _Reading:
     notes: list[str] = field(default_factory=list)
 
     def put(self, flag: Flag, value: Any) -> None:
-        if flag.dest == "override_tensor":
-            value = self._in_order(value)
+        if flag.dest in _TO_CPU:
+            value = self._in_order(flag.dest, value)
         if flag.dest == "spec_type":
             value = self._with_earlier(value)
         if flag.gathers:
@@ -82,11 +88,11 @@ class _Reading:
         given = [words for words in (self.values.get("spec_type"), kinds) if words and NONE not in words.split(",")]
         return ",".join(given) or NONE
 
-    def _in_order(self, patterns: Sequence[overrides.Override]) -> tuple[overrides.Override, ...]:
+    def _in_order(self, dest: str, patterns: Sequence[overrides.Override]) -> tuple[overrides.Override, ...]:
         """Return these patterns after those that ``-cmoe`` and its like have made so far: the first match wins."""
-        get = self.values.get
-        to_cpu = overrides.to_cpu(cpu_moe=get("cpu_moe"), n_cpu_moe=get("n_cpu_moe"), n_cpu_ffn=get("n_cpu_ffn"))
-        there = self.values.get("override_tensor", ())
+        get, flags = self.values.get, _TO_CPU[dest]
+        to_cpu = overrides.to_cpu(cpu_moe=get(flags[0]), n_cpu_moe=get(flags[1]), n_cpu_ffn=get(flags[2]))
+        there = self.values.get(dest, ())
         return overrides.ahead([pair for pair in to_cpu if pair not in there], patterns)
 
 

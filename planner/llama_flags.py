@@ -11,19 +11,19 @@ from typing import Final
 
 _SWITCHES: Final = """
     --perf --no-perf -e --escape --no-escape --check-tensors --offline --log-prefix --no-log-prefix --log-timestamps
-    --no-log-timestamps --ignore-eos -bs --backend-sampling --spec-draft-cpu-moe -cmoed --cpu-moe-draft
-    --spec-draft-backend-sampling --no-spec-draft-backend-sampling --cache-idle-slots --no-cache-idle-slots
-    --context-shift --no-context-shift -sp --special --warmup --no-warmup --spm-infill -cb --cont-batching -nocb
-    --no-cont-batching --mmproj-auto --no-mmproj --no-mmproj-auto --cors-credentials --no-cors-credentials
-    --ui-mcp-proxy --webui-mcp-proxy --no-ui-mcp-proxy --no-webui-mcp-proxy -ag --agent -no-ag --no-agent --ui --webui
-    --no-ui --no-webui --cache-prompt --no-cache-prompt --metrics --props --slots --no-slots --jinja --no-jinja
-    --reasoning-preserve --no-reasoning-preserve --skip-chat-parsing --no-skip-chat-parsing --prefill-assistant
-    --no-prefill-assistant --lora-init-without-apply --spec-default
+    --no-log-timestamps --ignore-eos -bs --backend-sampling --spec-draft-backend-sampling
+    --no-spec-draft-backend-sampling --cache-idle-slots --no-cache-idle-slots --context-shift --no-context-shift -sp
+    --special --warmup --no-warmup --spm-infill -cb --cont-batching -nocb --no-cont-batching --mmproj-auto --no-mmproj
+    --no-mmproj-auto --cors-credentials --no-cors-credentials --ui-mcp-proxy --webui-mcp-proxy --no-ui-mcp-proxy
+    --no-webui-mcp-proxy -ag --agent -no-ag --no-agent --ui --webui --no-ui --no-webui --cache-prompt --no-cache-prompt
+    --metrics --props --slots --no-slots --jinja --no-jinja --reasoning-preserve --no-reasoning-preserve
+    --skip-chat-parsing --no-skip-chat-parsing --prefill-assistant --no-prefill-assistant --lora-init-without-apply
+    --spec-default
 """
 
 _ONE_VALUE: Final = """
-    -t --threads -tb --threads-batch -C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb --cpu-mask-batch
-    -Crb --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -n --predict --n-predict --keep --rope-scaling
+    -t --threads -tb --threads-batch -C --cpu-mask -Cr --cpu-range --cpu-strict --prio --poll -Cb --cpu-mask-batch -Crb
+    --cpu-range-batch --cpu-strict-batch --prio-batch --poll-batch -n --predict --n-predict --keep --rope-scaling
     --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor
     --yarn-beta-slow --yarn-beta-fast -dt --defrag-thold --numa --lora-scaled --control-vector --control-vector-scaled
     --log-file --log-colors --samplers -s --seed --sampler-seq --sampling-seq --temp --temperature --top-k --top-p
@@ -35,15 +35,14 @@ _ONE_VALUE: Final = """
     --spec-draft-cpu-mask -Cd --cpu-mask-draft --spec-draft-cpu-range -Crd --cpu-range-draft --spec-draft-cpu-strict
     --cpu-strict-draft --spec-draft-prio --prio-draft --spec-draft-poll --poll-draft --spec-draft-cpu-mask-batch -Cbd
     --cpu-mask-batch-draft --spec-draft-cpu-strict-batch --cpu-strict-batch-draft --spec-draft-prio-batch
-    --prio-batch-draft --spec-draft-poll-batch --poll-batch-draft --spec-draft-n-cpu-moe --spec-draft-ncmoe -ncmoed
-    --n-cpu-moe-draft --spec-draft-n-min --spec-synth-len --spec-synth-rates --spec-draft-p-split --draft-p-split
-    --spec-draft-p-min --draft-p-min --spec-ngram-mod-n-min --spec-ngram-mod-n-max --spec-ngram-mod-n-match
-    --spec-ngram-simple-size-n --spec-ngram-simple-size-m --spec-ngram-simple-min-hits --spec-ngram-map-k-size-n
-    --spec-ngram-map-k-size-m --spec-ngram-map-k-min-hits --spec-ngram-map-k4v-size-n --spec-ngram-map-k4v-size-m
-    --spec-ngram-map-k4v-min-hits -lcs --lookup-cache-static -lcd --lookup-cache-dynamic -cms --checkpoint-min-step
-    -r --reverse-prompt -mmdev --mmproj-device --image-min-tokens --image-max-tokens --mtmd-batch-max-tokens
-    --video-fps --video-timestamp-interval --video-ffmpeg-dir --tags --embd-normalize --path --cors-origins
-    --cors-methods --cors-headers --ui-config --webui-config --ui-config-file --webui-config-file --tools
+    --prio-batch-draft --spec-draft-poll-batch --poll-batch-draft --spec-draft-n-min --spec-synth-len --spec-synth-rates
+    --spec-draft-p-split --draft-p-split --spec-draft-p-min --draft-p-min --spec-ngram-mod-n-min --spec-ngram-mod-n-max
+    --spec-ngram-mod-n-match --spec-ngram-simple-size-n --spec-ngram-simple-size-m --spec-ngram-simple-min-hits
+    --spec-ngram-map-k-size-n --spec-ngram-map-k-size-m --spec-ngram-map-k-min-hits --spec-ngram-map-k4v-size-n
+    --spec-ngram-map-k4v-size-m --spec-ngram-map-k4v-min-hits -lcs --lookup-cache-static -lcd --lookup-cache-dynamic
+    -cms --checkpoint-min-step -r --reverse-prompt -mmdev --mmproj-device --image-min-tokens --image-max-tokens
+    --mtmd-batch-max-tokens --video-fps --video-timestamp-interval --video-ffmpeg-dir --tags --embd-normalize --path
+    --cors-origins --cors-methods --cors-headers --ui-config --webui-config --ui-config-file --webui-config-file --tools
     --tools-runtime --mcp-servers-config --mcp-servers-json --chat-template-kwargs -to --timeout --sse-ping-interval
     --threads-http --cache-reuse --slot-save-path --media-path --reasoning-format -rea --reasoning --reasoning-effort
     --reasoning-budget --reasoning-budget-message --chat-template --chat-template-file -sps --slot-prompt-similarity
@@ -62,9 +61,8 @@ PASSED_ON: Final = MappingProxyType(
 """Flag -> number of values, for flags that llama-server gets as they were written."""
 
 _UNCOUNTED: Final = """
-    --control-vector --control-vector-scaled -bs --backend-sampling -cmoed --cpu-moe-draft
-    --spec-draft-cpu-moe -ncmoed --n-cpu-moe-draft --spec-draft-n-cpu-moe --spec-draft-ncmoe -mmdev --mmproj-device
-    --image-min-tokens --image-max-tokens --mtmd-batch-max-tokens -lcs --lookup-cache-static -lcd --lookup-cache-dynamic
+    --control-vector --control-vector-scaled -bs --backend-sampling -mmdev --mmproj-device --image-min-tokens
+    --image-max-tokens --mtmd-batch-max-tokens -lcs --lookup-cache-static -lcd --lookup-cache-dynamic
 """
 
 UNCOUNTED: Final = frozenset(_UNCOUNTED.split())

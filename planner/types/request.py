@@ -121,6 +121,8 @@ class PlanRequest:
     cache_type_v_draft: str | None = None
     devices_draft: tuple[str, ...] | None = None
     override_tensor_draft: tuple[tuple[str, str], ...] | None = None
+    cpu_moe_draft: bool | None = None
+    n_cpu_moe_draft: int | None = None
     spec_type: str | None = None
     spec_draft_n_max: int | None = None
     override_kv: tuple[str, ...] | None = None

@@ -38,6 +38,7 @@ VALUES = {
     "cache_type_k_draft": TYPES,
     "cache_type_v_draft": TYPES,
     "cpu_moe": st.just(True),
+    "cpu_moe_draft": st.just(True),
     "swa_full": st.just(True),
     "embeddings": st.just(True),
     "reranking": st.just(True),

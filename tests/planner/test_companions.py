@@ -319,6 +319,27 @@ def test_a_draft_model_takes_what_the_plan_says(
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
 
 
+@pytest.mark.llama
+@pytest.mark.parametrize(
+    "flags",
+    [("-cmoed",), ("-ncmoed", "1"), ("-ts", "1,1", "-otd", r"blk\.0\.ffn_up_exps=RPC1", "-cmoed")],
+    ids=" ".join,
+)
+def test_experts_of_a_draft_lie_on_the_cpu_as_the_flags_say(
+    flags: tuple[str, ...],
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """Those of its own, whatever the model's do; an override before them wins."""
+    model = str(write_model(tmp_path / "moe.gguf", dimensions("small")["small-qwen3moe"]))
+    workers = rpc_workers(2)
+    fixed = ("-c", "1024", "-md", model, *SPECULATES, "--no-oracle", "-ncmoe", "2")
+    plan = explain(model, *device_words(workers), *fixed, *flags, environment=free_environment)
+    assert not any("not in these figures" in warning for warning in plan["warnings"])
+    assert_as_planned(plan, places_of(workers), free_environment, resolution=0.02)
+
+
 def test_a_draft_that_fits_nowhere_is_no_fit(endless_model: Path, chat_model: Path) -> None:
     card = Device(DeviceName("RPC0"), DeviceKind.RPC, 64 << 20, 64 << 20, PoolId("large"))
     small = Device(DeviceName("RPC1"), DeviceKind.RPC, 1 << 20, 1 << 20, PoolId("small"))
