@@ -144,7 +144,17 @@ def _plan_warnings(model: ModelFacts, found: Candidate, used: list[Device]) -> t
         warnings.append(reason)
     if found.request.model_draft and not speculation.types(found.request):
         warnings.append("no --spec-type uses the draft model: llama-server loads it and frees it again")
+    if _draft_is_left_behind(model, found):
+        warnings.append("the draft model is on the host, as the model is: --device-draft puts it on a device")
     return (*warnings, *_cut_context(model, found))
+
+
+def _draft_is_left_behind(model: ModelFacts, found: Candidate) -> bool:
+    """Say whether a draft is on the host for no other reason than that the model has no devices."""
+    request, wanted = found.request, found.request.n_gpu_layers_draft
+    asked = request.devices == () or wanted == 0 or request.devices_draft is not None
+    others = any(row.kind is not DeviceKind.HOST for row in found.usages)
+    return model.draft is not None and others and not found.placement.devices and not asked
 
 
 def _cut_context(model: ModelFacts, found: Candidate) -> tuple[str, ...]:

@@ -58,6 +58,8 @@ def _of_devices(found: Candidate, machine: Machine, policy: Policy) -> Decision:
         why = "it has the most room" if found.shortfalls else "one device is enough"
     elif devices:
         why = "PLANNER_SCHED_SPREAD asks for all of them" if policy.spread else "fewer would not hold it"
+    elif found.request.n_gpu_layers == 0:
+        why = "-ngl 0 leaves every layer to the host"
     else:
         why = "no layer fits on one" if machine.devices else "there is none"
     return Decision("devices", ", ".join(devices) or "none", why)

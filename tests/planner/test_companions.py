@@ -91,6 +91,25 @@ def test_adapters_take_what_the_plan_says(
     assert {source for device in plan["devices"] for source in device["source"].values()} == {"exact", "simulated"}
 
 
+@pytest.mark.llama
+@pytest.mark.parametrize(
+    "flags", [("--reranking",), ("--pooling", "rank"), ("--reranking", "-fa", "off")], ids=" ".join
+)
+def test_an_adapter_of_a_reranker_takes_what_the_plan_says(
+    flags: tuple[str, ...],
+    rerank_model: Path,
+    tmp_path: Path,
+    rpc_workers: Callable[[int], tuple[Any, ...]],
+    free_environment: dict[str, str],
+) -> None:
+    """Its classifier is read without adapters, whatever they hold."""
+    companion_models.write_lora(tmp_path / "adapter.gguf", rerank_model, rank=30)
+    workers = rpc_workers(2)
+    fixed = ("-c", "1024", "--lora", str(tmp_path / "adapter.gguf"), "--no-oracle")
+    plan = explain(str(rerank_model), *device_words(workers), *fixed, *flags, environment=free_environment)
+    assert_as_planned(plan, places_of(workers), free_environment, resolution=0.01)
+
+
 def test_a_scaled_adapter_takes_what_any_other_takes(endless_model: Path, adapters: tuple[Path, Path]) -> None:
     plain = outcome(endless_model, n_ctx=512, lora=tuple(map(str, adapters)))
     small, large = adapters
@@ -350,6 +369,27 @@ def test_a_draft_that_fits_nowhere_is_no_fit(endless_model: Path, chat_model: Pa
     )
     assert isinstance(answer, NoFit)
     assert [cause.device for cause in answer.causes] == ["RPC1"]
+
+
+@pytest.mark.parametrize(
+    "knobs, told",
+    [
+        ({"n_gpu_layers": 0}, True),
+        ({"n_gpu_layers": 0, "n_gpu_layers_draft": 99}, True),
+        ({"n_gpu_layers": 0, "n_gpu_layers_draft": 0}, False),
+        ({"n_gpu_layers": 0, "devices_draft": ("RPC0",)}, False),
+        ({"n_gpu_layers": 1}, False),
+        ({"devices": ()}, False),
+    ],
+)
+def test_a_draft_that_has_no_device_because_the_model_has_none_is_told(
+    endless_model: Path, chat_model: Path, knobs: dict[str, Any], *, told: bool
+) -> None:
+    request = PlanRequest(n_ctx=1024, model_draft=str(chat_model), spec_type="draft-simple", **knobs)
+    facts = companions.attach(read_model(str(endless_model)), request)
+    plan = search(facts, request, machine_of(DeviceKind.RPC, 1), Policy(), PINNED_BUILD)
+    assert isinstance(plan, Plan)
+    assert any("--device-draft" in warning for warning in plan.warnings) is told
 
 
 def test_a_draft_that_nobody_uses_is_told(endless_model: Path, chat_model: Path) -> None:
