@@ -203,7 +203,7 @@ class Writer:
                     lease.lose(story)
 
     async def _plan(self, command: PlanModel, tasks: TaskGroup) -> None:
-        meanwhile = partial(tasks.start_soon, self.children.expect_spawn)
+        meanwhile = partial(tasks.start_soon, self.children.expect, command.model)
         self.post(await self._inventory.plan(command, meanwhile=meanwhile))
 
     async def _keep_time(self) -> None:

@@ -25,9 +25,7 @@ from planner.visible_devices import PCI_ORDER
 READ_BYTES: Final = 65536  # a full pipe
 SHIM: Final = Path(__file__).with_name("exec_child.py")
 SHELL: Final = "/bin/sh"
-# What the shim does after it has tied the death, for a shell that starts in a millisecond. Where it is to wait, it is
-# told its arguments first; a shell's PPID is that of its start, so what is checked stays the same.
-BE_TOLD: Final = ". /dev/stdin"
+# What the shim does after it has tied the death, for a shell that starts in a millisecond.
 CHECK_AND_BECOME: Final = """
 fail() { echo "cannot start $1: $2" >&2; exit 127; }
 [ "$PPID" = "$0" ] || fail "$1" "the service is gone"
@@ -75,14 +73,6 @@ def tied(argv: Sequence[str], setpriv: str | None, parent: int) -> list[str]:
     return [setpriv, "--pdeathsig", "KILL", SHELL, "-c", CHECK_AND_BECOME, str(parent), *argv]
 
 
-def waiting(setpriv: str, parent: int) -> list[str]:
-    """Return the command of a shell whose death is tied as by ``tied``, and which is told on its stdin what to become.
-
-    It is told a shell's words: what is exported and set there stands when it goes on.
-    """
-    return [setpriv, "--pdeathsig", "KILL", SHELL, "-c", BE_TOLD + CHECK_AND_BECOME, str(parent)]
-
-
 def started(
     command: Sequence[str], env: Mapping[str, str], folder: str | None = None, *, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
@@ -125,6 +115,15 @@ class Child:
         """Return the process id, which is also the id of its process group and session."""
         return self._process.pid
 
+    def has_exited(self) -> bool:
+        """Say whether the process has ended; it is not reaped."""
+        return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def close_stdin(self) -> None:
+        """Let the process come to the end of its stdin."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
     async def read(self) -> bytes:
         """Return what the child wrote since, as soon as there is anything; empty once nobody can write any more."""
         while True:
@@ -150,7 +149,8 @@ class Child:
         return returncode
 
     def close(self) -> None:
-        """Give the pipe back."""
+        """Give the pipes back."""
+        self.close_stdin()
         self._output.close()
 
     async def stop(self, grace_s: float) -> None:

@@ -10,7 +10,6 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from supervisor.children.health import wait_healthy, wait_serving
 from supervisor.children.logs import ChildLog
 from supervisor.children.proc_stat import is_stopped
 from supervisor.children.process import READ_BYTES, Child, describe_exit, find_setpriv, scrubbed, started, tied
-from supervisor.children.spare import Spare
+from supervisor.children.spare import Line, Spare, begun, gated
 from supervisor.children.weights_read import WeightsRead
 from supervisor.core.commands import Spawn
 from supervisor.core.events import (
@@ -56,8 +55,8 @@ LISTEN_LOADING_S: Final = 0.001
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child whose loop does not answer: one may have been lost on it.
 UNREADY_GRACE_S: Final = 0.5
-# For what a shell waits that is to become a child: longer than a plan takes, and than an idle runner to make room.
-SPARE_FOR_S: Final = 5.0
+# Before a spare is started for a model that was stopped: whoever it had to go for is being loaded just then.
+REST_S: Final = 0.2
 # A loading child that somebody stopped: longer than it takes to look at it, far shorter than LOAD_TIMEOUT.
 STOPPED_S: Final = 20.0
 KEY_BYTES: Final = 32
@@ -94,6 +93,7 @@ class _Running:
     url: str | None = None
     tokens: TokenWatch | None = None
     obeys: bool = False
+    was_stopped: bool = False
     unasked_lines: int | None = None
     until_gone: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of what asks it whether it is ready
 
@@ -134,25 +134,38 @@ class Children:
         self._records = state_dir / RECORDS
         self._no_config = state_dir / NO_CONFIG
         self._environ = scrubbed(environ)
-        self._spares: list[Spare] = []
+        self._lines: dict[ModelId, Line] = {}  # with which each model was started last
+        self._spare: Spare | None = None
+        self._spares_wait = True  # until one turns out not to
         self._stop_grace_s = stop_grace_s
         self._patience = patience
         self._running: dict[tuple[ModelId, int], _Running] = {}
         self._ended: dict[ModelId, ChildLog] = {}  # what the last child of each model said
 
-    async def expect_spawn(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
-        """Have a shell wait, for a while, that becomes the next child; for when that is being planned."""
-        setpriv = find_setpriv()
-        if self._spares or setpriv is None:
+    async def expect(self, model: ModelId, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Have a spare wait, for a while, that becomes this model's next child if that is started as the last one was.
+
+        For when it is being planned, and for when it may be asked for again. There is one spare at a time.
+        """
+        line = self._lines.get(model)
+        if line is None or not self._spares_wait or (self._spare is not None and self._spare.is_for(line)):
             return
-        with suppress(OSError), Spare(setpriv, self._environ) as spare:
-            self._spares.append(spare)
-            task_status.started()
-            try:
-                await anyio.sleep(SPARE_FOR_S)
-            finally:
-                if spare in self._spares:
-                    self._spares.remove(spare)
+        try:
+            spare = Spare(line, self._environ, secrets.token_urlsafe(KEY_BYTES))
+        except OSError:  # whoever starts the child tells of it
+            return
+        if self._spare is not None:
+            self._spare.let_go()
+        self._spare = spare
+        task_status.started()
+        self._record(model, spare.pid)
+        try:
+            self._spares_wait &= await spare.hold()
+        finally:
+            if self._spare is spare:
+                self._spare = None
+            if not spare.is_taken:
+                strays.forget(self._records, spare.pid)
 
     def api_key(self, model: ModelId, generation: int) -> str:
         """Return what a client has to show to this child."""
@@ -172,41 +185,45 @@ class Children:
     def spawn(self, command: Spawn, tasks: TaskGroup) -> None:
         """Log the plan that is now final and start a child with it; listen to it as one of these tasks."""
         about = {"model": command.model, "runner": command.runner, "generation": command.generation}
-        api_key = secrets.token_urlsafe(KEY_BYTES)
-        argv, env, url = self._line(command, api_key)
+        line, url = self._line(command)
         _log.info("plan.final", **about, plan=command.plan.document)
         program = command.plan.program
         try:
-            child = self._start(argv, env, program)
+            child, api_key = self._start(command.model, line, program)
         except OSError as error:
-            self._post(SpawnFailed(command.model, command.generation, f"cannot start {argv[0]}: {error.strerror}"))
+            self._post(SpawnFailed(command.model, command.generation, f"cannot start {line.argv[0]}: {error.strerror}"))
             return
         log = ChildLog(command.plan.buffer_devices, _log.bind(**about, pid=child.pid))
         self._running[command.model, command.generation] = running = _Running(
-            child, argv, api_key, log, command.plan.pinned, program is not None
+            child, line.argv, api_key, log, command.plan.pinned, program is not None
         )
-        tasks.start_soon(self._tend, command.model, command.generation, running)
+        tasks.start_soon(self._tend, command.model, command.generation, running, tasks)
         if program is not None and url is not None:
             tasks.start_soon(self._serve_program, command, running, url, program.health)
         self._post(ProcessSpawned(command.model, command.generation, child.pid))
 
-    def _line(self, command: Spawn, api_key: str) -> tuple[list[str], dict[str, str], str | None]:
-        """Return the command line, what joins its environment and, for a program not ours, where it will answer."""
+    def _line(self, command: Spawn) -> tuple[Line, str | None]:
+        """Return how to start it and, for a program not ours, where it will answer."""
         launch, program = command.plan.launch, command.plan.program
-        env = dict(launch.env)
         if program is not None:
             port = str(free_port())
-            return [word.replace(PORT, port) for word in launch.argv], env, program.url.replace(PORT, port)
-        env |= {"LLAMA_API_KEY": api_key, "XDG_CONFIG_HOME": str(self._no_config), **counting.ENABLED}
+            argv = tuple(word.replace(PORT, port) for word in launch.argv)
+            return Line(argv, launch.env), program.url.replace(PORT, port)
+        env = {**launch.env, "XDG_CONFIG_HOME": str(self._no_config), **counting.ENABLED}
         # Port 0: the kernel picks a free one while the child binds it, and the child's log names it.
-        return [*launch.argv, "--host", "127.0.0.1", "--port", "0", "--alias", command.model], env, None
+        argv = (*gated(launch.argv), "--host", "127.0.0.1", "--port", "0", "--alias", command.model)
+        return Line(argv, env), None
 
-    def _start(self, argv: list[str], env: Mapping[str, str], program: Program | None) -> Child:
-        """Start this, as a shell that waits for it where there is one. Raises OSError."""
-        if program is None and self._spares and (process := self._spares.pop().become(argv, env)) is not None:
-            return Child(process)
-        folder = None if program is None else program.folder
-        return Child(started(tied(argv, find_setpriv(), os.getpid()), {**self._environ, **env}, folder))
+    def _start(self, model: ModelId, line: Line, program: Program | None) -> tuple[Child, str]:
+        """Start this, or open the gate of what waits to be just this; return it and its key. Raises OSError."""
+        api_key = secrets.token_urlsafe(KEY_BYTES)
+        if program is not None:
+            command = tied(line.argv, find_setpriv(), os.getpid())
+            return Child(started(command, {**self._environ, **line.env}, program.folder)), api_key
+        self._lines[model] = line
+        if self._spare is not None and self._spare.is_for(line) and (child := self._spare.take()) is not None:
+            return child, self._spare.api_key
+        return begun(line, self._environ, api_key), api_key
 
     async def stop(self, model: ModelId, generation: int, at_once: bool = False) -> None:  # noqa: FBT001, FBT002  a task
         """End this child, by force in the end or ``at_once``; its exit is told as any other."""
@@ -216,6 +233,7 @@ class Children:
         if at_once:
             running.child.kill()
             return
+        running.was_stopped = True
         if running.url is not None and not running.obeys:
             with anyio.move_on_after(UNREADY_GRACE_S):
                 await wait_serving(running.url, running.api_key)
@@ -224,7 +242,7 @@ class Children:
             await running.tokens.read(counting.LAST_ANSWER_WITHIN_S)
         await running.child.stop(self._stop_grace_s if running.obeys else UNREADY_GRACE_S)
 
-    async def _tend(self, model: ModelId, generation: int, running: _Running) -> None:
+    async def _tend(self, model: ModelId, generation: int, running: _Running, all_tasks: TaskGroup) -> None:
         """Listen until the child has ended, then reap it and tell. Cancelled, it kills the child."""
         child, log = running.child, running.log
         structlog.contextvars.clear_contextvars()  # the child outlives the request that caused it
@@ -250,10 +268,17 @@ class Children:
             strays.forget(self._records, child.pid)
             del self._running[model, generation]
             self._ended[model] = log
+        if running.was_stopped and not running.is_program:
+            all_tasks.start_soon(self._expect_again, model)
         said = log.tail[-1:] if running.is_program else ()  # nobody knows what its complaints look like
         last_error = log.last_error or "".join(said) or None
         how = describe_exit(returncode)
         self._post(ProcessExited(model, generation, how, last_error, log.tail, log.shortage, killed=returncode < 0))
+
+    async def _expect_again(self, model: ModelId) -> None:
+        """Expect a model that was stopped to be asked for again, as those are that somebody changes between."""
+        await anyio.sleep(REST_S)
+        await self.expect(model)
 
     def _record(self, model: ModelId, pid: int) -> None:
         try:

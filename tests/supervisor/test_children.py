@@ -1,11 +1,11 @@
-"""Children as events: told to end once they can hear it, and started by the shell that waits for them."""
+"""Children as events: told to end once they can hear it, and taken from the spare that waits for them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +17,6 @@ from anyio.abc import TaskGroup
 
 from planner.types import LaunchSpec
 from supervisor.children.hanging import PATIENCE
-from supervisor.children.process import find_setpriv
 from supervisor.children.tending import Children, prepare
 from supervisor.core.commands import Spawn
 from supervisor.core.events import BecameReady, Event, ProcessExited, ProcessSpawned
@@ -28,6 +27,7 @@ pytestmark = pytest.mark.anyio
 E = TypeVar("E", bound=Event)
 A = ModelId("a")
 WITHIN_S = 30.0
+HERE = "print('here')"
 LONG_S = 600.0  # a grace that no test waits for
 
 # Says that it listens, and loses every signal to end it until its loop answers, as llama-server does.
@@ -58,6 +58,10 @@ class Events:
         self._posted.append(event)
         self._more.set()
 
+    def forget(self) -> None:
+        """Forget what was posted."""
+        self._posted.clear()
+
     async def first(self, kind: type[E]) -> E:
         """Return the first event of this kind, once it has come."""
         with anyio.fail_after(WITHIN_S):
@@ -87,16 +91,25 @@ async def watched(state: Path) -> AsyncIterator[tuple[Children, Events, TaskGrou
         tasks.cancel_scope.cancel()
 
 
-def running(program: str) -> Spawn:
-    """Return the command that runs a Python program as the child of A."""
-    return Spawn(RunnerId("r1"), A, 1, LoadPlan(LaunchSpec((sys.executable, "-c", program)), uses=()))
+@pytest.fixture
+def running(tmp_path: Path) -> Callable[..., Spawn]:
+    """Return what gives the command that runs this as the child of A, for llama-server: it reads its gate first."""
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!{sys.executable}\nimport os, sys\nopen('/dev/stdin').read()\nexec(os.environ['PROGRAM'])\n")
+    program.chmod(0o755)
+
+    def spawn(text: str, *flags: str, generation: int = 1) -> Spawn:
+        plan = LoadPlan(LaunchSpec((str(program), *flags), {"PROGRAM": text}), uses=())
+        return Spawn(RunnerId("r1"), A, generation, plan)
+
+    return spawn
 
 
 def own_children() -> set[int]:
     return {one.pid for one in psutil.Process().children()}
 
 
-async def test_a_child_is_told_to_end_once_its_loop_answers(tmp_path: Path) -> None:
+async def test_a_child_is_told_to_end_once_its_loop_answers(tmp_path: Path, running: Callable[..., Spawn]) -> None:
     """It is ready as soon as it listens; a signal that came before its loop has begun would be lost."""
     async with watched(tmp_path) as (children, events, tasks):
         children.spawn(running(LATE.format(answer="")), tasks)
@@ -107,7 +120,9 @@ async def test_a_child_is_told_to_end_once_its_loop_answers(tmp_path: Path) -> N
         assert (exited.exit, exited.killed) == ("exit status 3", False)
 
 
-async def test_a_child_whose_loop_never_answers_is_ended_by_force(tmp_path: Path) -> None:
+async def test_a_child_whose_loop_never_answers_is_ended_by_force(
+    tmp_path: Path, running: Callable[..., Spawn]
+) -> None:
     """Soon: nobody waits through the grace of one that obeys."""
     async with watched(tmp_path) as (children, events, tasks):
         children.spawn(running(LATE.format(answer="import threading; threading.Event().wait()")), tasks)
@@ -118,36 +133,95 @@ async def test_a_child_whose_loop_never_answers_is_ended_by_force(tmp_path: Path
         assert (exited.exit, exited.killed) == ("killed by SIGKILL", True)
 
 
-@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
-async def test_a_child_that_was_expected_is_the_shell_that_waited_for_it(tmp_path: Path) -> None:
+async def run_once(children: Children, events: Events, tasks: TaskGroup, command: Spawn) -> ProcessExited:
+    """Run a child to its end, and return that."""
+    children.spawn(command, tasks)
+    exited = await events.first(ProcessExited)
+    events.forget()
+    return exited
+
+
+async def test_a_child_that_was_expected_is_the_spare_that_waited_for_it(
+    tmp_path: Path, running: Callable[..., Spawn]
+) -> None:
     async with watched(tmp_path) as (children, events, tasks):
-        await tasks.start(children.expect_spawn)
+        await run_once(children, events, tasks, running(HERE))
+        await tasks.start(children.expect, A)
         waiting = own_children()
-        children.spawn(running("print('here')"), tasks)
+        children.spawn(running(HERE, generation=2), tasks)
         assert (await events.first(ProcessSpawned)).pid in waiting
         exited = await events.first(ProcessExited)
     assert (exited.exit, exited.log_tail) == ("exit status 0", ("here",))
 
 
-@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
-async def test_a_shell_that_somebody_ended_is_done_without(tmp_path: Path) -> None:
+async def test_a_model_that_never_ran_is_not_expected(tmp_path: Path) -> None:
+    """Nobody knows its command line yet."""
+    before = own_children()
+    async with watched(tmp_path) as (children, _, _):
+        await children.expect(A)
+        assert own_children() == before
+
+
+async def test_a_spare_of_another_line_is_not_taken(tmp_path: Path, running: Callable[..., Spawn]) -> None:
     async with watched(tmp_path) as (children, events, tasks):
-        before = own_children()
-        await tasks.start(children.expect_spawn)
-        (shell,) = own_children() - before
-        pidfd = os.pidfd_open(shell)
-        os.kill(shell, signal.SIGKILL)
-        await anyio.wait_readable(pidfd)
-        os.close(pidfd)
-        children.spawn(running("print('here')"), tasks)
-        assert (await events.first(ProcessSpawned)).pid != shell
+        await run_once(children, events, tasks, running(HERE))
+        await tasks.start(children.expect, A)
+        waiting = own_children()
+        children.spawn(running(HERE, "-c", "1024", generation=2), tasks)
+        assert (await events.first(ProcessSpawned)).pid not in waiting
         assert (await events.first(ProcessExited)).exit == "exit status 0"
 
 
-@pytest.mark.skipif(find_setpriv() is None, reason="setpriv is not here")
-async def test_a_shell_that_nobody_needed_goes_with_whoever_started_it(tmp_path: Path) -> None:
+async def test_there_is_one_spare_at_a_time(tmp_path: Path, running: Callable[..., Spawn]) -> None:
+    async with watched(tmp_path) as (children, events, tasks):
+        before = own_children()
+        await run_once(children, events, tasks, running(HERE))
+        await tasks.start(children.expect, A)
+        (first,) = own_children() - before
+        await children.expect(A)
+        assert own_children() - before == {first}
+        await run_once(children, events, tasks, running(HERE, "-c", "1024", generation=2))
+        await tasks.start(children.expect, A)
+        with anyio.fail_after(WITHIN_S):
+            while first in own_children():  # noqa: ASYNC110 - it is reaped by a task of its own
+                await anyio.sleep(0.01)
+        assert len(own_children() - before) == 1
+
+
+async def test_a_spare_that_somebody_ended_is_done_without(tmp_path: Path, running: Callable[..., Spawn]) -> None:
+    async with watched(tmp_path) as (children, events, tasks):
+        before = own_children()
+        await run_once(children, events, tasks, running(HERE))
+        await tasks.start(children.expect, A)
+        (spare,) = own_children() - before
+        pidfd = os.pidfd_open(spare)
+        os.kill(spare, signal.SIGKILL)
+        await anyio.wait_readable(pidfd)
+        os.close(pidfd)
+        children.spawn(running(HERE, generation=2), tasks)
+        assert (await events.first(ProcessSpawned)).pid != spare
+        assert (await events.first(ProcessExited)).exit == "exit status 0"
+
+
+async def test_a_model_that_was_stopped_is_expected_again(tmp_path: Path, running: Callable[..., Spawn]) -> None:
+    async with watched(tmp_path) as (children, events, tasks):
+        before = own_children()
+        children.spawn(running(LATE.format(answer="")), tasks)
+        await events.first(BecameReady)
+        await children.stop(A, 1)
+        await events.first(ProcessExited)
+        with anyio.fail_after(WITHIN_S):
+            while not own_children() - before:  # noqa: ASYNC110 - it is started by a task of its own
+                await anyio.sleep(0.01)
+
+
+async def test_a_spare_that_nobody_needed_goes_with_whoever_started_it(
+    tmp_path: Path, running: Callable[..., Spawn]
+) -> None:
     before = own_children()
-    async with watched(tmp_path) as (children, _, tasks):
-        await tasks.start(children.expect_spawn)
+    async with watched(tmp_path) as (children, events, tasks):
+        await run_once(children, events, tasks, running(HERE))
+        await tasks.start(children.expect, A)
         assert own_children() - before
     assert own_children() == before
+    assert not list((tmp_path / "runners").iterdir()), "it is not taken for one that an earlier life left"

@@ -1,72 +1,153 @@
-"""A shell that waits to become a child: it becomes just that, or ends, and leaves nothing."""
+"""A llama-server that waits at its gate: it becomes the one that is wanted, or ends, and loads nothing meanwhile."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
+import anyio
+import psutil
 import pytest
 
-from supervisor.children.process import find_setpriv
-from supervisor.children.spare import Spare
+from supervisor.children.process import Child
+from supervisor.children.spare import Line, Spare, begun, gated, is_at_gate
 
+pytestmark = pytest.mark.anyio
+
+WITHIN_S = 30.0
 GONE_WITHIN_S = 2.0  # what is promised for children of a killed service
-TELL_ALL = (
-    "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['ODD'], os.environ['OLD'], sys.stdin.read()]))"
-)
+LISTENS = b"listening on http"
 
 
-@pytest.fixture(scope="module")
-def setpriv() -> str:
-    if (found := find_setpriv()) is None:
-        pytest.skip("setpriv is not here")
-    return found
+@pytest.fixture
+def line(llama_tools: Path, chat_model: Path) -> Line:
+    """Return how a real llama-server is started."""
+    return Line(gated((str(llama_tools / "llama-server"), "-m", str(chat_model), "--port", "0", "-c", "512")), {})
 
 
-def said(process: subprocess.Popen[bytes] | None) -> str:
-    """Return what the process said until it ended."""
-    assert process is not None
-    assert process.stdout is not None
-    with process:
-        return process.stdout.read().decode()
+@asynccontextmanager
+async def waiting(line: Line) -> AsyncIterator[Spare]:
+    """Yield a spare that is held; whoever takes it ends it."""
+    async with anyio.create_task_group() as tasks:
+        spare = Spare(line, os.environ, "key")
+        tasks.start_soon(spare.hold)
+        yield spare
+        spare.let_go()
 
 
-def test_it_becomes_the_command_that_it_is_told(setpriv: str) -> None:
-    """Spaces, quotes and what a shell would take for its own arrive as they are; its stdin is at its end."""
-    odd = ["", "a b", "$HOME", "'", '"', "*", "-c", "a\nb", "x" * 5000]
-    with Spare(setpriv, {"OLD": "old", "ODD": "not this"}) as spare:
-        process = spare.become([sys.executable, "-c", TELL_ALL, *odd], {"ODD": "$(x) 'y'"})
-        assert json.loads(said(process)) == [odd, "$(x) 'y'", "old", ""]
+async def until(holds: Callable[[], bool]) -> None:
+    """Return once this holds."""
+    with anyio.fail_after(WITHIN_S):
+        while not holds():  # noqa: ASYNC110 - of this the kernel tells nobody
+            await anyio.sleep(0.01)
 
 
-def test_it_becomes_one_child_only(setpriv: str) -> None:
-    with Spare(setpriv, {}) as spare:
-        assert said(spare.become(["/bin/echo", "once"], {})) == "once\n"
-        assert spare.become(["/bin/echo", "twice"], {}) is None
+async def serves(child: Child | None) -> bool:
+    """Say whether the child says that it listens before it ends; it is ended."""
+    assert child is not None
+    said = b""
+    with anyio.fail_after(WITHIN_S):
+        while LISTENS not in said and (data := await child.read()):
+            said += data
+    child.kill()
+    child.reap()
+    child.close()
+    return LISTENS in said
 
 
-@pytest.mark.parametrize(
-    "program,why", [("/nowhere/llama-server", "No such file or directory"), ("/etc/passwd", "Permission denied")]
-)
-def test_a_program_that_cannot_be_run_says_so(setpriv: str, program: str, why: str) -> None:
-    with Spare(setpriv, {}) as spare:
-        process = spare.become([program], {})
-        assert said(process) == f"cannot start {program}: {why}\n"
-        assert process is not None
-        assert process.returncode == 127
+async def test_at_its_gate_it_has_opened_neither_its_model_nor_a_port(line: Line, chat_model: Path) -> None:
+    async with waiting(line) as spare:
+        await until(lambda: is_at_gate(spare.pid))
+        process = psutil.Process(spare.pid)
+        mapped = Path(f"/proc/{spare.pid}/maps").read_text()
+        assert line.argv[0] in mapped
+        assert str(chat_model) not in mapped
+        assert str(chat_model) not in {one.path for one in process.open_files()}
+        assert not process.net_connections()
 
 
-@pytest.mark.parametrize("told", [None, ["/bin/sleep", "60"]], ids=["waiting", "told"])
-def test_its_death_is_tied_to_that_of_whoever_started_it(setpriv: str, told: list[str] | None) -> None:
-    """Waiting or told: whoever is killed takes it along."""
+async def test_taken_it_goes_on_to_serve(line: Line) -> None:
+    async with waiting(line) as spare:
+        await until(lambda: is_at_gate(spare.pid))
+        assert spare.is_for(line)
+        assert await serves(spare.take())
+
+
+async def test_taken_before_it_has_come_to_its_gate_it_serves_too(line: Line) -> None:
+    async with waiting(line) as spare:
+        assert await serves(spare.take())
+
+
+async def test_without_a_spare_the_same_line_serves(line: Line) -> None:
+    assert await serves(begun(line, os.environ, "key"))
+
+
+async def test_it_is_taken_once(line: Line) -> None:
+    async with waiting(line) as spare:
+        child = spare.take()
+        assert not spare.is_for(line)
+        assert spare.take() is None
+        assert await serves(child)
+
+
+async def test_it_is_for_its_own_line_alone(line: Line) -> None:
+    async with waiting(line) as spare:
+        assert spare.is_for(replace(line))
+        assert not spare.is_for(replace(line, argv=(*line.argv, "--alias", "a")))
+        assert not spare.is_for(replace(line, env={"CUDA_VISIBLE_DEVICES": "1"}))
+
+
+async def test_it_is_for_no_program_that_was_replaced_since(tmp_path: Path) -> None:
+    program, newer = tmp_path / "llama-server", tmp_path / "newer"
+    for one in (program, newer):
+        one.write_text("#!/bin/sh\nexec cat /dev/stdin\n")
+        one.chmod(0o755)
+    line = Line(gated((str(program),)), {})
+    async with waiting(line) as spare:
+        assert spare.is_for(line)
+        newer.replace(program)
+        assert not spare.is_for(line)
+
+
+async def test_one_that_somebody_ended_cannot_be_taken(line: Line) -> None:
+    async with waiting(line) as spare:
+        process = psutil.Process(spare.pid)
+        process.kill()
+        await until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert spare.take() is None
+
+
+async def test_let_go_it_ends(line: Line) -> None:
+    async with waiting(line) as spare:
+        process = psutil.Process(spare.pid)
+    assert not process.is_running()
+
+
+async def test_a_program_that_does_not_wait_is_found_out_and_ended(tmp_path: Path) -> None:
+    """It might load what nothing was reserved for."""
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    spare = Spare(Line(gated((str(program),)), {}), os.environ, "key")
+    process = psutil.Process(spare.pid)
+    assert not await spare.hold(at_gate_within_s=0.1)
+    assert not process.is_running()
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["waiting", "taken"])
+def test_its_death_is_tied_to_that_of_whoever_started_it(taken: bool) -> None:  # noqa: FBT001 - a case
+    """Waiting or taken: whoever is killed takes it along."""
     program = (
-        "import psutil, time; from supervisor.children.spare import Spare\n"
-        f"with Spare({setpriv!r}, {{}}) as spare:\n"
-        f"    told = {told!r} and spare.become({told!r}, {{}})\n"
-        "    print(psutil.Process().children()[0].pid, flush=True); time.sleep(60)"
+        "import os, time; from supervisor.children.spare import Line, Spare\n"
+        "spare = Spare(Line(('/bin/sleep', '60'), {}), os.environ, 'key')\n"
+        f"child = {taken} and spare.take()\n"
+        "print(spare.pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
