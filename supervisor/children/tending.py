@@ -42,7 +42,7 @@ from supervisor.core.events import (
     SpawnFailed,
     WrongDevices,
 )
-from supervisor.core.loglines import Fact, Listening, PromptCache, UsingDevice
+from supervisor.core.loglines import BufferKind, BufferSize, Fact, Listening, PromptCache, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId, Program
 
@@ -50,7 +50,8 @@ LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer woul
 # A child that serves says two hundred lines for each request: they are taken together. Shorter than LAST_WORDS_S.
 LISTEN_EVERY_S: Final = 0.05
 # One that loads writes each line in three pieces; to be woken for each would take the processor from it, and so delay
-# the line that counts, that it listens, by more than this.
+# the line that counts, that it listens, by more than this. That is near once the last buffers are reserved, and few
+# lines come before it: from then on each is taken at once.
 LISTEN_LOADING_S: Final = 0.001
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child whose loop does not answer: one may have been lost on it.
@@ -78,6 +79,7 @@ def prepare(state_dir: Path) -> None:
 class _Running:
     """A live child, what a client has to show it, and what it said. ``url`` once it has said that it listens.
 
+    ``is_nearly_ready`` once it has reserved the buffers that it computes in, the last thing that takes long.
     ``tokens`` reads what it counts, from then on; a program that is not ours counts nothing.
     ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost. ``unasked_lines`` is how many
     it had said when it first answered, being a program: many write a line each time they are asked if they are ready.
@@ -92,6 +94,7 @@ class _Running:
     used: list[UsingDevice] = field(default_factory=list)
     url: str | None = None
     tokens: TokenWatch | None = None
+    is_nearly_ready: bool = False
     obeys: bool = False
     was_stopped: bool = False
     unasked_lines: int | None = None
@@ -101,6 +104,13 @@ class _Running:
     def n_lines_unasked(self) -> int:
         """Return how many lines it has said that no question of ours can have brought about."""
         return self.log.n_lines if self.unasked_lines is None else self.unasked_lines
+
+    @property
+    def pause_s(self) -> float:
+        """Return how long what it says may wait until it is read."""
+        if self.url is not None:
+            return LISTEN_EVERY_S
+        return 0.0 if self.is_nearly_ready else LISTEN_LOADING_S
 
     def note_answer(self) -> None:
         """Take no line for progress from now on: each may only tell of our questions."""
@@ -294,6 +304,8 @@ class Children:
             for fact in running.log.feed(data):
                 if isinstance(fact, UsingDevice):
                     running.used.append(fact)
+                elif isinstance(fact, BufferSize):
+                    running.is_nearly_ready |= fact.kind is BufferKind.COMPUTE
                 if (wrong := _wrong_devices(running, fact)) is not None:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, PromptCache):
@@ -304,8 +316,8 @@ class Children:
                     self._post(BecameReady(model, generation, fact.url, running.log.measured_bytes))
                     tasks.start_soon(self._watch, model, generation, running, fact.url)
                     tasks.start_soon(running.tokens.follow)
-            if len(data) < READ_BYTES:
-                await running.child.wait_exited(LISTEN_EVERY_S if running.url is not None else LISTEN_LOADING_S)
+            if len(data) < READ_BYTES and (pause_s := running.pause_s):
+                await running.child.wait_exited(pause_s)
         silent.set()
 
     async def _follow_load(self, model: ModelId, generation: int, running: _Running) -> None:
