@@ -10,7 +10,7 @@ import anyio
 import psutil
 import pytest
 from event_log import EventLog
-from supervising import Models, Supervising, ask, hold, load, only_runner, pid_of, story_of_loss
+from supervising import Models, Supervising, ask, hold, load, only_runner, pid_of, story_of_loss, took_what_was_planned
 
 from planner.types import Role
 from supervisor.api.errors import (
@@ -19,6 +19,7 @@ from supervisor.api.errors import (
     UnknownDevice,
 )
 from supervisor.api.need import Need
+from supervisor.children.spare import is_at_gate
 
 pytestmark = [pytest.mark.anyio, pytest.mark.llama]
 
@@ -33,6 +34,33 @@ async def test_an_idle_model_is_unloaded(
         assert supervisor.snapshot().runners == ()
         assert not psutil.pid_exists(pid), "it is reaped"
         assert list((supervisor._options.state_dir / "runners").iterdir()) == []
+
+
+async def test_a_model_that_was_unloaded_is_loaded_again_in_the_llama_server_that_waits_for_it(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    """It waits unseen, and takes nothing that was not planned; with the service it goes."""
+    async with supervising(models(chat_model)) as supervisor:
+        await load(supervisor, "tiny-chat", Role.CHAT)
+        assert await supervisor.unload("tiny-chat")
+        waits = await one_at_its_gate()
+        assert supervisor.snapshot().runners == ()
+        async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            assert (await ask(lease)).startswith("Hello!")
+            assert pid_of(supervisor) == waits
+            assert took_what_was_planned(only_runner(supervisor))
+        assert await supervisor.unload("tiny-chat")
+        waits = await one_at_its_gate()
+    assert not psutil.pid_exists(waits)
+
+
+async def one_at_its_gate() -> int:
+    """Return the process id of a child that waits for a model to be asked for, once there is one."""
+    with anyio.fail_after(30):
+        while True:
+            if found := [one.pid for one in psutil.Process().children() if is_at_gate(one.pid)]:
+                return found[0]
+            await anyio.sleep(0.01)
 
 
 async def test_a_request_says_how_long_its_model_stays(

@@ -48,6 +48,11 @@ async def until(holds: Callable[[], bool]) -> None:
             await anyio.sleep(0.01)
 
 
+def mapped_by(pid: int) -> str:
+    """Return what the kernel says that this process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
 async def serves(child: Child | None) -> bool:
     """Say whether the child says that it listens before it ends; it is ended."""
     assert child is not None
@@ -65,9 +70,8 @@ async def test_at_its_gate_it_has_opened_neither_its_model_nor_a_port(line: Line
     async with waiting(line) as spare:
         await until(lambda: is_at_gate(spare.pid))
         process = psutil.Process(spare.pid)
-        mapped = Path(f"/proc/{spare.pid}/maps").read_text()
-        assert line.argv[0] in mapped
-        assert str(chat_model) not in mapped
+        assert line.argv[0] in mapped_by(spare.pid)
+        assert str(chat_model) not in mapped_by(spare.pid)
         assert str(chat_model) not in {one.path for one in process.open_files()}
         assert not process.net_connections()
 
