@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from measuring import LLAMA_SERVER, Way, get, llama_server, median, post, service, stream, verdict, write_small_model
 
@@ -74,6 +74,14 @@ def through_service(way: Way) -> float:
     return took
 
 
+def launch_of(way: Way) -> Mapping[str, Any]:
+    """Return the flags and the environment with which the service runs the model, which may be gone again at once."""
+    while not (runners := get(way.url, "/status")["runners"]):
+        first_token_s(way)
+    launch: Mapping[str, Any] = runners[0]["plan"]["launch"]
+    return launch
+
+
 def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Return what each way took in each round, after one round that does not count."""
     took: dict[str, list[float]] = {name: [] for name in ways}
@@ -89,10 +97,9 @@ def measure_start(folder: Path, models: Path, rounds: int) -> bool:
     """Report how long a model takes where nothing is loaded."""
     settings = {"PLANNER_CONTEXT_LENGTH": "1024", "PLANNER_KEEP_ALIVE": "0", "PLANNER_LLAMA_SERVER": str(LLAMA_SERVER)}
     with service(models, folder / "state", **settings) as through:
-        first_token_s(through)
-        (runner,) = get(through.url, "/status")["runners"]
-        argv = runner["plan"]["launch"]["argv"]
-        os.environ.update(runner["plan"]["launch"]["env"])
+        launch = launch_of(through)
+        argv = launch["argv"]
+        os.environ.update(launch["env"])
         flags = argv[argv.index("--fit") :]
         with llama_server(ROUTER, [argv[0], "--models-dir", str(models), *flags]) as router:
             ways = {
@@ -109,9 +116,7 @@ def measure_exchange(folder: Path, models: Path, rounds: int) -> bool:
     """Report how long a model takes where another one has to go for it."""
     settings = {"PLANNER_CONTEXT_LENGTH": "1024", "PLANNER_MAX_LOADED_MODELS": "1"}
     with service(models, folder / "exchange", PLANNER_LLAMA_SERVER=str(LLAMA_SERVER), **settings) as through:
-        first_token_s(through)
-        (runner,) = get(through.url, "/status")["runners"]
-        argv = runner["plan"]["launch"]["argv"]
+        argv = launch_of(through)["argv"]
         flags = ["--models-dir", str(models), "--models-max", "1", *argv[argv.index("--fit") :]]
         with llama_server(ROUTER, [argv[0], *flags]) as router:
             first_token_s(router)

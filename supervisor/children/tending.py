@@ -42,7 +42,7 @@ from supervisor.core.events import (
     SpawnFailed,
     WrongDevices,
 )
-from supervisor.core.loglines import BufferKind, BufferSize, Fact, Listening, PromptCache, UsingDevice
+from supervisor.core.loglines import Fact, Listening, PromptCache, UsingDevice
 from supervisor.core.pinning import PinnedDevice, mismatch, missing
 from supervisor.core.types import ModelId, Program
 
@@ -50,9 +50,10 @@ LAST_WORDS_S: Final = 0.1  # for what a dead child left in its pipe; longer woul
 # A child that serves says two hundred lines for each request: they are taken together. Shorter than LAST_WORDS_S.
 LISTEN_EVERY_S: Final = 0.05
 # One that loads writes each line in three pieces; to be woken for each would take the processor from it, and so delay
-# the line that counts, that it listens, by more than this. That is near once the last buffers are reserved, and few
-# lines come before it: from then on each is taken at once.
+# the line that counts, that it listens, by more than this. Once it has warmed up and sets up its slots, few lines come
+# before that one: from then on each is taken at once.
 LISTEN_LOADING_S: Final = 0.001
+SETS_UP_SLOTS: Final = b"load_model: initializing, n_slots"  # tools/server/server-context.cpp
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child whose loop does not answer: one may have been lost on it.
 UNREADY_GRACE_S: Final = 0.5
@@ -79,7 +80,7 @@ def prepare(state_dir: Path) -> None:
 class _Running:
     """A live child, what a client has to show it, and what it said. ``url`` once it has said that it listens.
 
-    ``is_nearly_ready`` once it has reserved the buffers that it computes in, the last thing that takes long.
+    ``is_nearly_ready`` once it has said that it sets up its slots.
     ``tokens`` reads what it counts, from then on; a program that is not ours counts nothing.
     ``obeys`` once its loop is seen to work: a signal to end it that comes before is lost. ``unasked_lines`` is how many
     it had said when it first answered, being a program: many write a line each time they are asked if they are ready.
@@ -301,11 +302,10 @@ class Children:
     ) -> None:
         """Read what the child says; what it says of its devices and its address becomes events."""
         while data := await running.child.read():
+            running.is_nearly_ready |= SETS_UP_SLOTS in data
             for fact in running.log.feed(data):
                 if isinstance(fact, UsingDevice):
                     running.used.append(fact)
-                elif isinstance(fact, BufferSize):
-                    running.is_nearly_ready |= fact.kind is BufferKind.COMPUTE
                 if (wrong := _wrong_devices(running, fact)) is not None:
                     self._post(WrongDevices(model, generation, wrong))
                 elif isinstance(fact, PromptCache):
