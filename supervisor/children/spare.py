@@ -26,6 +26,7 @@ from supervisor.children.process import Child, find_setpriv, started, tied
 
 GATE: Final = ("--api-key-file", "/dev/stdin")
 N_BEFORE_GATE: Final = 3  # the program, -m, the path (planner/launch.py): what follows may ask devices and workers
+ELF: Final = b"\x7fELF"  # how a program begins that the kernel runs itself (elf(5))
 # For how long one waits: who changes between models comes back to one of them within that.
 WAITS_FOR_S: Final = 60.0
 AT_GATE_WITHIN_S: Final = 3.0  # it takes a hundredth of a second, and a good second with several GPUs
@@ -38,9 +39,19 @@ class Line:
     argv: tuple[str, ...]
     env: Mapping[str, str]
 
+    @property
+    def has_gate(self) -> bool:
+        """Say whether what it starts can be made to wait."""
+        return self.argv[N_BEFORE_GATE : N_BEFORE_GATE + len(GATE)] == GATE
+
 
 def gated(argv: Sequence[str]) -> tuple[str, ...]:
-    """Return this command line of llama-server with a gate behind the path of its model, which it only notes."""
+    """Return this command line of llama-server with a gate behind the path of its model, which it only notes.
+
+    A script in its place gets none: who knows what it passes on.
+    """
+    if not _is_binary(argv[0]):
+        return tuple(argv)
     return *argv[:N_BEFORE_GATE], *GATE, *argv[N_BEFORE_GATE:]
 
 
@@ -114,6 +125,12 @@ def is_at_gate(pid: int) -> bool:
     with suppress(OSError):
         gate = (descriptors / "0").readlink()
         return any(one.readlink() == gate for one in descriptors.iterdir() if one.name != "0")
+    return False
+
+
+def _is_binary(program: str) -> bool:
+    with suppress(OSError), Path(program).open("rb") as file:
+        return file.read(len(ELF)) == ELF
     return False
 
 

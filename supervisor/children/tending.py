@@ -159,7 +159,9 @@ class Children:
         For when it is being planned, and for when it may be asked for again. There is one spare at a time.
         """
         line = self._lines.get(model)
-        if line is None or not self._spares_wait or (self._spare is not None and self._spare.is_for(line)):
+        if line is None or not line.has_gate or not self._spares_wait:
+            return
+        if self._spare is not None and self._spare.is_for(line):
             return
         try:
             spare = Spare(line, self._environ, secrets.token_urlsafe(KEY_BYTES))

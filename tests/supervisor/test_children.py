@@ -92,14 +92,12 @@ async def watched(state: Path) -> AsyncIterator[tuple[Children, Events, TaskGrou
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Callable[..., Spawn]:
+def running() -> Callable[..., Spawn]:
     """Return what gives the command that runs this as the child of A, for llama-server: it reads its gate first."""
-    program = tmp_path / "llama-server"
-    program.write_text(f"#!{sys.executable}\nimport os, sys\nopen('/dev/stdin').read()\nexec(os.environ['PROGRAM'])\n")
-    program.chmod(0o755)
 
     def spawn(text: str, *flags: str, generation: int = 1) -> Spawn:
-        plan = LoadPlan(LaunchSpec((str(program), *flags), {"PROGRAM": text}), uses=())
+        begun = (sys.executable, "-c", "import os, sys; open('/dev/stdin').read(); exec(os.environ['PROGRAM'])")
+        plan = LoadPlan(LaunchSpec((*begun, *flags), {"PROGRAM": text}), uses=())
         return Spawn(RunnerId("r1"), A, generation, plan)
 
     return spawn
@@ -186,6 +184,19 @@ async def test_there_is_one_spare_at_a_time(tmp_path: Path, running: Callable[..
             while first in own_children():  # noqa: ASYNC110 - it is reaped by a task of its own
                 await anyio.sleep(0.01)
         assert len(own_children() - before) == 1
+
+
+async def test_a_script_in_llama_servers_place_is_not_made_to_wait(tmp_path: Path) -> None:
+    """Who knows what it passes on, and whether what it starts would wait before it takes memory."""
+    program = tmp_path / "llama-server"
+    program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('--api-key-file' in sys.argv)\n")
+    program.chmod(0o755)
+    spawn = Spawn(RunnerId("r1"), A, 1, LoadPlan(LaunchSpec((str(program), "-m", "m.gguf"), {}), uses=()))
+    async with watched(tmp_path) as (children, events, tasks):
+        before = own_children()
+        assert (await run_once(children, events, tasks, spawn)).exit == "exit status 0"
+        await children.expect(A)
+        assert own_children() == before
 
 
 async def test_a_spare_that_somebody_ended_is_done_without(tmp_path: Path, running: Callable[..., Spawn]) -> None:
