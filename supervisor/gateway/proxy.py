@@ -28,6 +28,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict, MultiMapping
 
 from supervisor.api.lease import Lease
+from supervisor.gateway.answer import Answer
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import COMMENT, EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE
@@ -90,7 +91,7 @@ class RunnerLine:
         if self._upstream is not None:
             self._upstream.close()
 
-    async def post(self, path: str, body: bytes, headers: CIMultiDict[str]) -> Upstream:
+    async def post(self, path: str, body: bytes, headers: CIMultiDict[str]) -> Answer:
         """Send this body to a path of the runner, and return its answer's head; ``read`` has the rest.
 
         The runner's own key is added; the answer before, if any, is given up. Raises ``RunnerLost`` as soon as it is
@@ -100,12 +101,13 @@ class RunnerLine:
         endpoint = self._lease.endpoint
         headers[hdrs.AUTHORIZATION] = f"Bearer {endpoint.api_key}"
         try:
-            self._upstream = answer = await send(endpoint.base_url, path, headers, body)
+            self._upstream = await send(endpoint.base_url, path, headers, body)
             if self._story.done():  # heard of before there was a connection to be closed
                 self._close_soon()
-            await answer.wait_head()
+            await self._upstream.wait_head()
         except OSError as error:
             raise await self._lost(error) from error
+        answer = self._upstream.answer
         if answer.status == HTTPStatus.UNAUTHORIZED:
             raise RunnerLost(
                 f"the runner of {self._lease.model} refused its own key: another program answers on its port"
@@ -177,7 +179,7 @@ async def forward(
 
 
 async def _relay(
-    line: RunnerLine, answer: Upstream, lease: Lease, request: web.Request, retelling: Retelling | None
+    line: RunnerLine, answer: Answer, lease: Lease, request: web.Request, retelling: Retelling | None
 ) -> web.StreamResponse:
     exchange = request[EXCHANGE]
     dropped = HOP_BY_HOP if retelling is None else HOP_BY_HOP | {"content-length"}
@@ -229,7 +231,7 @@ async def _end_broken(response: web.StreamResponse, request: web.Request, error:
         request.transport.abort()  # the promised length cannot be kept: a cut connection is the only honest sign
 
 
-def _is_stream(answer: Upstream) -> bool:
+def _is_stream(answer: Answer) -> bool:
     return answer.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower() == SSE_CONTENT_TYPE
 
 

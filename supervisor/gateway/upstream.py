@@ -1,8 +1,7 @@
 """One request to a runner and its answer, over a connection of its own.
 
-The parsing is llhttp's, by httptools. What an HTTP client for the world does beside it (redirects, cookies, proxies,
-name resolution, a pool) is of no use on the way to a child on this machine and costs more than all the rest of a
-request's way (docs/decisions/0010).
+What an HTTP client for the world does beside it (redirects, cookies, proxies, name resolution, a pool) is of no use on
+the way to a child on this machine and costs more than all the rest of a request's way (docs/decisions/0010).
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ import asyncio
 import socket
 from contextlib import suppress
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from httptools import HttpParserError, HttpResponseParser
 from multidict import CIMultiDict
+
+from supervisor.gateway.answer import Answer, Broken
 
 # Loopback answers within a millisecond; a listener whose backlog is full is as good as gone.
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -22,54 +22,38 @@ CONNECT_TIMEOUT_S: Final = 5.0
 CONNECT_CALLS: Final = 2
 # Beyond this the runner has to wait until the client has read: a megabyte for every sixteen clients that stall.
 MAX_UNREAD_BYTES: Final = 64 << 10
-# llama-server sends some three hundred bytes; whoever sends no end of header fields is no HTTP server.
-MAX_HEAD_BYTES: Final = 64 << 10
 LOOPBACK: Final = "127.0.0.1"  # where our children listen
 HTTP_PORT: Final = 80
 HTTPS_PORT: Final = 443
-FIRST_FINAL_STATUS: Final = 200  # below: an interim answer, after which the real one comes
-
-
-class Broken(OSError):
-    """The connection, or what came over it, is of no further use; the text says how it ended."""
+CLOSED: Final = "the connection was closed"
 
 
 class Upstream(asyncio.Protocol):
     """The connection, which sends what is unsent as soon as it is made. ``close`` has to be called in the end.
 
-    ``status``, ``reason`` and ``headers`` are the answer's, once ``wait_head`` has returned.
+    ``answer`` has the answer's head, once ``wait_head`` has returned.
     """
 
     def __init__(self, unsent: bytes) -> None:
-        self.status = 0
-        self.reason = ""
-        self.headers: CIMultiDict[str] = CIMultiDict()
+        self.answer = Answer()
         self._unsent = unsent
         self._transport: asyncio.Transport | None = None
-        self._parser = HttpResponseParser(self)
-        self._unread: list[bytes] = []
-        self._n_unread = 0
-        self._n_head = 0
-        self._has_head = False
-        self._is_whole = False
         self._error: Broken | None = None
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
 
     async def wait_head(self) -> None:
         """Return once the answer's head is there. Raises ``Broken``."""
-        while not self._has_head:
+        while not self.answer.has_head:
             await self._wait()
 
     async def read(self) -> bytes:
         """Return what has come of the body, as soon as there is anything; empty at its end. Raises ``Broken``."""
-        while not self._unread:
-            if self._is_whole:
+        while not self.answer.n_unread:
+            if self.answer.is_whole:
                 return b""
             await self._wait()
-        data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
-        self._unread.clear()
-        self._n_unread = 0
+        data = self.answer.take()
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
@@ -77,7 +61,7 @@ class Upstream(asyncio.Protocol):
 
     def close(self) -> None:
         """Give the connection up. Whoever reads from it learns that it was closed."""
-        self._end("the connection was closed")
+        self._end(CLOSED)
         if self._transport is not None:
             self._transport.abort()
 
@@ -96,12 +80,9 @@ class Upstream(asyncio.Protocol):
 
     def _end(self, why: str) -> None:
         """Note that no more will come, which is an error unless the answer is whole."""
-        if self._error is None and not self._is_whole:
+        if self._error is None and not self.answer.is_whole:
             self._error = Broken(why)
         self._wake()
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send what is left of the request."""
@@ -112,17 +93,12 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
-        if not self._has_head:
-            self._n_head += len(data)
         try:
-            self._parser.feed_data(data)
-        except HttpParserError as error:
-            self._end(f"it answered what is no HTTP ({error})")
+            self.answer.feed(data)
+        except Broken as error:
+            self._end(str(error))
             self.close()
-        if not self._has_head and self._n_head > MAX_HEAD_BYTES:
-            self._end("its answer's head has no end")
-            self.close()
-        elif self._n_unread > MAX_UNREAD_BYTES and not self._paused and self._transport is not None:
+        if self.answer.n_unread > MAX_UNREAD_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
         self._wake()
@@ -130,43 +106,9 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Note how it ended: an answer of no told length ends so."""
         self._transport = None
-        if exc is None and self._error is None and self._has_head and not self._tells_its_length:
-            self._is_whole = True
-        self._end("the connection was closed" if exc is None else str(exc) or type(exc).__name__)
-
-    @property
-    def _tells_its_length(self) -> bool:
-        return "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # httptools' side
-
-    def on_status(self, status: bytes) -> None:
-        """Take the reason, or a part of it."""
-        self.reason += status.decode("latin-1")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header field; a chunked body's trailer is not passed on."""
-        if not self._has_head:
-            self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
-
-    def on_headers_complete(self) -> None:
-        """Note that the head is whole, unless a better one follows."""
-        self.status = self._parser.get_status_code()
-        if self.status < FIRST_FINAL_STATUS:
-            self.headers.clear()
-            self.reason = ""
-        else:
-            self._has_head = True
-
-    def on_body(self, body: bytes) -> None:
-        """Take a part of the body."""
-        self._unread.append(body)
-        self._n_unread += len(body)
-
-    def on_message_complete(self) -> None:
-        """Note that the body is whole."""
-        self._is_whole = self._has_head
+        if exc is None and self._error is None:
+            self.answer.close()
+        self._end(CLOSED if exc is None else str(exc) or type(exc).__name__)
 
 
 async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes) -> Upstream:
@@ -175,15 +117,12 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
     Headers may be none of ``Host``, ``Connection`` and those that frame the body.
     """
     address = urlsplit(base_url)
-    told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = (
-        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {address.netloc}\r\n{told}"
-        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-    ).encode("utf-8", "surrogateescape")
-    message = head + body
+    message = request_of(address, path, headers, body)
     loop, host = asyncio.get_running_loop(), address.hostname or ""
-    if address.scheme == "http" and host == LOOPBACK:
-        connected = await _connect(loop, (host, address.port or HTTP_PORT))
+    if is_on_loopback(address):
+        connected, is_made = connecting(address)
+        if not is_made:
+            await _wait_connected(loop, connected, address)
         # Sent at once, not when the loop comes round: of many requests that come together the runner begins the first
         # while the others are still looked at.
         upstream = Upstream(message[_sent(connected, message) :])
@@ -197,20 +136,46 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
     return upstream
 
 
-async def _connect(loop: asyncio.AbstractEventLoop, address: tuple[str, int]) -> socket.socket:
-    """Return a socket that is connected, on loopback without a wait. Raises OSError."""
+def request_of(address: SplitResult, path: str, headers: CIMultiDict[str], body: bytes) -> bytes:
+    """Return a POST to a path of this address, after whose answer the connection ends."""
+    told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = (
+        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {address.netloc}\r\n{told}"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode("utf-8", "surrogateescape") + body
+
+
+def is_on_loopback(address: SplitResult) -> bool:
+    """Say whether a runner answers at this address as children of ours do: on this machine, unencrypted."""
+    return address.scheme == "http" and address.hostname == LOOPBACK
+
+
+def connecting(address: SplitResult) -> tuple[socket.socket, bool]:
+    """Return a socket on its way to this address on loopback, and whether it has arrived. Raises OSError."""
     connected = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         for _ in range(CONNECT_CALLS):
             with suppress(BlockingIOError):
-                connected.connect(address)
-                return connected
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.sock_connect(connected, address)
+                connected.connect(_host_and_port(address))
+                return connected, True
     except BaseException:
         connected.close()
         raise
-    return connected
+    return connected, False
+
+
+async def _wait_connected(loop: asyncio.AbstractEventLoop, connected: socket.socket, address: SplitResult) -> None:
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            await loop.sock_connect(connected, _host_and_port(address))
+    except BaseException:
+        connected.close()
+        raise
+
+
+def _host_and_port(address: SplitResult) -> tuple[str, int]:
+    return LOOPBACK, address.port or HTTP_PORT
 
 
 def _sent(connected: socket.socket, message: bytes) -> int:

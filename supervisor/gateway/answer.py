@@ -1,0 +1,91 @@
+"""What a runner answers, as far as it has come. The parsing is llhttp's, by httptools."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from httptools import HttpParserError, HttpResponseParser
+from multidict import CIMultiDict
+
+# llama-server sends some three hundred bytes; whoever sends no end of header fields is no HTTP server.
+MAX_HEAD_BYTES: Final = 64 << 10
+FIRST_FINAL_STATUS: Final = 200  # below: an interim answer, after which the real one comes
+
+
+class Broken(OSError):
+    """The connection, or what came over it, is of no further use; the text says how it ended."""
+
+
+class Answer:
+    """One answer, fed with what comes. ``status``, ``reason`` and ``headers`` are there once it ``has_head``.
+
+    ``is_whole`` once nothing more belongs to it, ``n_unread`` is how many bytes of its body wait to be taken.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.reason = ""
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self.has_head = False
+        self.is_whole = False
+        self.n_unread = 0
+        self._parser = HttpResponseParser(self)
+        self._unread: list[bytes] = []
+        self._n_head = 0
+
+    def feed(self, data: bytes) -> None:
+        """Take what has come. Raises ``Broken`` where it is no HTTP."""
+        if not self.has_head:
+            self._n_head += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserError as error:
+            raise Broken(f"it answered what is no HTTP ({error})") from error
+        if not self.has_head and self._n_head > MAX_HEAD_BYTES:
+            raise Broken("its answer's head has no end")
+
+    def close(self) -> None:
+        """Note that the connection has ended, with which an answer of no told length is whole."""
+        self.is_whole |= self.has_head and not self.tells_its_length
+
+    def take(self) -> bytes:
+        """Return what has come of the body since the last time."""
+        data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
+        self._unread.clear()
+        self.n_unread = 0
+        return data
+
+    @property
+    def tells_its_length(self) -> bool:
+        """Whether the head says where the body ends."""
+        return "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # httptools' side
+
+    def on_status(self, status: bytes) -> None:
+        """Take the reason, or a part of it."""
+        self.reason += status.decode("latin-1")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header field; a chunked body's trailer is not passed on."""
+        if not self.has_head:
+            self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        """Note that the head is whole, unless a better one follows."""
+        self.status = self._parser.get_status_code()
+        if self.status < FIRST_FINAL_STATUS:
+            self.headers.clear()
+            self.reason = ""
+        else:
+            self.has_head = True
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._unread.append(body)
+        self.n_unread += len(body)
+
+    def on_message_complete(self) -> None:
+        """Note that the body is whole."""
+        self.is_whole = self.has_head
