@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, cast
 
 from aiohttp import web
 
 from supervisor.api.runtime import Runtime
 from supervisor.api.store import Store
 from supervisor.gateway.access import Clients, PermittedRuntime
-from supervisor.gateway.malformed import EnvelopeServer, connection_log
+from supervisor.gateway.connection import Connection, Server, connection_log
 from supervisor.gateway.manage import Manage
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
+from supervisor.gateway.observing import Observer
 from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
 from supervisor.gateway.options import GatewayOptions
-from supervisor.gateway.stalling import StallWatch
+from supervisor.gateway.stalling import StallWatch, Watched
 from supervisor.status.metrics import Exposition
 
 CLIENTS: Final = web.AppKey("clients", Clients)
@@ -43,7 +45,7 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     stalls = StallWatch(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
     permitted = PermittedRuntime(runtime)
     app = web.Application(
-        middlewares=[observe(exposition.http, stalls), guard(options, clients)],
+        middlewares=[observe(Observer(exposition.http), stalls), guard(options, clients)],
         client_max_size=options.max_body_bytes,
     )
     app[CLIENTS], app[STALLS] = clients, stalls
@@ -61,17 +63,20 @@ class PatientRunner(web.AppRunner):
     async def setup(self) -> None:
         """Make ready to serve."""
         await super().setup()
-        assert self.server is not None  # noqa: S101 - what setup has made
-        self._watching = asyncio.create_task(self.app[STALLS].watch(self.server))
+        self._watching = asyncio.create_task(self.app[STALLS].watch(self._connections))
 
     async def cleanup(self) -> None:
         """Stop serving."""
         self._watching.cancel()
         await super().cleanup()
 
+    def _connections(self) -> Iterable[Watched]:
+        assert self.server is not None  # noqa: S101 - what setup has made
+        return cast("list[Connection]", self.server.connections)
+
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()
-        return EnvelopeServer(plain.request_handler, request_factory=plain.request_factory, **self._kwargs)
+        return Server(plain.request_handler, request_factory=plain.request_factory, **self._kwargs)
 
 
 def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRunner:

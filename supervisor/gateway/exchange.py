@@ -19,12 +19,17 @@ CLIENT_CLOSED_REQUEST: Final = 499
 class Exchange:
     """One request and its answer so far. ``model`` is set only to ids of the folder, so that it can be a label.
 
-    ``client`` is who asks, by the name of a key, else by address. ``tell`` words errors as the client's API does.
+    ``endpoint`` is the route's pattern, ``path`` what was asked, ``status`` what it came to. ``remote`` is the address
+    and ``client`` who asks, by the name of a key, else by address. ``tell`` words errors as the client's API does.
     ``begun`` is an event stream that was opened before there was an answer: what goes wrong is told in it.
     """
 
     endpoint: str
+    method: str
+    path: str
+    remote: str | None
     tell: ErrorTeller = answer_to
+    status: int = CLIENT_CLOSED_REQUEST
     request_id: str = field(default_factory=lambda: "req_" + secrets.token_hex(12))
     began_s: float = field(default_factory=time.monotonic)
     model: str | None = None

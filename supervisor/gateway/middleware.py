@@ -1,52 +1,49 @@
-"""What happens around every request: an id, the guards, one log line, the metrics, and each API's errors."""
+"""What happens around every request: it is numbered and recorded, guarded, and its errors are told as its API does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Final
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import CIMultiDict
 
 from supervisor.gateway.access import Clients, check_may_manage, check_may_use_all
+from supervisor.gateway.connection import Connection
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, EXCHANGE, Exchange
+from supervisor.gateway.observing import Observer
 from supervisor.gateway.options import GatewayOptions
 from supervisor.gateway.security import OPEN_PATHS, check_host, check_origin, is_managing, is_undivided
 from supervisor.gateway.stalling import StallWatch
 from supervisor.gateway.tellers import teller_for
-from supervisor.status.metrics import NO_MODEL, HttpMetrics
 
 _log = structlog.get_logger("loadmaster.gateway")
 
 UNMATCHED: Final = "(unmatched)"
-# Probes come every few seconds for ever; they are logged only where they fail.
-QUIET_ENDPOINTS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/status"})
 # Looking costs nothing and is not counted among the requests that a client has in work.
 READING: Final = frozenset({hdrs.METH_GET, hdrs.METH_HEAD})
 # How long a browser may remember that a page of this origin is welcome.
 PREFLIGHT_AGE_S: Final = 600
 
 
-def observe(metrics: HttpMetrics, stalls: StallWatch) -> Middleware:
+def observe(observer: Observer, stalls: StallWatch) -> Middleware:
     """Return the outermost middleware: it numbers, times and logs each request and tells every error."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        exchange = request[EXCHANGE] = Exchange(endpoint=_endpoint(request), tell=teller_for(request.path))
-        status = CLIENT_CLOSED_REQUEST
-        with (
-            structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
-            metrics.in_flight.labels(exchange.endpoint).track_inprogress(),
-            stalls.serving(request),
-        ):
+        exchange = request[EXCHANGE] = Exchange(
+            _endpoint(request), request.method, request.path, request.remote, teller_for(request.path)
+        )
+        with observer.numbered(exchange), _connection(request).serving(request, stalls):
             try:
                 response = await _answer(request, handler)
                 if exchange.broken is not None or not _client_gone(request):
-                    status = response.status
+                    exchange.status = response.status
             finally:
-                _record(metrics, exchange, status)
-                _log_access(request, exchange, status)
+                observer.record(exchange)
             return response
 
     return middleware
@@ -57,9 +54,7 @@ def guard(options: GatewayOptions, clients: Clients) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if options.loopback_only:
-            check_host(request.headers, options.origins)
-        request[EXCHANGE].origin = check_origin(request.headers, options.origins)
+        request[EXCHANGE].origin = checked_origin(request.headers, options)
         if request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
             return _preflight(request)
         if request.path in OPEN_PATHS:
@@ -76,16 +71,27 @@ def guard(options: GatewayOptions, clients: Clients) -> Middleware:
     return middleware
 
 
+def checked_origin(headers: Mapping[str, str], options: GatewayOptions) -> str | None:
+    """Return the page that asks, None where none does. Raises ``Forbidden`` for a page or a host that may not."""
+    if options.loopback_only:
+        check_host(headers, options.origins)
+    return check_origin(headers, options.origins)
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Give every answer its request id, and tell a browser that its page may read it."""
+    """Give every answer what ``head_up`` gives it."""
     exchange = request.get(EXCHANGE)
-    if exchange is None:
-        return
-    response.headers["X-Request-Id"] = exchange.request_id
+    if exchange is not None:
+        head_up(exchange, response.headers)
+
+
+def head_up(exchange: Exchange, headers: CIMultiDict[str]) -> None:
+    """Give an answer's head its request id, and tell a browser that its page may read the answer."""
+    headers["X-Request-Id"] = exchange.request_id
     if exchange.origin is not None:
-        response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = exchange.origin
-        response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "X-Request-Id, X-Loadmaster-Model"
-        response.headers.add(hdrs.VARY, "Origin")
+        headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = exchange.origin
+        headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "X-Request-Id, X-Loadmaster-Model"
+        headers.add(hdrs.VARY, "Origin")
 
 
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -110,34 +116,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return exchange.begun
 
 
-def _record(metrics: HttpMetrics, exchange: Exchange, status: int) -> None:
-    model = exchange.model or NO_MODEL
-    metrics.requests.labels(exchange.endpoint, model, str(status)).inc()
-    metrics.duration.labels(exchange.endpoint, model).observe(exchange.elapsed_s())
-    if exchange.first_byte_s is not None:
-        metrics.first_byte.labels(exchange.endpoint, model).observe(exchange.first_byte_s)
-        if exchange.broken is not None:
-            metrics.broken_streams.labels(model).inc()
-    if exchange.stream and exchange.first_event_s is not None:
-        metrics.first_token.labels(model).observe(exchange.first_event_s)
-
-
-def _log_access(request: web.Request, exchange: Exchange, status: int) -> None:
-    if exchange.endpoint in QUIET_ENDPOINTS and status < HTTPStatus.BAD_REQUEST:
-        return
-    _log.info(
-        "request",
-        method=request.method,
-        path=request.path,
-        status=status,
-        model=exchange.model,
-        stream=exchange.stream,
-        seconds=round(exchange.elapsed_s(), 4),
-        first_byte_seconds=None if exchange.first_byte_s is None else round(exchange.first_byte_s, 4),
-        remote=request.remote,
-        client=exchange.client,
-        problem=exchange.broken,
-    )
+def _connection(request: web.Request) -> Connection:
+    connection = request.protocol
+    assert isinstance(connection, Connection)  # noqa: S101 - what our server makes
+    return connection
 
 
 def _client_gone(request: web.Request) -> bool:

@@ -12,6 +12,7 @@ from aiohttp import hdrs, web
 from planner.types import Role
 from supervisor.api.lease import Amendments
 from supervisor.api.models import ModelView, Preset
+from supervisor.api.need import Need
 from supervisor.api.runtime import Runtime
 from supervisor.api.snapshot import Snapshot
 from supervisor.gateway import templated
@@ -65,20 +66,18 @@ class OpenAI:
     async def _pass_through(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request)
         wanted = _peeked(request, body)
-        need = need_of(request.headers, wanted)
         exchange = request[EXCHANGE]
         exchange.stream = wanted.stream
         exchange.model = model = await self._runtime.resolve(wanted.model)
         view = self._runtime.model(model)
-        role = PASSED_THROUGH[request.path] or view.role
-        need = replace(need, load=loaded_by(view.preset, need.load, role))
+        role, need = asked_of(request.path, request.headers, wanted, view)
         acquiring = self._runtime.acquire(model, role, need)
         if wants_progress(request):
             acquiring = progress_told(request, self._runtime, model, acquiring)
         async with acquiring as lease:
             if wanted.is_form:
                 return await forward(lease, request, request.path, body)
-            body = _amended(request.path, body, lease.amendments, view.preset)
+            body = amended(request.path, body, lease.amendments, view.preset)
             chat = await templated.written(request.path, body, view)
             if chat is not None:
                 return await forward(lease, request, chat.path, chat.body, chat.retelling)
@@ -99,7 +98,14 @@ def _peeked(request: web.Request, body: bytes) -> Peek:
     return peek_form(body, content_type) if content_type.lower().startswith(FORM) else peek(body)
 
 
-def _amended(path: str, body: bytes, amendments: Amendments | None, preset: Preset) -> bytes:
+def asked_of(path: str, headers: Mapping[str, str], wanted: Peek, model: ModelView) -> tuple[Role, Need]:
+    """Return for what, and how, the model has to be loaded for this request. Raises ``BadRequest``."""
+    role = PASSED_THROUGH[path] or model.role
+    need = need_of(headers, wanted)
+    return role, replace(need, load=loaded_by(model.preset, need.load, role))
+
+
+def amended(path: str, body: bytes, amendments: Amendments | None, preset: Preset) -> bytes:
     """Return the body as the operator wants it to be, and where nothing is said of it, as the model's Modelfile."""
     if amendments is None and not is_spoken(preset):
         return body

@@ -10,13 +10,12 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from enum import Enum, auto
+from typing import Final, Protocol
 
 import structlog
-from aiohttp import web
 
 # Of Linux's tcp_info (include/uapi/linux/tcp.h): segments that were sent and not acknowledged, bytes acknowledged of
 # all that were ever sent, bytes not sent yet.
@@ -29,20 +28,53 @@ LOOKS: Final = 6  # within the shortest of the limits: a stall is cut a sixth of
 _log = structlog.get_logger("loadmaster.gateway")
 
 
+class Stage(Enum):
+    """What a connection is at: no request is there, one is coming, it is answered."""
+
+    IDLE = auto()
+    ASKING = auto()
+    ANSWERING = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a connection stands: bytes that came of its request, or that the client took of its answer.
+
+    ``waits``: the client is the one that something is waited for.
+    """
+
+    stage: Stage
+    moved_bytes: int = 0
+    waits: bool = True
+
+
+IDLE: Final = Standing(Stage.IDLE)
+
+
+class Watched(Protocol):
+    """A connection that is watched over."""
+
+    def standing(self) -> Standing:
+        """Return where it stands."""
+        ...
+
+    def cut(self) -> None:
+        """End it at once."""
+        ...
+
+
 @dataclass(slots=True)
 class _Seen:
-    """What was last seen of one connection: bytes that came of the request's body, and that the client took."""
+    """What was last seen of one connection."""
 
     since: float
+    standing: Standing = IDLE
     had_request: bool = False
-    request: web.Request | None = None
-    body_bytes: int = 0
-    taken_bytes: int = 0
 
 
 @dataclass(slots=True)
 class StallWatch:
-    """Watches over the connections of one server. ``kept_s`` is how long aiohttp lets a kept connection idle.
+    """Watches over connections. ``kept_s`` is how long aiohttp lets a kept connection idle.
 
     The other limits: see ``GatewayOptions``.
     """
@@ -50,61 +82,46 @@ class StallWatch:
     kept_s: float
     head_timeout_s: float
     stall_timeout_s: float
-    _connections: dict[web.RequestHandler, _Seen] = field(default_factory=dict)
+    _seen: dict[Watched, _Seen] = field(default_factory=dict)
 
-    @contextmanager
-    def serving(self, request: web.Request) -> Iterator[None]:
-        """Mark the request's connection as in use: from here on its body has to come, and its answer to be read."""
-        seen = self._seen(request.protocol)
-        seen.request, seen.had_request, seen.since, seen.body_bytes = request, True, time.monotonic(), 0
-        try:
-            yield
-        finally:
-            seen.request, seen.since = None, time.monotonic()
+    def restart(self, connection: Watched) -> None:
+        """Note that the connection's request begins or has ended: what comes next gets its whole time."""
+        seen = self._seen.setdefault(connection, _Seen(time.monotonic()))
+        seen.since, seen.had_request = time.monotonic(), True
 
-    async def watch(self, server: web.Server) -> None:
-        """Cut off what stalls, for as long as this runs."""
+    async def watch(self, live: Callable[[], Iterable[Watched]]) -> None:
+        """Cut off what stalls among these, for as long as this runs."""
         while True:
             await asyncio.sleep(min(self.head_timeout_s, self.stall_timeout_s) / LOOKS)
-            live = server.connections
-            self._connections = {connection: self._seen(connection) for connection in live}
-            for connection in live:
-                if connection.transport is not None and (reason := self._stalled(connection)) is not None:
+            now = time.monotonic()
+            self._seen = {one: self._seen.get(one) or _Seen(now) for one in live()}
+            for connection, seen in tuple(self._seen.items()):
+                if (reason := self._stalled(seen, connection.standing(), now)) is not None:
                     _log.warning("connection.cut", reason=reason)
-                    connection.transport.abort()  # to close it would wait until the other side has read
+                    connection.cut()
 
-    def _seen(self, connection: web.RequestHandler) -> _Seen:
-        return self._connections.setdefault(connection, _Seen(time.monotonic()))
-
-    def _stalled(self, connection: web.RequestHandler) -> str | None:
+    def _stalled(self, seen: _Seen, standing: Standing, now: float) -> str | None:
         """Return why the connection is to be cut, None where it is not."""
-        seen, now = self._seen(connection), time.monotonic()
-        if seen.request is None:
+        before, seen.standing = seen.standing, standing
+        if standing.stage is Stage.IDLE:
             allowed = self.head_timeout_s + (self.kept_s if seen.had_request else 0)
             return None if now - seen.since <= allowed else f"no request within {allowed:g} s"
-        if not seen.request.content.is_eof():
-            before, seen.body_bytes = seen.body_bytes, seen.request.content.total_bytes
-            moved, what = seen.body_bytes > before, "nothing more of the request's body came"
-        else:
-            before = seen.taken_bytes
-            seen.taken_bytes, waits = _answered(seen.request)
-            moved, what = seen.taken_bytes > before or not waits, "the answer was not read"
-        if moved:
+        if standing.stage is not before.stage or standing.moved_bytes > before.moved_bytes or not standing.waits:
             seen.since = now
-        return None if now - seen.since <= self.stall_timeout_s else f"{what} for {self.stall_timeout_s:g} s"
+        if now - seen.since <= self.stall_timeout_s:
+            return None
+        asking = standing.stage is Stage.ASKING
+        what = "nothing more of the request's body came" if asking else "the answer was not read"
+        return f"{what} for {self.stall_timeout_s:g} s"
 
 
-def _answered(request: web.Request) -> tuple[int, bool]:
-    """Return how many bytes the client's machine has taken over its connection, and whether it has more to take.
+def taken(connection: socket.socket, held_bytes: int) -> Standing:
+    """Return how much the client's machine has taken of an answer, of which so many bytes are held back here.
 
     The kernel is asked: it holds megabytes for a client that reads nothing, minutes of a stream.
     """
-    transport = request.transport
-    connection = None if transport is None else transport.get_extra_info("socket")
-    if transport is None or connection is None or transport.is_closing():
-        return 0, False
     told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
     (unacked,) = struct.unpack_from("=I", told, UNACKED_AT)
     (taken_bytes,) = struct.unpack_from("=Q", told, BYTES_ACKED_AT)
     (unsent_bytes,) = struct.unpack_from("=I", told, NOTSENT_BYTES_AT)
-    return taken_bytes, bool(unacked or unsent_bytes or transport.get_write_buffer_size())
+    return Standing(Stage.ANSWERING, taken_bytes, waits=bool(unacked or unsent_bytes or held_bytes))

@@ -102,9 +102,14 @@ class Written:
     retelling: Retelling
 
 
+def may_be_written(path: str, model: ModelView) -> bool:
+    """Say whether it has to be looked at who writes such a request for this model."""
+    return path in {CHATS, COUNTS, TEMPLATES} and model.preset.spoken_template is not None
+
+
 async def written(path: str, body: bytes, model: ModelView) -> Written | None:
     """Return what is asked in place of a chat; None where the request goes on as it is."""
-    if path not in {CHATS, COUNTS, TEMPLATES} or model.preset.spoken_template is None:
+    if not may_be_written(path, model):
         return None
     fields = json.loads(body)
     messages = _messages(fields.get("messages"))

@@ -1,0 +1,67 @@
+"""What is told of every request when it has ended: one log line, and the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Final
+
+import structlog
+
+from supervisor.gateway.exchange import Exchange
+from supervisor.status.metrics import NO_MODEL, HttpMetrics
+
+# Probes come every few seconds for ever; they are logged only where they fail.
+QUIET_ENDPOINTS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/status"})
+
+_log = structlog.get_logger("loadmaster.gateway")
+
+
+class Observer:
+    """Counts and logs requests."""
+
+    def __init__(self, metrics: HttpMetrics) -> None:
+        self._metrics = metrics
+
+    @contextmanager
+    def numbered(self, exchange: Exchange) -> Iterator[None]:
+        """Count the request among those in flight, and give its id to whatever is logged meanwhile."""
+        with (
+            structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
+            self._metrics.in_flight.labels(exchange.endpoint).track_inprogress(),
+        ):
+            yield
+
+    def record(self, exchange: Exchange) -> None:
+        """Tell of a request that has ended."""
+        self._measure(exchange)
+        if exchange.endpoint not in QUIET_ENDPOINTS or exchange.status >= HTTPStatus.BAD_REQUEST:
+            _log_access(exchange)
+
+    def _measure(self, exchange: Exchange) -> None:
+        metrics, endpoint, model = self._metrics, exchange.endpoint, exchange.model or NO_MODEL
+        metrics.requests.labels(endpoint, model, str(exchange.status)).inc()
+        metrics.duration.labels(endpoint, model).observe(exchange.elapsed_s())
+        if exchange.first_byte_s is not None:
+            metrics.first_byte.labels(endpoint, model).observe(exchange.first_byte_s)
+            if exchange.broken is not None:
+                metrics.broken_streams.labels(model).inc()
+        if exchange.stream and exchange.first_event_s is not None:
+            metrics.first_token.labels(model).observe(exchange.first_event_s)
+
+
+def _log_access(exchange: Exchange) -> None:
+    _log.info(
+        "request",
+        method=exchange.method,
+        path=exchange.path,
+        status=exchange.status,
+        model=exchange.model,
+        stream=exchange.stream,
+        seconds=round(exchange.elapsed_s(), 4),
+        first_byte_seconds=None if exchange.first_byte_s is None else round(exchange.first_byte_s, 4),
+        remote=exchange.remote,
+        client=exchange.client,
+        problem=exchange.broken,
+    )
