@@ -267,6 +267,10 @@ class Inventory:
             raise UnknownModel(f"the model {model!r} is not there any more; {WHERE_NAMES_ARE}")
         return entry
 
+    def known_as(self, name: str) -> ModelEntry | None:
+        """Return the model that this name stands for, as it was last seen; None where it has to be looked for."""
+        return self._catalogue.find(name)
+
     def runner_of(self, model: str) -> ModelId:
         """Return the model whose runner serves the one of this id, gone or not."""
         entry = self._catalogue.find(model)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskStatus
 
 from config.model_settings import ModelsFile
-from planner.types import LoadOptions, Role
+from planner.types import Role
 from supervisor import views
 from supervisor.api.errors import UnknownDevice, UnknownModel
 from supervisor.api.models import ModelView
@@ -176,8 +176,40 @@ class Supervisor:
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[ChildLease]:
         """Wait for a lease, hold it, give it back exactly once. Entering raises an AcquireError."""
         entry = await self._inventory.find(model, role)
-        options = _possible(need.load, entry, self._options.n_ctx_per_slot)
-        lease = await self._writer.lease(entry, need.client, options, need.keep_alive_s)
+        with self._held(await self._writer.lease(entry, self._possible(need, entry)), need) as lease:
+            yield lease
+
+    def known(self, name: str) -> str | None:
+        """Return the public id of the model that a client's name stands for; None where it has to be looked for."""
+        entry = self._inventory.known_as(name)
+        return None if entry is None else entry.id
+
+    def acquire_at_once(
+        self, model: str, role: Role, need: Need = NO_NEED
+    ) -> AbstractContextManager[ChildLease] | None:
+        """Return a lease where nothing has to be waited for, else None, and nothing has happened."""
+        entry = self._inventory.known_as(model)
+        if entry is None or entry.problem is not None or entry.role is not role:
+            return None
+        lease = self._writer.lease_at_once(entry, self._possible(need, entry))
+        return None if lease is None else self._held(lease, need)
+
+    def _possible(self, need: Need, entry: ModelEntry) -> Need:
+        """Return the need with options that a runner can be loaded with, for this request and for those to come.
+
+        No longer a context than the model was trained for, no shorter one than every conversation was promised.
+        Ollama's clients write a negative number of layers for as many as fit.
+        """
+        n_ctx, n_gpu_layers = need.load.n_ctx, need.load.n_gpu_layers
+        if n_ctx is not None:
+            n_ctx = max(n_ctx, LEAST_CTX, entry.settings.context or self._options.n_ctx_per_slot or 0)
+            n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)
+        n_gpu_layers = None if (n_gpu_layers or 0) < 0 else n_gpu_layers
+        return replace(need, load=replace(need.load, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers))
+
+    @contextmanager
+    def _held(self, lease: ChildLease, need: Need) -> Iterator[ChildLease]:
+        """Give the lease back exactly once."""
         try:
             yield lease
         finally:
@@ -339,16 +371,3 @@ def _is_stopping_on(runner: Runner, devices: frozenset[str]) -> bool:
 def _is_gone(runner: Runner, generation: int) -> bool:
     """Say whether the child of this generation is gone, whatever came after it."""
     return runner.generation != generation or runner.state not in HAS_CHILD
-
-
-def _possible(options: LoadOptions, entry: ModelEntry, n_ctx_per_slot: int | None) -> LoadOptions:
-    """Return the options that a runner can be loaded with, for this request and for those to come.
-
-    No longer a context than the model was trained for, no shorter one than every conversation was promised. Ollama's
-    clients write a negative number of layers for as many as fit.
-    """
-    n_ctx, n_gpu_layers = options.n_ctx, options.n_gpu_layers
-    if n_ctx is not None:
-        n_ctx = max(n_ctx, LEAST_CTX, entry.settings.context or n_ctx_per_slot or 0)
-        n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)
-    return replace(options, n_ctx=n_ctx, n_gpu_layers=None if (n_gpu_layers or 0) < 0 else n_gpu_layers)

@@ -7,7 +7,7 @@ a settled one. What takes time (a child, a plan) runs as a task of the one task 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +18,9 @@ import structlog
 from anyio import TASK_STATUS_IGNORED
 from anyio.abc import TaskGroup, TaskStatus
 
-from planner.types import LoadOptions
 from supervisor import views
 from supervisor.api.lease import Endpoint
+from supervisor.api.need import Need
 from supervisor.api.snapshot import ModelCounters, TokenCounts
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children
@@ -99,28 +99,44 @@ class Writer:
             self._changed = self._changed or anyio.Event()
             await self._changed.wait()
 
-    async def lease(
-        self, entry: ModelEntry, client: str, options: LoadOptions, keep_alive_s: float | None
-    ) -> ChildLease:
+    async def lease(self, entry: ModelEntry, need: Need) -> ChildLease:
         """Wait for a lease and return it; ``give_back`` has to follow, exactly once. Raises an AcquireError."""
-        ticket = TicketId(self._next_ticket)
-        self._next_ticket += 1
-        waiter = self._waiters[ticket] = Waiter(entry.id)
+        arrived, waiter = self._arrival(entry, need)
         try:
-            self.post(RequestArrived(ticket, entry.runner, client, options, keep_alive_s))
+            self.post(arrived)
             await waiter.wait_settled()
         except BaseException:
             if waiter.lease is not None:  # granted in the moment in which nobody waits any longer
-                self.give_back(waiter.lease, client)
+                self.give_back(waiter.lease, need.client)
             elif waiter.refusal is None:
-                self.post(RequestAbandoned(ticket))
+                self.post(RequestAbandoned(arrived.ticket))
             raise
         finally:
-            del self._waiters[ticket]
+            del self._waiters[arrived.ticket]
         if waiter.refusal is not None:
             raise error_of(waiter.refusal)
         assert waiter.lease is not None  # noqa: S101 - settled is one or the other
         return waiter.lease
+
+    def lease_at_once(self, entry: ModelEntry, need: Need) -> ChildLease | None:
+        """Return a lease where one is granted without a wait; ``give_back`` has to follow, exactly once.
+
+        None where not, and nothing has happened: what the core would do is only looked at.
+        """
+        arrived, waiter = self._arrival(entry, need)
+        try:
+            outcome = scheduler.step(self.pool, arrived, anyio.current_time())
+            if any(isinstance(one, Grant) and one.ticket == arrived.ticket for one in outcome[1]):
+                self._work_off(partial(self._follow, *outcome))
+            return waiter.lease
+        finally:
+            del self._waiters[arrived.ticket]
+
+    def _arrival(self, entry: ModelEntry, need: Need) -> tuple[RequestArrived, Waiter]:
+        ticket = TicketId(self._next_ticket)
+        self._next_ticket += 1
+        waiter = self._waiters[ticket] = Waiter(entry.id)
+        return RequestArrived(ticket, entry.runner, need.client, need.load, need.keep_alive_s), waiter
 
     def give_back(self, lease: ChildLease, client: str) -> None:
         """Take a lease back from the client that held it."""
@@ -135,12 +151,16 @@ class Writer:
     def post(self, event: Event) -> None:
         """Let this happen: it is handled before this returns, but for what a command of an earlier event caused."""
         self._inbox.append(event)
-        if self._handling:
-            return
+        if not self._handling:
+            self._work_off(self._handle_next)
+
+    def _work_off(self, first: Callable[[], None]) -> None:
+        """Do this and handle whatever waits then."""
         self._handling = True
         try:
+            first()
             while self._inbox:
-                self._handle(self._inbox.popleft())
+                self._handle_next()
         finally:
             self._handling = False
         self._alarm.set(scheduler.next_deadline(self.pool))
@@ -150,10 +170,13 @@ class Writer:
         if self.pool.draining and not self.pool.has_children:
             self.stopped.set()
 
-    def _handle(self, event: Event) -> None:
-        before = self.pool
-        self.pool, commands = scheduler.step(before, event, anyio.current_time())
-        for runner in self.pool.runners.values():
+    def _handle_next(self) -> None:
+        self._follow(*scheduler.step(self.pool, self._inbox.popleft(), anyio.current_time()))
+
+    def _follow(self, pool: Pool, commands: Iterable[Command]) -> None:
+        """Go on with this pool, and carry out what it takes."""
+        before, self.pool = self.pool, pool
+        for runner in pool.runners.values():
             was = before.runner(runner.model).state
             if was is not runner.state:
                 about = {"model": runner.model, "runner": runner.id, "generation": runner.generation}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,17 @@ class Runtime(Protocol):
 
         Entering raises an ``AcquireError`` where none can be granted. Cancelling while it waits takes the request out
         of the queue; a load that it caused goes on.
+        """
+        ...
+
+    def known(self, name: str) -> str | None:
+        """Return the public id of the model that a client's name stands for; None where it has to be looked for."""
+        ...
+
+    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
+        """Return a lease, to be given back by leaving it, where nothing has to be waited for.
+
+        None where it has, or where none can be granted: then nothing has happened, and ``acquire`` does the rest.
         """
         ...
 

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -174,6 +180,17 @@ class PermittedRuntime:
             async with self._runtime.acquire(model, role, need) as lease:
                 yield lease
 
+    def known(self, name: str) -> str | None:
+        """Return the model's id; None where it is not known, or not to the client at hand."""
+        model = self._runtime.known(name)
+        return model if model is not None and self._may_use(model) else None
+
+    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
+        """Return a lease in the name of the client at hand, None where it has to be waited for."""
+        if not self._may_use(model):
+            return None
+        return self._runtime.acquire_at_once(model, role, replace(need, client=_caller.get().name))
+
     async def unload(self, model: str) -> bool:
         """Unload the model. Raises NotPermitted, UnknownModel."""
         check_may_manage()
@@ -238,9 +255,12 @@ class PermittedRuntime:
 
     def _check(self, model: str) -> None:
         """Raise UnknownModel for a model that the client at hand may not use."""
-        client = _caller.get().client
-        if client.models and not _may_use(client, model, self._runtime.model(model).aliases):
+        if not self._may_use(model):
             raise _unknown(model)
+
+    def _may_use(self, model: str) -> bool:
+        client = _caller.get().client
+        return not client.models or _may_use(client, model, self._runtime.model(model).aliases)
 
 
 async def _discreet_lines(lines: AsyncGenerator[str, None], discretion: Discretion) -> AsyncGenerator[str, None]:

@@ -10,8 +10,8 @@ import secrets
 import subprocess
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -147,13 +147,14 @@ class FakeLease:
 class FakeRuntime:
     """Grants leases on servers that run already, and counts them; ``refusal`` is raised instead where it is set.
 
-    ``endpoints`` are scripted servers; ``loss`` is settled with the story of their end.
+    ``at_once``: whoever need not wait is granted in the same moment. ``endpoints`` are scripted servers; ``loss`` is settled with the story of their end.
     """
 
     servers: dict[str, LlamaServer] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     loss: asyncio.Future[str] = field(default_factory=asyncio.Future)
     refusal: Exception | None = None
+    at_once: bool = True
     draining: bool = False
     not_ready: tuple[str, ...] = ()
     granted: int = 0
@@ -199,19 +200,37 @@ class FakeRuntime:
             raise UnknownModel(f"there is no model {name!r}", closest=(*self.servers, *self.endpoints))
         return name
 
+    def known(self, name: str) -> str | None:
+        """Know what ``resolve`` knows."""
+        return {one.lower(): one for one in (*self.servers, *self.endpoints)}.get(name.lower())
+
+    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
+        """Grant where nothing stands in the way, unless nothing is to be granted at once."""
+        is_free = self.at_once and self.gate is None and self.refusal is None
+        if not is_free or (model in self.servers and self.servers[model].role is not role):
+            return None
+        return self._granted(model, role, need)
+
+    @contextmanager
+    def _granted(self, model: str, role: Role, need: Need) -> Iterator[Lease]:
+        self.needs.append(need)
+        self.waiting.set()
+        self.granted += 1
+        with ExitStack() as stack:
+            stack.callback(self._take_back)
+            yield self._lease(model, role, stack)
+
     @asynccontextmanager
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[Lease]:
         """Grant or refuse: at once, or once the gate is open."""
-        self.needs.append(need)
         self.waiting.set()
         if self.gate is not None:
             await self.gate.wait()
         if self.refusal is not None:
+            self.needs.append(need)
             raise self.refusal
-        self.granted += 1
-        async with AsyncExitStack() as stack:
-            stack.callback(self._take_back)
-            yield self._lease(model, role, stack)
+        with self._granted(model, role, need) as lease:
+            yield lease
 
     def _take_back(self) -> None:
         self.released += 1
@@ -262,7 +281,7 @@ class FakeRuntime:
         finally:
             self.returned.set()
 
-    def _lease(self, model: str, role: Role, stack: AsyncExitStack) -> FakeLease:
+    def _lease(self, model: str, role: Role, stack: ExitStack) -> FakeLease:
         if model in self.endpoints:
             return FakeLease(self.endpoints[model], model, self.loss)
         server = self.servers[model]
