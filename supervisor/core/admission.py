@@ -34,9 +34,14 @@ TURN_LOADS: Final = 3.0
 
 
 def arrive(pool: Pool, event: RequestArrived, now: float) -> Outcome:
-    """Let a request wait, or refuse it; whoever need not wait is granted right after."""
+    """Let a request wait, or refuse it, or grant it where there is nobody else to be thought of.
+
+    Whoever else need not wait is granted right after.
+    """
     ticket = Ticket(event.ticket, event.model, now, event.client, event.options, event.keep_alive_s)
     runner = pool.runner(event.model)
+    if runner.has_free_slot and runner.can_serve(event.options) and not (pool.is_under_way or pool.draining):
+        return _grant(pool, ticket, now)
     pool = pool.with_runner(runner)
     refusal = _refusal(pool, runner, ticket, now)
     if refusal is None:
@@ -49,12 +54,16 @@ def grant_waiting(pool: Pool, now: float) -> Outcome:
     commands: tuple[Command, ...] = ()
     pool = _end_turns(pool, now)
     while (ticket := _next_served(pool, now)) is not None:
-        runner = pool.runner(ticket.model)
-        granted = RequestGranted(runner.model, runner.generation, ticket.client, ticket.keep_alive_s)
-        pool, more = step_runner(pool, granted, now)
-        pool = pool.with_served(ticket)
-        commands += (*more, Grant(ticket.id, runner.model, runner.generation, runner.url or ""))
+        pool, more = _grant(pool, ticket, now)
+        commands += more
     return pool, commands
+
+
+def _grant(pool: Pool, ticket: Ticket, now: float) -> Outcome:
+    runner = pool.runner(ticket.model)
+    granted = RequestGranted(runner.model, runner.generation, ticket.client, ticket.keep_alive_s)
+    pool, commands = step_runner(pool, granted, now)
+    return pool.with_served(ticket), (*commands, Grant(ticket.id, runner.model, runner.generation, runner.url or ""))
 
 
 def refuse_late(pool: Pool, now: float) -> Outcome:
@@ -93,7 +102,10 @@ def _next_served(pool: Pool, now: float) -> Ticket | None:
     models = dict.fromkeys(ticket.model for ticket in pool.waiting)
     for model in models:
         runner = pool.runner(model)
-        if tickets := _eligible(pool, runner, now):
+        tickets = _eligible(pool, runner, now)
+        if len(tickets) == 1:
+            return tickets[0]
+        if tickets:
             everywhere = pool.in_flight_of()
             return min(
                 tickets,

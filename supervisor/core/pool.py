@@ -167,6 +167,12 @@ class Pool:
             yield self.waiting[0].arrived_at + self.limits.queue_timeout_s
 
     @property
+    def is_under_way(self) -> bool:
+        """Say whether anything may follow from the state alone; most requests find nothing of the kind."""
+        has_business = bool(self.waiting or self.loads or self.yields)
+        return has_business or any(one.wanted_back for one in self.runners.values())
+
+    @property
     def loading(self) -> tuple[Runner, ...]:
         """Return the runners whose child loads."""
         return tuple(one for one in self.runners.values() if one.state in IS_LOADING)

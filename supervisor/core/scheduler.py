@@ -79,6 +79,8 @@ def next_deadline(pool: Pool) -> float | None:
 def _settle(pool: Pool, now: float) -> Outcome:
     commands: tuple[Command, ...] = ()
     for _ in range(MAX_ROUNDS):
+        if not pool.is_under_way:
+            return pool, commands
         before = pool
         pool, granted = admission.grant_waiting(pool, now)
         commands += granted
