@@ -189,7 +189,7 @@ class Supervisor:
     ) -> AbstractContextManager[ChildLease] | None:
         """Return a lease where nothing has to be waited for, else None, and nothing has happened."""
         entry = self._inventory.known_as(model)
-        if entry is None or entry.problem is not None or entry.role is not role:
+        if entry is None or entry.problem is not None or entry.role is not role or entry.external is not None:
             return None
         lease = self._writer.lease_at_once(entry, self._possible(need, entry))
         return None if lease is None else self._held(lease, need)
@@ -201,6 +201,8 @@ class Supervisor:
         Ollama's clients write a negative number of layers for as many as fit.
         """
         n_ctx, n_gpu_layers = need.load.n_ctx, need.load.n_gpu_layers
+        if n_ctx is None and n_gpu_layers is None:
+            return need
         if n_ctx is not None:
             n_ctx = max(n_ctx, LEAST_CTX, entry.settings.context or self._options.n_ctx_per_slot or 0)
             n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)

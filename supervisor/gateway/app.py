@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from collections.abc import Iterable
 from typing import Final, cast
 
@@ -12,6 +14,8 @@ from supervisor.api.runtime import Runtime
 from supervisor.api.store import Store
 from supervisor.gateway.access import Clients, PermittedRuntime
 from supervisor.gateway.connection import Connection, Server, connection_log
+from supervisor.gateway.express.front import Front
+from supervisor.gateway.express.lane import Lane
 from supervisor.gateway.manage import Manage
 from supervisor.gateway.middleware import add_headers, guard, observe
 from supervisor.gateway.monitoring import Monitoring
@@ -24,6 +28,7 @@ from supervisor.status.metrics import Exposition
 
 CLIENTS: Final = web.AppKey("clients", Clients)
 STALLS: Final = web.AppKey("stalls", StallWatch)
+LANE: Final = web.AppKey("lane", Lane)
 
 # A request line or header field longer than this is no client's of ours: the longest is a key or a cookie.
 MAX_LINE_BYTES: Final = 16 << 10
@@ -43,12 +48,13 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     exposition = Exposition(runtime)
     clients = Clients(options.api_keys, options.clients, options.keys_needed)
     stalls = StallWatch(KEEP_ALIVE_S, options.head_timeout_s, options.stall_timeout_s)
-    permitted = PermittedRuntime(runtime)
+    permitted, observer = PermittedRuntime(runtime), Observer(exposition.http)
     app = web.Application(
-        middlewares=[observe(Observer(exposition.http), stalls), guard(options, clients)],
+        middlewares=[observe(observer, stalls), guard(options, clients)],
         client_max_size=options.max_body_bytes,
     )
     app[CLIENTS], app[STALLS] = clients, stalls
+    app[LANE] = Lane(permitted, clients, observer, options)
     app.on_response_prepare.append(add_headers)
     app.add_routes(OpenAI(permitted).routes())
     app.add_routes(ollama_routes(permitted, store, options.version))
@@ -57,35 +63,48 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     return app
 
 
-class PatientRunner(web.AppRunner):
-    """A runner that cuts off stalled clients for as long as it serves, and refuses what is no HTTP in our envelope."""
+class GatewayRunner(web.AppRunner):
+    """A runner that cuts off stalled clients for as long as it serves, and lets plain requests take the short way."""
 
-    async def setup(self) -> None:
-        """Make ready to serve."""
-        await super().setup()
-        self._watching = asyncio.create_task(self.app[STALLS].watch(self._connections))
+    _front: Front | None = None
+    _watching: asyncio.Task[None] | None = None
+
+    async def listen(self, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Serve on this socket, once ``setup`` has made ready; over TLS all requests go the long way."""
+        server, app = self.server, self.app
+        assert isinstance(server, Server)  # noqa: S101 - what setup has made
+        if tls is not None:
+            await web.SockSite(self, bound, ssl_context=tls).start()
+        else:
+            self._front = Front(bound, app[LANE], server, app[STALLS])
+            self._front.open()
+        self._watching = asyncio.create_task(app[STALLS].watch(self._connections))
 
     async def cleanup(self) -> None:
         """Stop serving."""
-        self._watching.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._front is not None:
+            await self._front.end(self._shutdown_timeout)
         await super().cleanup()
 
     def _connections(self) -> Iterable[Watched]:
         assert self.server is not None  # noqa: S101 - what setup has made
-        return cast("list[Connection]", self.server.connections)
+        visitors = () if self._front is None else self._front.visitors
+        return [*cast("list[Connection]", self.server.connections), *visitors]
 
     async def _make_server(self) -> web.Server:
         plain = await super()._make_server()
         return Server(plain.request_handler, request_factory=plain.request_factory, **self._kwargs)
 
 
-def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> web.AppRunner:
+def make_runner(app: web.Application, *, shutdown_timeout_s: float) -> GatewayRunner:
     """Return the runner with the settings that the application relies on.
 
     A handler is cancelled as soon as its client has left. On ``cleanup`` the listener closes first, then answers that
     have begun get ``shutdown_timeout_s`` to end.
     """
-    return PatientRunner(
+    return GatewayRunner(
         app,
         handler_cancellation=True,
         access_log=None,

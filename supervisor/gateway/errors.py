@@ -129,15 +129,14 @@ class ErrorAnswer:
 
     def response(self) -> web.Response:
         """Return the whole answer, for a request to which nothing was sent yet."""
-        return web.Response(
-            status=self.status, headers=self.headers, body=self._envelope(), content_type="application/json"
-        )
+        return web.Response(status=self.status, headers=self.headers, body=self.body(), content_type="application/json")
 
     def event(self) -> bytes:
         """Return the server-sent event that ends a stream which cannot be finished."""
-        return sse_event(self._envelope(), self.event_name)
+        return sse_event(self.body(), self.event_name)
 
-    def _envelope(self) -> bytes:
+    def body(self) -> bytes:
+        """Return the envelope."""
         return json.dumps({**self.beside, "error": self.error}).encode()
 
 

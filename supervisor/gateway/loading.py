@@ -67,7 +67,7 @@ async def _tell(request: web.Request, runtime: Runtime, model: str, granted: asy
         if exchange.begun is None:
             head = {hdrs.CONTENT_TYPE: SSE_CONTENT_TYPE, hdrs.CACHE_CONTROL: "no-cache"}
             response = web.StreamResponse(headers=head)
-            name_model(response, model)
+            name_model(response.headers, model)
             with suppress(ConnectionError):
                 await response.prepare(request)
             exchange.begun = response

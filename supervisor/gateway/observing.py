@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from typing import Final
 
@@ -27,11 +27,12 @@ class Observer:
     @contextmanager
     def numbered(self, exchange: Exchange) -> Iterator[None]:
         """Count the request among those in flight, and give its id to whatever is logged meanwhile."""
-        with (
-            structlog.contextvars.bound_contextvars(request_id=exchange.request_id),
-            self._metrics.in_flight.labels(exchange.endpoint).track_inprogress(),
-        ):
+        with structlog.contextvars.bound_contextvars(request_id=exchange.request_id), self.counted(exchange):
             yield
+
+    def counted(self, exchange: Exchange) -> AbstractContextManager[None]:
+        """Count the request among those in flight."""
+        return self._metrics.in_flight.labels(exchange.endpoint).track_inprogress()
 
     def record(self, exchange: Exchange) -> None:
         """Tell of a request that has ended."""
@@ -54,6 +55,7 @@ class Observer:
 def _log_access(exchange: Exchange) -> None:
     _log.info(
         "request",
+        request_id=exchange.request_id,
         method=exchange.method,
         path=exchange.path,
         status=exchange.status,

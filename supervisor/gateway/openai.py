@@ -102,7 +102,8 @@ def asked_of(path: str, headers: Mapping[str, str], wanted: Peek, model: ModelVi
     """Return for what, and how, the model has to be loaded for this request. Raises ``BadRequest``."""
     role = PASSED_THROUGH[path] or model.role
     need = need_of(headers, wanted)
-    return role, replace(need, load=loaded_by(model.preset, need.load, role))
+    load = loaded_by(model.preset, need.load, role)
+    return role, need if load is need.load else replace(need, load=load)
 
 
 def amended(path: str, body: bytes, amendments: Amendments | None, preset: Preset) -> bytes:

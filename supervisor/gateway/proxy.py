@@ -109,9 +109,7 @@ class RunnerLine:
             raise await self._lost(error) from error
         answer = self._upstream.answer
         if answer.status == HTTPStatus.UNAUTHORIZED:
-            raise RunnerLost(
-                f"the runner of {self._lease.model} refused its own key: another program answers on its port"
-            )
+            raise key_refused(self._lease.model)
         return answer
 
     async def read(self) -> bytes:
@@ -142,10 +140,18 @@ class RunnerLine:
 
     async def _lost(self, error: OSError) -> RunnerLost:
         await asyncio.wait({self._story}, timeout=STORY_TIMEOUT_S)
-        broken = f"its connection broke ({str(error) or type(error).__name__})"
-        return RunnerLost(
-            f"the runner of {self._lease.model} was lost: {self._story.result() if self._story.done() else broken}"
-        )
+        return lost(self._lease.model, self._story.result() if self._story.done() else None, error)
+
+
+def key_refused(model: str) -> RunnerLost:
+    """Return what is told where a runner does not know its own key."""
+    return RunnerLost(f"the runner of {model} refused its own key: another program answers on its port")
+
+
+def lost(model: str, story: str | None, error: OSError) -> RunnerLost:
+    """Return what is told of a runner that was lost: its story, for want of one how its connection broke."""
+    broken = f"its connection broke ({str(error) or type(error).__name__})"
+    return RunnerLost(f"the runner of {model} was lost: {story or broken}")
 
 
 class Retelling(Protocol):
@@ -173,7 +179,7 @@ async def forward(
     with RunnerLine(lease) as line:
         answer = await line.post(path + query, body, forwarded(request.headers, without=NOT_TO_RUNNER))
         begun = request[EXCHANGE].begun
-        if begun is not None and not _is_stream(answer):
+        if begun is not None and not is_stream(answer):
             return await _tell_in_stream(line, begun)
         return await _relay(line, answer, lease, request, retelling if answer.status == HTTPStatus.OK else None)
 
@@ -188,7 +194,7 @@ async def _relay(
     )
     chunk = await line.read()  # until there is something a runner's end can still be told as what it is
     if exchange.begun is None:
-        name_model(response, lease.model)
+        name_model(response.headers, lease.model)
         await response.prepare(request)
     awaits_event = response.content_type == SSE_CONTENT_TYPE
     events = WholeEvents(MAX_HELD_BYTES if awaits_event else 0)
@@ -231,20 +237,19 @@ async def _end_broken(response: web.StreamResponse, request: web.Request, error:
         request.transport.abort()  # the promised length cannot be kept: a cut connection is the only honest sign
 
 
-def _is_stream(answer: Answer) -> bool:
+def is_stream(answer: Answer) -> bool:
+    """Say whether an answer is an event stream."""
     return answer.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower() == SSE_CONTENT_TYPE
 
 
-def name_model(response: web.StreamResponse, model: str) -> None:
-    """Say in the answer's head which model answers."""
-    response.headers[MODEL_HEADER] = quote(model, safe="/:@+ ")
+def name_model(headers: CIMultiDict[str], model: str) -> None:
+    """Say in an answer's head which model answers."""
+    headers[MODEL_HEADER] = quote(model, safe="/:@+ ")
 
 
 def forwarded(headers: MultiMapping[str], *, without: frozenset[str]) -> CIMultiDict[str]:
     """Return the headers that go on to the other side; what ``Connection`` names stays behind too."""
-    named = {name.strip().lower() for value in headers.getall(hdrs.CONNECTION, ()) for name in value.split(",")}
-    return CIMultiDict(
-        (name, value)
-        for name, value in headers.items()
-        if name.lower() not in without | named and not name.lower().startswith("access-control-")
-    )
+    for value in headers.getall(hdrs.CONNECTION, ()):
+        without |= {name.strip().lower() for name in value.split(",")}
+    kept = [(name, value) for name, value in headers.items() if name.lower() not in without]
+    return CIMultiDict((name, value) for name, value in kept if not name.lower().startswith("access-control-"))

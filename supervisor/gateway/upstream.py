@@ -18,8 +18,6 @@ from supervisor.gateway.answer import Answer, Broken
 
 # Loopback answers within a millisecond; a listener whose backlog is full is as good as gone.
 CONNECT_TIMEOUT_S: Final = 5.0
-# The first begins, the second says whether it has come about: on loopback it has, unless the backlog is full.
-CONNECT_CALLS: Final = 2
 # Beyond this the runner has to wait until the client has read: a megabyte for every sixteen clients that stall.
 MAX_UNREAD_BYTES: Final = 64 << 10
 LOOPBACK: Final = "127.0.0.1"  # where our children listen
@@ -120,12 +118,17 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
     message = request_of(address, path, headers, body)
     loop, host = asyncio.get_running_loop(), address.hostname or ""
     if is_on_loopback(address):
-        connected, is_made = connecting(address)
-        if not is_made:
-            await _wait_connected(loop, connected, address)
-        # Sent at once, not when the loop comes round: of many requests that come together the runner begins the first
-        # while the others are still looked at.
-        upstream = Upstream(message[_sent(connected, message) :])
+        connected = connecting(address)
+        try:
+            # Sent at once, not when the loop comes round: of many requests that come together the runner begins the
+            # first while the others are still looked at.
+            n_sent = _sent(connected, message)
+            if not n_sent:
+                await _wait_connected(loop, connected, address)
+        except BaseException:
+            connected.close()
+            raise
+        upstream = Upstream(message[n_sent:])
         await loop.create_connection(lambda: upstream, sock=connected)
     else:  # a program that is not ours, wherever the operator says that it answers
         is_secure = address.scheme == "https"
@@ -151,27 +154,24 @@ def is_on_loopback(address: SplitResult) -> bool:
     return address.scheme == "http" and address.hostname == LOOPBACK
 
 
-def connecting(address: SplitResult) -> tuple[socket.socket, bool]:
-    """Return a socket on its way to this address on loopback, and whether it has arrived. Raises OSError."""
+def connecting(address: SplitResult) -> socket.socket:
+    """Return a socket on its way to this address on loopback: it has arrived unless a backlog is full. Raises OSError.
+
+    What is sent into one that has not arrived is not taken.
+    """
     connected = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        for _ in range(CONNECT_CALLS):
-            with suppress(BlockingIOError):
-                connected.connect(_host_and_port(address))
-                return connected, True
+        with suppress(BlockingIOError):
+            connected.connect(_host_and_port(address))
     except BaseException:
         connected.close()
         raise
-    return connected, False
+    return connected
 
 
 async def _wait_connected(loop: asyncio.AbstractEventLoop, connected: socket.socket, address: SplitResult) -> None:
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            await loop.sock_connect(connected, _host_and_port(address))
-    except BaseException:
-        connected.close()
-        raise
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        await loop.sock_connect(connected, _host_and_port(address))
 
 
 def _host_and_port(address: SplitResult) -> tuple[str, int]:
@@ -179,7 +179,7 @@ def _host_and_port(address: SplitResult) -> tuple[str, int]:
 
 
 def _sent(connected: socket.socket, message: bytes) -> int:
-    """Return how many bytes went out at once. What keeps the others from it is told to whoever sends them."""
-    with suppress(OSError):
+    """Return how many bytes went out at once. Raises OSError where there is no way."""
+    with suppress(BlockingIOError):
         return connected.send(message)
     return 0

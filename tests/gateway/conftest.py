@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
 import pytest
-from aiohttp import web
 from fake_runtime import FakeRuntime, LlamaServer, Serve, start_llama_server
 
 from planner.types import Role
@@ -59,8 +59,14 @@ def endless_server(llama_tools: Path, endless_model: Path) -> Iterator[LlamaServ
 
 
 @pytest.fixture
-async def runtime() -> FakeRuntime:
-    return FakeRuntime()
+def at_once() -> bool:
+    """Whether leases are granted at once, so that plain requests take the short way; modules ask for either."""
+    return True
+
+
+@pytest.fixture
+async def runtime(*, at_once: bool) -> FakeRuntime:
+    return FakeRuntime(at_once=at_once)
 
 
 @pytest.fixture
@@ -74,8 +80,9 @@ async def serve(runtime: FakeRuntime) -> AsyncIterator[Serve]:
             runner = make_runner(app, shutdown_timeout_s=0.1)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            host, port = runner.addresses[0]
+            bound = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            await runner.listen(bound, tls=None)
+            host, port = bound.getsockname()
             return f"http://{host}:{port}"
 
         yield start

@@ -147,7 +147,8 @@ class FakeLease:
 class FakeRuntime:
     """Grants leases on servers that run already, and counts them; ``refusal`` is raised instead where it is set.
 
-    ``at_once``: whoever need not wait is granted in the same moment. ``endpoints`` are scripted servers; ``loss`` is settled with the story of their end.
+    ``at_once``: whoever need not wait is granted in the same moment. ``endpoints`` are scripted servers; ``loss`` is
+    settled with the story of their end.
     """
 
     servers: dict[str, LlamaServer] = field(default_factory=dict)

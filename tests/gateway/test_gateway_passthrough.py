@@ -19,7 +19,8 @@ from supervisor.api.errors import LoadFailed
 from supervisor.api.runtime import LoadProgress
 from supervisor.gateway.openai import PASSED_THROUGH
 
-pytestmark = pytest.mark.anyio
+# Whether a request takes the short way or the long one, the same comes of it.
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("at_once", [True, False], ids=["short way", "long way"])]
 
 HELLO: Any = {"role": "user", "content": "hi"}
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}

@@ -17,7 +17,8 @@ from yarl import URL
 
 from supervisor.api.lease import Endpoint
 
-pytestmark = pytest.mark.anyio
+# Whether a request takes the short way or the long one, the same comes of it.
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("at_once", [True, False], ids=["short way", "long way"])]
 
 HELLO = {"role": "user", "content": "hi"}
 # What differs from one answer of llama-server to its next.

@@ -6,6 +6,7 @@ import asyncio
 import io
 import re
 import socket
+from contextlib import ExitStack
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -16,7 +17,8 @@ from raw_runner import raw_runner, read_request
 
 from supervisor.api.lease import Endpoint
 
-pytestmark = pytest.mark.anyio
+# Whether a request takes the short way or the long one, the same comes of it.
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("at_once", [True, False], ids=["short way", "long way"])]
 
 MIB = 1 << 20
 PIECE = b"data: " + b"x" * 16_000 + b"\n\n"
@@ -193,17 +195,22 @@ async def test_a_loss_heard_of_while_connecting_ends_the_wait(
             url = await serve()
             asked = asyncio.ensure_future(http.post(f"{url}/v1/completions", json={"model": "mock"}))
             await runtime.waiting.wait()
-            held = await asyncio.to_thread(_accept_two, listener)
+            holding = asyncio.ensure_future(_hold_two(listener))
             async with await asked as response:
                 assert response.status == 502
                 assert "it was swept away" in (await response.json())["error"]["message"]
-            for one in held:
-                one.close()
+            holding.cancel()
+            await asyncio.wait({holding})
 
 
-def _accept_two(listener: socket.socket) -> list[socket.socket]:
-    """Accept what filled the backlog, then what was turned away: the kernel tries again after a second."""
-    return [listener.accept()[0] for _ in range(2)]
+async def _hold_two(listener: socket.socket) -> None:
+    """Accept what filled the backlog, then what was turned away, where the kernel tries it again; say nothing."""
+    listener.setblocking(False)
+    loop = asyncio.get_running_loop()
+    with ExitStack() as held:
+        for _ in range(2):
+            held.enter_context((await loop.sock_accept(listener))[0])
+        await asyncio.Future()
 
 
 async def test_a_client_that_reads_nothing_is_cut_off_though_the_kernel_takes_all_there_is_for_it(

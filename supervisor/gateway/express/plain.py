@@ -1,0 +1,88 @@
+"""Which requests are plain enough for the short way, told by their heads. The parsing is llhttp's, by httptools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import hdrs
+from httptools import HttpParserError, HttpRequestParser
+from multidict import CIMultiDict
+
+from supervisor.gateway.openai import FORM, PASSED_THROUGH
+
+HEAD_END: Final = b"\r\n\r\n"
+# A head longer than this is no client's of ours; whether it is refused is for aiohttp to say.
+MAX_HEAD_BYTES: Final = 16 << 10
+# A conversation of some ten thousand words. What is longer takes the runner seconds: there a millisecond is nothing.
+MAX_BODY_BYTES: Final = 128 << 10
+# With any of these there is more to a request than a body of a told length.
+NOT_PLAIN: Final = (hdrs.TRANSFER_ENCODING, hdrs.CONTENT_ENCODING, hdrs.EXPECT, hdrs.UPGRADE)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainHead:
+    """The head of a request that may take the short way, and where its body begins and ends.
+
+    ``target`` is the path with its query. ``keeps`` says that the client keeps the connection for more.
+    """
+
+    path: str
+    target: str
+    headers: CIMultiDict[str]
+    body_at: int
+    end: int
+    keeps: bool
+
+
+class _Heard:
+    """What httptools tells of a head."""
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self.is_whole = False
+        self.repeats = False  # a field that came twice: which of them may is for aiohttp to say
+
+    def on_url(self, url: bytes) -> None:
+        self.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        told = name.decode("latin-1")
+        self.repeats |= told in self.headers
+        self.headers.add(told, value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        self.is_whole = True
+
+
+def plain_head(data: bytes) -> PlainHead | None:
+    """Return the head that the data begin with; None where it is not there, or not one of a plain request.
+
+    Plain is a POST of HTTP/1.1 to a path that is passed through, with a body of JSON that is neither packed nor long.
+    """
+    body_at = data.find(HEAD_END, 0, MAX_HEAD_BYTES) + len(HEAD_END)
+    if body_at < len(HEAD_END):
+        return None
+    heard = _Heard()
+    parser = HttpRequestParser(heard)
+    try:
+        parser.feed_data(data[:body_at])
+    except HttpParserError:
+        return None
+    target, headers = heard.target.decode("latin-1"), heard.headers
+    path = target.partition("?")[0]
+    length = headers.get(hdrs.CONTENT_LENGTH, "")
+    if (
+        not heard.is_whole
+        or heard.repeats
+        or parser.get_method() != b"POST"
+        or parser.get_http_version() != "1.1"
+        or path not in PASSED_THROUGH
+        or any(name in headers for name in NOT_PLAIN)
+        or headers.get(hdrs.CONTENT_TYPE, "").lower().startswith(FORM)
+        or not length.isdecimal()
+        or not 0 < int(length) <= MAX_BODY_BYTES
+    ):
+        return None
+    return PlainHead(path, target, headers, body_at, body_at + int(length), parser.should_keep_alive())

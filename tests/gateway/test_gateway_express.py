@@ -1,0 +1,299 @@
+"""The short way of plain requests: it asks and answers what the long way does, whatever comes in whatever pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import resource
+import socket
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from fake_runtime import FakeRuntime, LlamaServer, Serve
+from httptools import HttpParserError, HttpResponseParser
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_runner import raw_runner, read_request
+from structlog.testing import capture_logs
+
+from supervisor.api.lease import Endpoint
+from supervisor.gateway.app import build_app, make_runner
+from supervisor.gateway.options import GatewayOptions
+
+COMPLETIONS = "/v1/completions"
+LAST = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+# What differs between any two answers, or is added by aiohttp alone.
+OF_THE_MOMENT = frozenset({"date", "server", "x-request-id", "transfer-encoding", "content-length"})
+BODIES = (
+    b'{"model": "mock"}',
+    b'{"model": "mock", "stream": true}',
+    b'{"model": "MOCK", "prompt": "\xc3\xa9", "keep_alive": "1m"}',
+    b'{"model": "mock", "keep_alive": "never"}',
+    b'{"model": "mock", "num_ctx": -1}',
+    b'{"model": "nobody"}',
+    b'{"model": 1}',
+    b"[]",
+    b"{",
+    b"",
+)
+FIELDS = (
+    "Connection: keep-alive, X-Own",
+    "X-Own: 1",
+    "Expect: 100-continue",
+    "Content-Encoding: gzip",
+    "Origin: http://localhost",
+    "Origin: https://evil.example",
+    "Authorization: Bearer nobody",
+    "X-Keep-Alive: 5m",
+    "X-Keep-Alive: never",
+    "X-Num-Ctx: 7",
+    "X-Num-Ctx: seven",
+    "X-Conversation-Id: 1",
+    "X-Load-Progress: 1",
+    "Accept: \u00e9",
+)
+# What makes a request no HTTP, or the last one of its connection.
+LAST_FIELDS = (
+    "Host: other.example",
+    "Content-Type: multipart/form-data; boundary=x",
+    "Connection: close",
+    "Transfer-Encoding: chunked",
+    "Content-Length: 3",
+    "X-Long: " + "y" * 20_000,
+    "no field",
+)
+PATHS = (
+    COMPLETIONS,
+    COMPLETIONS + "?x=1&y",
+    "/v1/chat/completions",
+    "/v1%2Fcompletions",
+    "/v1/models",
+    "/nowhere",
+    "*",
+)
+
+
+def request(body: bytes = BODIES[0], *fields: str, start: str = f"POST {COMPLETIONS} HTTP/1.1", more: int = 0) -> bytes:
+    """Return a request, whose told length may be another than its body's."""
+    head = [start, "Host: localhost", "Content-Type: application/json", *fields, f"Content-Length: {len(body) + more}"]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[bytes]:
+    """Draw what a client sends, cut anywhere: a few requests, mostly plain; or one that may be anything.
+
+    Where anything follows a request that is the last, or is followed by what is no HTTP, aiohttp answers neither.
+    """
+    is_one = draw(st.booleans())
+    known = FIELDS + LAST_FIELDS if is_one else FIELDS
+    sent, is_last = b"", False
+    for _ in range(1 if is_one else draw(st.integers(2, 3))):
+        method = draw(st.sampled_from(["POST"] * 4 + ["GET", "PUT"]))
+        version = draw(st.sampled_from(["1.1"] * 4 + ["1.0"])) if is_one else "1.1"
+        fields = draw(st.lists(st.sampled_from(known), max_size=2, unique=True))
+        body = draw(st.sampled_from(BODIES[:3] * 2 + BODIES))
+        more = draw(st.sampled_from([0, 0, 0, -1])) if is_one and body else 0
+        is_last = "Connection: close" in fields
+        paths = PATHS[:1] * 4 + (PATHS if is_one else PATHS[:-1])
+        start = f"{method} {draw(st.sampled_from(paths))} HTTP/{version}"
+        sent += request(body, *fields, start=start, more=0 if is_last else more)
+    sent += b"" if is_last else LAST
+    cuts = sorted(draw(st.lists(st.integers(0, len(sent)), max_size=3)))
+    return [sent[a:b] for a, b in zip([0, *cuts], [*cuts, len(sent)], strict=True) if a < b]
+
+
+@dataclass
+class Told:
+    """What came back, answer by answer: status, reason, header fields, body."""
+
+    answers: list[tuple[int, bytes, list[tuple[str, bytes]], bytes]] = field(default_factory=list)
+    reason: bytes = b""
+    fields: list[tuple[str, bytes]] = field(default_factory=list)
+    body: bytes = b""
+
+    def on_message_begin(self) -> None:
+        self.reason, self.fields, self.body = b"", [], b""
+
+    def on_status(self, status: bytes) -> None:
+        self.reason += status
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.decode().lower() not in OF_THE_MOMENT:
+            self.fields.append((name.decode().lower(), value))
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        body = re.sub(rb"req_[0-9a-f]+", b"req", self.body)
+        self.answers.append((self.parser.get_status_code(), self.reason, sorted(self.fields), body))
+
+    def read(self, data: bytes) -> Told:
+        """Take all that came."""
+        self.parser = HttpResponseParser(self)
+        try:
+            self.parser.feed_data(data)
+        except HttpParserError as error:
+            pytest.fail(f"{error}: {data[:500]!r}")
+        return self
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer with what was asked: as events where a stream is wanted, else whole."""
+    head, body = await read_request(reader)
+    asked = b"\r\n".join(sorted(head.split(b"\r\n"))) + body
+    if b'"stream": true' in body:
+        events = b"".join(b"data: %b\n\n" % part for part in asked.split(b"\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for at in range(0, len(events), 50):
+            writer.write(b"%x\r\n%b\r\n" % (len(events[at : at + 50]), events[at : at + 50]))
+        writer.write(b"0\r\n\r\n")
+    else:
+        writer.write(b"HTTP/1.1 201 Fine\r\nContent-Type: text/plain\r\nX-Own: 1\r\nConnection: X-Own\r\n")
+        writer.write(b"Access-Control-Allow-Origin: *\r\nContent-Length: %d\r\n\r\n%b" % (len(asked), asked))
+    await writer.drain()
+    writer.close()
+
+
+async def talk(url: str, pieces: list[bytes]) -> bytes:
+    """Send these pieces and return all that comes until the service closes."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0)
+        return await asyncio.wait_for(reader.read(), timeout=20)
+    except ConnectionError:  # it has refused what came, and has not read the rest
+        return b""
+    finally:
+        writer.close()
+
+
+async def ask_both_ways(pieces: list[bytes]) -> tuple[Told, Told]:
+    """Return what the short way and the long way make of this conversation."""
+    async with AsyncExitStack() as stack:
+        endpoint: Endpoint = await stack.enter_async_context(raw_runner(echo))
+        told = []
+        for at_once in (True, False):
+            runtime = FakeRuntime(endpoints={"mock": endpoint}, at_once=at_once)
+            runner = make_runner(build_app(runtime, GatewayOptions(version="0.1.0")), shutdown_timeout_s=1)
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            bound = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            await runner.listen(bound, tls=None)
+            told.append(Told().read(await talk(f"http://127.0.0.1:{bound.getsockname()[1]}", pieces)))
+            assert runtime.granted == runtime.released
+        return told[0], told[1]
+
+
+@given(conversations())
+def test_the_short_way_and_the_long_way_ask_and_answer_alike(pieces: list[bytes]) -> None:
+    """Whatever a client sends: the runner is asked for the same, and the client told the same, in the same order."""
+    short, long = asyncio.run(ask_both_ways(pieces))
+    assert short.answers == long.answers
+
+
+@pytest.mark.anyio
+async def test_one_connection_serves_request_after_request_of_every_kind(
+    serve: Serve, runtime: FakeRuntime, chat_server: LlamaServer
+) -> None:
+    """Plain ones, one that is not, and plain ones again, streamed and whole."""
+    url = await serve([chat_server])
+    asked = {"model": chat_server.model, "prompt": "hi", "max_tokens": 3}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as http:
+        for more in ({}, {"stream": True}, {}):
+            async with http.post(url + COMPLETIONS, json=asked | more) as answer:
+                assert (answer.status, bool(await answer.read())) == (200, True)
+        async with http.get(f"{url}/v1/models") as listed:
+            assert listed.status == 200
+        async with http.post(url + COMPLETIONS, json=asked) as answer:
+            assert answer.status == 200
+    assert runtime.granted == 4
+
+
+@pytest.mark.anyio
+async def test_every_request_is_counted_and_logged_once(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
+) -> None:
+    """Whether it took the short way, or was looked at there and sent the long way."""
+    async with raw_runner(echo) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        url = await serve()
+        with capture_logs() as logs:
+            for model in ("mock", "nobody"):
+                async with http.post(url + COMPLETIONS, json={"model": model}) as answer:
+                    await answer.read()
+        async with http.get(f"{url}/metrics") as scraped:
+            text = await scraped.text()
+    assert [(one["model"], one["status"]) for one in logs if one["event"] == "request"] == [("mock", 201), (None, 404)]
+    assert f'loadmaster_http_requests_total{{endpoint="{COMPLETIONS}",model="mock",status="201"}} 1.0' in text
+    assert f'loadmaster_http_requests_total{{endpoint="{COMPLETIONS}",model="(none)",status="404"}} 1.0' in text
+    assert f'loadmaster_http_requests_in_flight{{endpoint="{COMPLETIONS}"}} 0.0' in text
+
+
+@pytest.mark.anyio
+async def test_where_files_have_run_out_connections_wait_until_there_are_some_again(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """The kernel holds who has connected; nobody is turned away."""
+    async with raw_runner(echo) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with ExitStack() as stack:
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            with capture_logs() as logs:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (_take_all_files(stack, client.fileno() + 1), hard))
+                stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+                await loop.sock_connect(client, (parts.hostname, parts.port))
+                await loop.sock_sendall(client, request(BODIES[0], "Connection: close"))
+                while not any(one["event"] == "connections.exhausted" for one in logs):  # noqa: ASYNC110 - a list
+                    await asyncio.sleep(0)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert (await loop.sock_recv(client, 100)).startswith(b"HTTP/1.1 201 Fine\r\n")
+
+
+def _take_all_files(stack: ExitStack, above: int) -> int:
+    """Take every number of a file below the highest in use, and return the limit that leaves none."""
+    while (taken := os.open("/dev/null", os.O_RDONLY)) <= above:
+        stack.callback(os.close, taken)
+    stack.callback(os.close, taken)
+    return taken + 1
+
+
+@pytest.mark.anyio
+async def test_a_client_that_asks_on_and_on_is_not_read_before_it_was_answered(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """What it has sent ahead waits in the kernel, and is answered in order once the first answer is there."""
+    go_on = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        _, body = await read_request(reader)
+        await go_on.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.close()
+
+    n_asked = 40
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        for number in range(n_asked):
+            writer.write(request(b'{"model": "mock", "prompt": "%d%b"}' % (number, b"x" * 10_000)))
+        await runtime.waiting.wait()
+        go_on.set()
+        for number in range(n_asked):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            assert length
+            assert b'"prompt": "%dx' % number in await reader.readexactly(int(length[1]))
+        writer.close()
