@@ -85,9 +85,9 @@ class Conversation:
     def _waiting(self, text: str) -> None:
         """Show on a terminal how the load goes, in place of what was shown of it; an empty text clears that away."""
         if self.is_terminal and text != self._shown:
+            self._shown = text  # before it is: an interrupt in between must not leave it standing
             sys.stderr.write(f"{CLEAR_LINE}{text}")
             sys.stderr.flush()
-            self._shown = text
 
 
 def _pieces(lines: Iterator[str], waiting: Callable[[str], None]) -> Iterator[dict[str, Any]]:
