@@ -55,14 +55,13 @@ class Front:
         self._accept_on()
 
     def close(self) -> None:
-        """Accept nobody any more, and part with those who ask nothing."""
+        """Accept nobody any more, and part with everybody as soon as they were answered."""
         if self._is_open:
             self._is_open = False
             self._loop.remove_reader(self._listener)
             self._listener.close()
         for visitor in tuple(self._visitors):
-            if visitor.is_idle:
-                visitor.close()
+            visitor.part()
 
     async def end(self, within_s: float) -> None:
         """Return once everybody has been answered, after so many seconds at most; whoever is left then is cut off."""

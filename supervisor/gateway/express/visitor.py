@@ -42,11 +42,7 @@ class Visitor:
         self._head: PlainHead | None = None
         self._passage: Passage | None = None
         self._is_here = True
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing was asked, or everything answered."""
-        return self._passage is None and not self._data and not self.wire.unsent_bytes
+        self._is_last = False
 
     def come(self) -> None:
         """Look at what a new connection has brought already, and listen for the rest."""
@@ -54,11 +50,17 @@ class Visitor:
         if self._is_here:
             self.wire.when_heard(self._hear)
 
+    def part(self) -> None:
+        """End the connection once what was asked is answered."""
+        self._is_last = True
+        if self._passage is None:
+            self.wire.when_sent(self.close)
+
     def answered(self, *, keeps: bool) -> None:
         """Go on to what the client asks next, or end."""
         self._passage = None
         self._stalls.restart(self)
-        if keeps:
+        if keeps and not self._is_last:
             self.wire.when_sent(self._listen)
         else:
             self.wire.pause()

@@ -39,9 +39,10 @@ class Wire:
         return self._socket.fileno() >= 0
 
     def when_heard(self, heard: Heard) -> None:
-        """Have this called whenever there is something to be read, or the end."""
-        self._loop.add_reader(self._socket, heard)
-        self._is_read = True
+        """Have this called whenever there is something to be read, or the end, unless something is called already."""
+        if not self._is_read:
+            self._loop.add_reader(self._socket, heard)
+            self._is_read = True
 
     def pause(self) -> None:
         """Leave what comes to the kernel."""
