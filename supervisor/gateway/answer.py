@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from httptools import HttpParserError, HttpResponseParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict
 
 # llama-server sends some three hundred bytes; whoever sends no end of header fields is no HTTP server.
@@ -41,6 +41,8 @@ class Answer:
             self._parser.feed_data(data)
         except HttpParserError as error:
             raise Broken(f"it answered what is no HTTP ({error})") from error
+        except HttpParserUpgrade as error:
+            raise Broken("it wants to speak another protocol") from error
         if not self.has_head and self._n_head > MAX_HEAD_BYTES:
             raise Broken("its answer's head has no end")
 

@@ -7,8 +7,10 @@ import os
 import re
 import resource
 import socket
+import struct
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -17,7 +19,7 @@ from fake_runtime import FakeRuntime, LlamaServer, Serve
 from httptools import HttpParserError, HttpResponseParser
 from hypothesis import given
 from hypothesis import strategies as st
-from raw_runner import raw_runner, read_request
+from raw_runner import Answer, raw_runner, read_request
 from structlog.testing import capture_logs
 
 from supervisor.api.lease import Endpoint
@@ -175,10 +177,10 @@ async def talk(url: str, pieces: list[bytes]) -> bytes:
         writer.close()
 
 
-async def ask_both_ways(pieces: list[bytes]) -> tuple[Told, Told]:
-    """Return what the short way and the long way make of this conversation."""
+async def ask_both_ways(pieces: list[bytes], answer: Answer = echo) -> tuple[Told, Told]:
+    """Return what the short way and the long way make of this conversation, with a runner that answers so."""
     async with AsyncExitStack() as stack:
-        endpoint: Endpoint = await stack.enter_async_context(raw_runner(echo))
+        endpoint: Endpoint = await stack.enter_async_context(raw_runner(answer))
         told = []
         for at_once in (True, False):
             runtime = FakeRuntime(endpoints={"mock": endpoint}, at_once=at_once)
@@ -197,6 +199,128 @@ def test_the_short_way_and_the_long_way_ask_and_answer_alike(pieces: list[bytes]
     """Whatever a client sends: the runner is asked for the same, and the client told the same, in the same order."""
     short, long = asyncio.run(ask_both_ways(pieces))
     assert short.answers == long.answers
+
+
+EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        [],
+        [b"HTTP/1.1 200 O"],
+        [b"SSH-2.0-x\r\n\r\n"],
+        [EVENTS],
+        [EVENTS, b"9\r\ndata: a\n\n\r\n"],
+        [EVENTS, b"10\r\ndata: a\n\ndata: b\r\n"],
+        [EVENTS, b"9\r\ndata: a\n\n\r\n", b"zz\r\n"],
+        [EVENTS, b"0\r\n\r\n"],
+        [JSON + b"Transfer-Encoding: chunked\r\n\r\n"],
+        [JSON + b"\r\n", b"{}"],
+        [JSON + b"Content-Length: 0\r\n\r\n"],
+        [JSON + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"],
+        [b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\nx"],
+        [b"HTTP/1.1 204 No Content\r\n\r\n"],
+        [b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 2\r\n\r\n{}"],
+        [b"HTTP/1.0 500 \r\nContent-Type: application/json\r\n\r\n{}"],
+    ],
+    ids=repr,
+)
+def test_whatever_a_runner_answers_is_told_alike_and_leaves_the_connection_in_order(answered: list[bytes]) -> None:
+    """It breaks off, or talks nonsense: what the client gets of it ends where it says, and the next answer follows."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for piece in answered:
+            writer.write(piece)
+            await writer.drain()
+        writer.close()
+
+    short, long = asyncio.run(ask_both_ways([request(), LAST], answer))
+    assert short.answers == long.answers
+    assert [status for status, *_ in short.answers][-1] == 200
+
+
+@pytest.mark.anyio
+async def test_an_answer_is_sent_to_its_end_before_the_connection_is_handed_over(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """A client that asks ahead, for what is not plain, and reads slowly."""
+    whole = b"x" * (4 << 20)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(JSON + b"Content-Length: %d\r\n\r\n" % len(whole) + whole)
+        await writer.drain()
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect((parts.hostname, parts.port))
+            client.sendall(request())
+            received = b""
+            while not runtime.returned.is_set():  # until the runner has said all, of which not all is sent
+                received += await asyncio.to_thread(client.recv, 1 << 14)
+            client.sendall(LAST)
+            while piece := await asyncio.to_thread(client.recv, 1 << 16):
+                received += piece
+    answers = Told().read(received).answers
+    assert [(status, len(body)) for status, _, _, body in answers] == [(200, len(whole)), (200, 2)]
+
+
+@pytest.mark.anyio
+async def test_a_client_that_asked_ahead_and_was_reset_leaves_nothing_behind(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """Nobody reads from it while it is answered: that it has gone is seen by writing to it."""
+    gone = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(EVENTS)
+        try:
+            while not gone.is_set() or await reader.read(0) is not None:
+                writer.write(b"9\r\ndata: a\n\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0)
+        except ConnectionError:
+            writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        n_files = _n_files()
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.connect((parts.hostname, parts.port))
+        await asyncio.to_thread(client.sendall, request(BODIES[1]) + b"x" * (100 << 10))
+        await runtime.waiting.wait()
+        client.close()
+        gone.set()
+        await runtime.returned.wait()
+        while _n_files() > n_files:  # noqa: ASYNC110 - the kernel tells nobody
+            await asyncio.sleep(0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("at_once", [True, False], ids=["short way", "long way"])
+async def test_a_client_that_would_rather_speak_another_protocol_is_answered(
+    serve: Serve, http: aiohttp.ClientSession, runtime: FakeRuntime
+) -> None:
+    """Java's own client asks so with every request (RFC 9113, 3.1: to be ignored)."""
+    async with raw_runner(echo) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        rather = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQ"}
+        async with http.post(await serve() + COMPLETIONS, json={"model": "mock"}, headers=rather) as answer:
+            assert answer.status == 201
+
+
+def _n_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.anyio

@@ -170,6 +170,8 @@ class Passage:
             piece += self._events.rest()
         self._mark(piece)
         self._send(head + self._framed(piece), is_last=answer.is_whole)
+        if self._is_over:
+            return
         if answer.is_whole:
             self._client.answered(keeps=self._keeps)
             self._end(answer.status)
@@ -211,8 +213,8 @@ class Passage:
     def _send(self, data: bytes, *, is_last: bool) -> None:
         try:
             self._client.wire.send(data + LAST_CHUNK if is_last and self._is_chunked else data)
-        except OSError:
-            self.leave()
+        except OSError:  # nobody is there any more
+            self._client.cut()
 
     def _go_on(self) -> None:
         """Read on: the client has taken what there was."""
@@ -262,7 +264,7 @@ class Passage:
         exchange.broken = str(error)
         told = exchange.tell(error, exchange.request_id)
         if not self._has_begun:
-            self._has_begun = True
+            self._has_begun, self._is_chunked = True, False
             headers = CIMultiDict(told.headers)
             body = told.body()
             headers[hdrs.CONTENT_TYPE], headers[hdrs.CONTENT_LENGTH] = "application/json", str(len(body))

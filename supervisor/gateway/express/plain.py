@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import hdrs
-from httptools import HttpParserError, HttpRequestParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from multidict import CIMultiDict
 
 from supervisor.gateway.openai import FORM, PASSED_THROUGH
@@ -68,7 +68,7 @@ def plain_head(data: bytes) -> PlainHead | None:
     parser = HttpRequestParser(heard)
     try:
         parser.feed_data(data[:body_at])
-    except HttpParserError:
+    except (HttpParserError, HttpParserUpgrade):
         return None
     target, headers = heard.target.decode("latin-1"), heard.headers
     path = target.partition("?")[0]

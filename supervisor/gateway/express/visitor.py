@@ -82,7 +82,7 @@ class Visitor:
 
     def standing(self) -> Standing:
         """Return where the connection stands."""
-        if self._passage is not None or self.wire.unsent_bytes:
+        if self._is_answered:
             return taken(self.wire.connected, self.wire.unsent_bytes)
         return Standing(Stage.ASKING, len(self._data)) if self._data else IDLE
 
@@ -105,14 +105,18 @@ class Visitor:
             self.close()
             return
         self._data += data
-        if self._passage is None:
-            self._look()
-        elif len(self._data) > READ_BYTES:  # it asks on and on before it was answered
+        self._look()
+        if self._is_answered and len(self._data) > READ_BYTES:  # it asks on and on before it was answered
             self.wire.pause()
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether an answer is on its way, to its last byte: what comes next is looked at after that."""
+        return self._passage is not None or self.wire.unsent_bytes > 0
 
     def _look(self) -> None:
         """Send a plain request on its way as soon as it is whole; hand over whatever else it is."""
-        if self._passage is not None or not self._is_here:
+        if self._is_answered or not self._is_here:
             return
         try:
             self._go()
