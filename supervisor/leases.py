@@ -50,6 +50,10 @@ class ChildLease:
         else:
             tell(self._story)
 
+    def forget(self) -> None:
+        """Tell nobody any more: it was given back, and whoever held it need not be held by it."""
+        self._to_tell.clear()
+
     def lose(self, story: str) -> None:
         """Tell whoever wants to know that the child is gone."""
         self._story = story

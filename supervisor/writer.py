@@ -140,6 +140,7 @@ class Writer:
 
     def give_back(self, lease: ChildLease, client: str) -> None:
         """Take a lease back from the client that held it."""
+        lease.forget()
         model, generation = lease.runner, lease.generation
         holders = self._leases.get((model, generation), set())
         holders.discard(lease)

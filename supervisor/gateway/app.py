@@ -22,7 +22,7 @@ from supervisor.gateway.monitoring import Monitoring
 from supervisor.gateway.observing import Observer
 from supervisor.gateway.ollama.routes import ollama_routes
 from supervisor.gateway.openai import OpenAI
-from supervisor.gateway.options import GatewayOptions
+from supervisor.gateway.options import MAX_HEADER_FIELDS, GatewayOptions
 from supervisor.gateway.stalling import StallWatch, Watched
 from supervisor.status.metrics import Exposition
 
@@ -32,8 +32,6 @@ LANE: Final = web.AppKey("lane", Lane)
 
 # A request line or header field longer than this is no client's of ours: the longest is a key or a cookie.
 MAX_LINE_BYTES: Final = 16 << 10
-# Browsers send some 20 header fields.
-MAX_HEADER_FIELDS: Final = 100
 # Longer than the 60 s after which reverse proxies usually drop an idle connection: theirs closes first, without a race.
 KEEP_ALIVE_S: Final = 75.0
 # A refused body (413) is read on for so long, that the client gets to see the answer.

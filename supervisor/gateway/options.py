@@ -11,6 +11,8 @@ from config.keys_file import Client
 
 # A conversation of 128k tokens is half a megabyte; a dozen photographs in base64 are the large case.
 DEFAULT_MAX_BODY_BYTES: Final = 64 << 20
+# Browsers send some 20 header fields.
+MAX_HEADER_FIELDS: Final = 100
 # A client that has connected sends its request's head at once; a slow network needs a second.
 HEAD_TIMEOUT_S: Final = 20.0
 # So long nothing of a body may come, or of an answer be taken, before the other side counts as gone: TCP repeats what

@@ -17,9 +17,11 @@ from typing import Final, Protocol
 
 import structlog
 
-# Of Linux's tcp_info (include/uapi/linux/tcp.h): segments that were sent and not acknowledged, bytes acknowledged of
-# all that were ever sent, bytes not sent yet.
+# Of Linux's tcp_info (include/uapi/linux/tcp.h): the connection's state, segments that were sent and not acknowledged,
+# bytes acknowledged of all that were ever sent, bytes not sent yet.
 TCP_INFO_BYTES: Final = 148
+STATE_AT: Final = 0
+ESTABLISHED: Final = 1  # include/net/tcp_states.h
 UNACKED_AT: Final = 24
 BYTES_ACKED_AT: Final = 120
 NOTSENT_BYTES_AT: Final = 144
@@ -29,8 +31,9 @@ _log = structlog.get_logger("loadmaster.gateway")
 
 
 class Stage(Enum):
-    """What a connection is at: no request is there, one is coming, it is answered."""
+    """What a connection is at: no request is there, one is coming, it is answered; or its client has gone unheard."""
 
+    GONE = auto()
     IDLE = auto()
     ASKING = auto()
     ANSWERING = auto()
@@ -49,6 +52,7 @@ class Standing:
 
 
 IDLE: Final = Standing(Stage.IDLE)
+GONE: Final = Standing(Stage.GONE)
 
 
 class Watched(Protocol):
@@ -74,7 +78,7 @@ class _Seen:
 
 @dataclass(slots=True)
 class StallWatch:
-    """Watches over connections. ``kept_s`` is how long aiohttp lets a kept connection idle.
+    """Watches over connections. ``kept_s`` is how long a kept one may idle before it is closed, which is no fault.
 
     The other limits: see ``GatewayOptions``.
     """
@@ -96,16 +100,25 @@ class StallWatch:
             now = time.monotonic()
             self._seen = {one: self._seen.get(one) or _Seen(now) for one in live()}
             for connection, seen in tuple(self._seen.items()):
-                if (reason := self._stalled(seen, connection.standing(), now)) is not None:
+                standing = connection.standing()
+                if (reason := self._stalled(seen, standing, now)) is not None:
                     _log.warning("connection.cut", reason=reason)
+                if reason is not None or self._is_over(seen, standing, now):
                     connection.cut()
+
+    def _is_over(self, seen: _Seen, standing: Standing, now: float) -> bool:
+        """Say whether nothing is to be expected of a connection any more, as happens to all in the end."""
+        idles = standing.stage is Stage.IDLE and seen.had_request
+        return standing.stage is Stage.GONE or (idles and now - seen.since > self.kept_s)
 
     def _stalled(self, seen: _Seen, standing: Standing, now: float) -> str | None:
         """Return why the connection is to be cut, None where it is not."""
         before, seen.standing = seen.standing, standing
+        if standing.stage is Stage.GONE or (standing.stage is Stage.IDLE and seen.had_request):
+            return None
         if standing.stage is Stage.IDLE:
-            allowed = self.head_timeout_s + (self.kept_s if seen.had_request else 0)
-            return None if now - seen.since <= allowed else f"no request within {allowed:g} s"
+            late = now - seen.since > self.head_timeout_s
+            return f"no request within {self.head_timeout_s:g} s" if late else None
         if standing.stage is not before.stage or standing.moved_bytes > before.moved_bytes or not standing.waits:
             seen.since = now
         if now - seen.since <= self.stall_timeout_s:
@@ -113,6 +126,11 @@ class StallWatch:
         asking = standing.stage is Stage.ASKING
         what = "nothing more of the request's body came" if asking else "the answer was not read"
         return f"{what} for {self.stall_timeout_s:g} s"
+
+
+def has_left(connection: socket.socket) -> bool:
+    """Say whether the other side has closed a connection, or reset it, whatever it has sent before."""
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)[STATE_AT] != ESTABLISHED
 
 
 def taken(connection: socket.socket, held_bytes: int) -> Standing:

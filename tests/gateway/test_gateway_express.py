@@ -243,10 +243,11 @@ def test_whatever_a_runner_answers_is_told_alike_and_leaves_the_connection_in_or
 
 
 @pytest.mark.anyio
-async def test_an_answer_is_sent_to_its_end_before_the_connection_is_handed_over(
-    serve: Serve, runtime: FakeRuntime
+@pytest.mark.parametrize("last", [LAST, b""], ids=["handed over", "half closed"])
+async def test_an_answer_is_sent_to_its_end_whatever_comes_meanwhile(
+    serve: Serve, runtime: FakeRuntime, last: bytes
 ) -> None:
-    """A client that asks ahead, for what is not plain, and reads slowly."""
+    """A client that reads slowly, and asks ahead for what is not plain, or says that it asks no more."""
     whole = b"x" * (4 << 20)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -265,11 +266,13 @@ async def test_an_answer_is_sent_to_its_end_before_the_connection_is_handed_over
             received = b""
             while not runtime.returned.is_set():  # until the runner has said all, of which not all is sent
                 received += await asyncio.to_thread(client.recv, 1 << 14)
-            client.sendall(LAST)
+            client.sendall(last)
+            if not last:
+                client.shutdown(socket.SHUT_WR)
             while piece := await asyncio.to_thread(client.recv, 1 << 16):
                 received += piece
     answers = Told().read(received).answers
-    assert [(status, len(body)) for status, _, _, body in answers] == [(200, len(whole)), (200, 2)]
+    assert [(status, len(body)) for status, _, _, body in answers] == [(200, len(whole)), (200, 2)][: 2 if last else 1]
 
 
 @pytest.mark.anyio
@@ -304,6 +307,27 @@ async def test_a_client_that_asked_ahead_and_was_reset_leaves_nothing_behind(
         await runtime.returned.wait()
         while _n_files() > n_files:  # noqa: ASYNC110 - the kernel tells nobody
             await asyncio.sleep(0)
+
+
+@pytest.mark.anyio
+async def test_a_client_that_asked_ahead_and_has_left_is_given_up_though_nothing_is_written_to_it(
+    serve: Serve, runtime: FakeRuntime
+) -> None:
+    """The runner thinks, and its answer will come whole: the slot is not kept for it."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        await reader.read()  # until it is hung up on
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve(stall_timeout_s=1))
+        with socket.socket() as client:
+            client.connect((parts.hostname, parts.port))
+            await asyncio.to_thread(client.sendall, request() + b"x" * (100 << 10))
+            await runtime.waiting.wait()
+        await runtime.returned.wait()
 
 
 @pytest.mark.anyio

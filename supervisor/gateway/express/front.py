@@ -36,7 +36,7 @@ class Front:
         self._stalls = stalls
         self._loop = asyncio.get_running_loop()
         self._visitors: set[Visitor] = set()
-        self._handing_over: set[asyncio.Task[object]] = set()
+        self._handing_over: set[asyncio.Task[None]] = set()
         self._is_open = False
         self._left: asyncio.Event | None = None
 
@@ -104,8 +104,13 @@ class Front:
             self._left.set()
 
     def _hand_over(self, connected: socket.socket, seen: bytes) -> None:
-        """Let aiohttp serve this connection from here on, as if it had read what was seen itself."""
-        taking = self._loop.connect_accepted_socket(partial(self._server.continuing, seen), connected)
-        task: asyncio.Task[object] = self._loop.create_task(taking)
+        task = self._loop.create_task(self._take_over(connected, seen))
         self._handing_over.add(task)
         task.add_done_callback(self._handing_over.discard)
+
+    async def _take_over(self, connected: socket.socket, seen: bytes) -> None:
+        """Let aiohttp serve this connection from here on, as if it had read what was seen itself."""
+        try:
+            await self._loop.connect_accepted_socket(partial(self._server.continuing, seen), connected)
+        except OSError:  # it is gone
+            connected.close()

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from urllib.parse import urlsplit
 
+import structlog
 from aiohttp import hdrs
 
 from supervisor.api.errors import AcquireError
@@ -29,6 +30,8 @@ from supervisor.gateway.tellers import teller_for
 from supervisor.gateway.templated import may_be_written
 from supervisor.gateway.upstream import is_on_loopback, request_of
 
+_log = structlog.get_logger("loadmaster.gateway")
+
 
 class Lane:
     """The short way to the runners of this runtime, which knows what the client at hand may use."""
@@ -43,10 +46,13 @@ class Lane:
         """Return the request with the lease that it was granted, to begin; None, and nothing has happened, without."""
         if len(body) > self._options.max_body_bytes:
             return None
-        context = contextvars.copy_context()  # the request's id, and who asks, belong to it alone
+        context = contextvars.copy_context()  # who asks belongs to it alone
         try:
             return context.run(self._granted, context, client, head, body, remote)
         except (RequestError, AcquireError):
+            return None
+        except Exception:  # noqa: BLE001 - the boundary: the long way finds it as well, and tells the client
+            _log.exception("request.failed", path=head.path)
             return None
 
     def _granted(

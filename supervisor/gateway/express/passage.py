@@ -111,12 +111,13 @@ class Passage:
         try:
             self._runner = runner = Wire(connecting(self._address))
             runner.send(self._message)
+            is_sent, self._message = runner.unsent_bytes < len(self._message), b""
         except OSError as error:
             self._break(error)
         else:
             runner.when_heard(self._hear)
-            if runner.unsent_bytes == len(self._message):
-                self._timer = self._loop.call_later(CONNECT_TIMEOUT_S, self._check_connected)
+            if not is_sent:
+                self._timer = self._loop.call_later(CONNECT_TIMEOUT_S, self._check_connected, runner.unsent_bytes)
         self._lease.when_lost(self._hear_story)
 
     def leave(self) -> None:
@@ -218,13 +219,16 @@ class Passage:
 
     def _go_on(self) -> None:
         """Read on: the client has taken what there was."""
-        if self._runner is not None and not self._is_over:
+        if self._runner is not None and self._broken is None and not self._is_over:
             self._runner.when_heard(self._hear)
 
     # -----------------------------------------------------------------------------------------------------------------
     # How it ends otherwise
 
     def _hear_story(self, story: str) -> None:
+        self._loop.call_soon(self._take_story, story)  # whoever tells has more to do
+
+    def _take_story(self, story: str) -> None:
         """Give a dead runner's last bytes their time, then cut the wait for more short."""
         if self._is_over:
             return
@@ -234,8 +238,8 @@ class Passage:
         else:
             self._wait(LAST_BYTES_S, lambda: self._break(Broken(CLOSED)))
 
-    def _check_connected(self) -> None:
-        if self._runner is not None and self._runner.unsent_bytes == len(self._message):
+    def _check_connected(self, unsent_bytes: int) -> None:
+        if self._runner is not None and self._runner.unsent_bytes == unsent_bytes:
             self._break(Broken(f"it took no connection within {CONNECT_TIMEOUT_S:g} s"))
 
     def _break(self, error: OSError) -> None:

@@ -10,6 +10,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from multidict import CIMultiDict
 
 from supervisor.gateway.openai import FORM, PASSED_THROUGH
+from supervisor.gateway.options import MAX_HEADER_FIELDS
 
 HEAD_END: Final = b"\r\n\r\n"
 # A head longer than this is no client's of ours; whether it is refused is for aiohttp to say.
@@ -76,6 +77,8 @@ def plain_head(data: bytes) -> PlainHead | None:
     if (
         not heard.is_whole
         or heard.repeats
+        or len(headers) > MAX_HEADER_FIELDS
+        or hdrs.HOST not in headers
         or parser.get_method() != b"POST"
         or parser.get_http_version() != "1.1"
         or path not in PASSED_THROUGH

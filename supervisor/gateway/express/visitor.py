@@ -12,7 +12,7 @@ from supervisor.gateway.express.lane import Lane
 from supervisor.gateway.express.passage import Passage
 from supervisor.gateway.express.plain import PlainHead, plain_head
 from supervisor.gateway.express.wire import READ_BYTES, Wire
-from supervisor.gateway.stalling import IDLE, Stage, StallWatch, Standing, taken
+from supervisor.gateway.stalling import GONE, IDLE, Stage, StallWatch, Standing, has_left, taken
 
 _log = structlog.get_logger("loadmaster.gateway")
 
@@ -82,6 +82,8 @@ class Visitor:
 
     def standing(self) -> Standing:
         """Return where the connection stands."""
+        if self._passage is not None and not self.wire.is_heard and has_left(self.wire.connected):
+            return GONE
         if self._is_answered:
             return taken(self.wire.connected, self.wire.unsent_bytes)
         return Standing(Stage.ASKING, len(self._data)) if self._data else IDLE
@@ -100,6 +102,10 @@ class Visitor:
         except OSError:
             data = b""
         if data is None:
+            return
+        if not data and self._passage is None:  # it has asked all; what it was answered goes out yet
+            self.wire.pause()
+            self.wire.when_sent(self.close)
             return
         if not data:
             self.close()

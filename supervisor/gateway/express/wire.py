@@ -34,6 +34,11 @@ class Wire:
         return self._socket
 
     @property
+    def is_heard(self) -> bool:
+        """Whether what comes is read."""
+        return self._is_read
+
+    @property
     def is_open(self) -> bool:
         """Whether it was not closed yet."""
         return self._socket.fileno() >= 0
