@@ -44,10 +44,11 @@ async def test_a_model_that_was_unloaded_is_loaded_again_in_the_llama_server_tha
         await load(supervisor, "tiny-chat", Role.CHAT)
         assert await supervisor.unload("tiny-chat")
         waits = await one_at_its_gate()
+        line = psutil.Process(waits).cmdline()
         assert supervisor.snapshot().runners == ()
         async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
             assert (await ask(lease)).startswith("Hello!")
-            assert pid_of(supervisor) == waits
+            assert (pid := pid_of(supervisor)) == waits, (line, psutil.Process(pid).cmdline())
             assert took_what_was_planned(only_runner(supervisor))
         assert await supervisor.unload("tiny-chat")
         waits = await one_at_its_gate()
