@@ -54,7 +54,7 @@ class Visitor:
         """End the connection once what was asked is answered."""
         self._is_last = True
         if self._passage is None:
-            self.wire.when_sent(self.close)
+            self.wire.when_sent(self.cut)
 
     def answered(self, *, keeps: bool) -> None:
         """Go on to what the client asks next, or end."""
@@ -64,10 +64,10 @@ class Visitor:
             self.wire.when_sent(self._listen)
         else:
             self.wire.pause()
-            self.wire.when_sent(self.close)
+            self.wire.when_sent(self.cut)
 
-    def close(self) -> None:
-        """Close the connection, whatever is unsent; a request under way is given up."""
+    def cut(self) -> None:
+        """End the connection, whatever is unsent; a request under way is given up."""
         passage, self._passage = self._passage, None
         if passage is not None:
             passage.leave()
@@ -75,10 +75,6 @@ class Visitor:
             self._is_here = False
             self.wire.close()
             self._when_gone(self)
-
-    def cut(self) -> None:
-        """End it at once."""
-        self.close()
 
     def standing(self) -> Standing:
         """Return where the connection stands."""
@@ -105,10 +101,10 @@ class Visitor:
             return
         if not data and self._passage is None:  # it has asked all; what it was answered goes out yet
             self.wire.pause()
-            self.wire.when_sent(self.close)
+            self.wire.when_sent(self.cut)
             return
         if not data:
-            self.close()
+            self.cut()
             return
         self._data += data
         self._look()
@@ -128,7 +124,7 @@ class Visitor:
             self._go()
         except Exception:  # noqa: BLE001 - the boundary: whatever happens, the lease is given back
             _log.exception("request.failed")
-            self.close()
+            self.cut()
 
     def _go(self) -> None:
         self._head = head = self._head or plain_head(self._data)

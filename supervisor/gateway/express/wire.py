@@ -38,11 +38,6 @@ class Wire:
         """Whether what comes is read."""
         return self._is_read
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it was not closed yet."""
-        return self._socket.fileno() >= 0
-
     def when_heard(self, heard: Heard) -> None:
         """Have this called whenever there is something to be read, or the end, unless something is called already."""
         if not self._is_read:
@@ -85,7 +80,7 @@ class Wire:
 
     def close(self) -> None:
         """Close it, whatever is unsent. To close it again does nothing."""
-        if self.is_open:
+        if self._socket.fileno() >= 0:
             self.pause()
             if self._unsent:
                 self._loop.remove_writer(self._socket)
