@@ -93,7 +93,7 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
     """
     if previous is not None and lightly and nvml.is_asleep(root):
         return previous
-    nvidia, amd = nvml.probe(), rocm.probe(root)
+    nvidia, amd = _nvidia(previous, root), rocm.probe(root)
     ours = frozenset[int]() if owner is None else host.runners(owner, root)
     cards = (*(nvml.unless_taken(card, ours) for card in nvidia.cards), *amd.cards)
     machine_key = _machine_key(cards, root)
@@ -123,6 +123,13 @@ def detect(  # noqa: PLR0913 - what callers may know of the machine beforehand, 
         looked_for=(*nvidia.looked_for, *amd.looked_for, *_looked_for(search, rpc_servers)),
     )
     return Detected(machine, search, nvidia, amd, memory, workers, by_name, left_idle, machine_key)
+
+
+def _nvidia(previous: Detected | None, root: Path) -> Probe:
+    """Return NVIDIA's cards; where there was no library of its driver's, and none was loaded since, as before: none."""
+    if previous is None or previous.nvidia.installed or nvml.is_loaded(root):
+        return nvml.probe()
+    return previous.nvidia
 
 
 def _found_before(previous: Detected | None, machine_key: tuple[str, ...]) -> Search | None:

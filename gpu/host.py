@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from gpu import control_groups
-from gpu.kernel_files import lines, number
+from gpu.kernel_files import lines, number, text
 from planner.types import HOST, HOST_POOL, Device, DeviceKind, MemoryPool
 from planner.units import KIB
 
@@ -27,16 +28,12 @@ RUNNER_NAME: Final = "llama-server"  # comm, which the kernel cuts at 15 charact
 class HostMemory:
     """``total_bytes`` and ``available_bytes`` within every limit; ``limited_by`` names the group that binds, if one.
 
-    Swap is told and never planned into. ``memlock_bytes`` None: no limit. ``numa_free_bytes`` has one figure per node.
+    Swap is no part of them.
     """
 
     total_bytes: int
     available_bytes: int
     limited_by: str | None = None
-    swap_total_bytes: int | None = None
-    swap_free_bytes: int | None = None
-    memlock_bytes: int | None = None
-    numa_free_bytes: tuple[int, ...] = ()
     has_hugepages: bool = False
 
     def without(self, mapped_bytes: int) -> HostMemory:
@@ -77,10 +74,6 @@ def read(root: Path = Path("/"), *, process: str = "self") -> HostMemory:
         total,
         max(available, 0),
         limited_by,
-        swap_total_bytes=meminfo.get("SwapTotal"),
-        swap_free_bytes=meminfo.get("SwapFree"),
-        memlock_bytes=limit_of(process, "Max locked memory", root),
-        numa_free_bytes=_numa_free(root),
         has_hugepages=meminfo.get("HugePages_Total", 0) > 0,
     )
 
@@ -105,11 +98,11 @@ def _pages(name: str) -> int:
 
 def runners(parent: int, root: Path = Path("/")) -> frozenset[int]:
     """Return the process ids of every llama-server that this process started."""
-    children = {
-        int(pid)
-        for file in (root / "proc" / str(parent) / "task").glob("*/children")
-        for pid in "".join(lines(file)).split()
-    }
+    threads = root / "proc" / str(parent) / "task"
+    children: set[int] = set()
+    with suppress(OSError):  # it has ended
+        for thread in os.listdir(threads):  # noqa: PTH208 - names only, and fast
+            children.update(map(int, text(threads / thread / "children").split()))
     return frozenset(pid for pid in children if process_name(pid, root) == RUNNER_NAME)
 
 
@@ -117,15 +110,14 @@ def mapped_bytes(pids: Iterable[int], root: Path = Path("/")) -> int:
     """Return the resident file pages of these runners: weights that they have mapped."""
     total = 0
     for pid in pids:
-        status = "\n".join(lines(root / "proc" / str(pid) / "status"))
+        status = text(root / "proc" / str(pid) / "status")
         total += sum(int(kib) * KIB for kib in re.findall(r"^RssFile:\s+([0-9]{1,20}) kB$", status, re.MULTILINE))
     return total
 
 
 def _meminfo(root: Path) -> dict[str, int]:
     """Return the fields of /proc/meminfo: bytes where it says kB, else counts."""
-    text = "\n".join(lines(root / "proc/meminfo"))
-    rows = re.findall(r"^(\w+):\s+([0-9]{1,20})( kB)?\s*$", text, re.MULTILINE)
+    rows = re.findall(r"^(\w+):\s+([0-9]{1,20})( kB)?\s*$", text(root / "proc/meminfo"), re.MULTILINE)
     return {name: int(value) * (KIB if unit else 1) for name, value, unit in rows}
 
 
@@ -134,19 +126,9 @@ def limit_of(process: str, name: str, root: Path = Path("/")) -> int | None:
 
     What this process may lock or open, a runner that it starts may.
     """
-    limits = "\n".join(lines(root / "proc" / process / "limits"))
+    limits = text(root / "proc" / process / "limits") + "\n"
     found = re.search(rf"^{name}\s+([0-9]{{1,20}})\s", limits, re.MULTILINE)
     return int(found.group(1)) if found else None
-
-
-def _numa_free(root: Path) -> tuple[int, ...]:
-    """Return what is free on each NUMA node, in the order of their numbers."""
-    nodes = {}
-    for file in (root / "sys/devices/system/node").glob("node[0-9]*/meminfo"):
-        found = re.search(r"MemFree:\s+([0-9]{1,20}) kB", "\n".join(lines(file)))
-        if found:
-            nodes[int(file.parent.name.removeprefix("node"))] = int(found.group(1)) * KIB
-    return tuple(nodes[number] for number in sorted(nodes))
 
 
 def process_name(pid: int, root: Path = Path("/")) -> str | None:
@@ -168,7 +150,7 @@ def _level(folder: Path, *, is_v2: bool) -> tuple[int, int] | None:
     if used is None:
         return min(limits), min(limits)  # no more is known than that it is no more
     prefix = "" if is_v2 else "total_"
-    stat = dict(re.findall(r"^(\w+) ([0-9]{1,20})$", "\n".join(lines(folder / "memory.stat")), re.MULTILINE))
+    stat = dict(re.findall(r"^(\w+) ([0-9]{1,20})$", text(folder / "memory.stat"), re.MULTILINE))
     cache = sum(int(stat.get(prefix + name, 0)) for name in ("inactive_file", "active_file", "slab_reclaimable"))
     dirty = int(stat.get("file_dirty" if is_v2 else "total_dirty", 0))
     return min(limits), min(limits) - used + min(max(cache - dirty, 0), used)

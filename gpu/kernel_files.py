@@ -9,7 +9,8 @@ from pathlib import Path
 def text(path: Path) -> str:
     """Return a file's text without the white space around it, empty where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+        with path.open("rb", buffering=0) as file:  # no decoder in between: it is read at once, and often
+            return file.readall().decode(errors="replace").strip()
     except OSError:
         return ""
 

@@ -92,6 +92,11 @@ def probe(timeout_s: float = TIMEOUT_S) -> Probe:
     return _failed(Fault(what, "see nvidia-smi and the kernel log (dmesg); a reboot ends a wedged driver"))
 
 
+def is_loaded(root: Path = Path("/")) -> bool:
+    """Say whether the kernel has NVIDIA's driver."""
+    return (root / "proc/driver/nvidia").exists()
+
+
 def is_asleep(root: Path = Path("/")) -> bool:
     """Say whether a card of NVIDIA's sleeps, as a notebook's does: NVML would wake every one of them."""
     states = (root / "sys/bus/pci/drivers/nvidia").glob("*/power/runtime_status")
