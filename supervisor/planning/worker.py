@@ -22,11 +22,11 @@ from config.model_settings import ExternalRunner
 from gpu.detect import Detected, detect
 from gpu.llama import Search
 from gpu.rpc import WorkerState
-from planner import companions, oracle
+from planner import companions
 from planner.errors import ModelFileError, PlannerError
 from planner.model import ModelFacts, read_model
 from planner.policy import from_settings
-from planner.search import placement, slots
+from planner.search import slots
 from planner.types import DeviceKind, Machine, NoFit, Plan, Policy, Refused
 from supervisor.core.settling import SETTLE_WITHIN_S, Reading, latest, unsettled
 from supervisor.core.types import PlanOutcome, PlanProblem
@@ -47,6 +47,7 @@ from supervisor.planning.messages import (
     read_message,
 )
 from supervisor.planning.placing import Placing, as_told, by_search
+from supervisor.planning.searching import Searches
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
 SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond
@@ -60,6 +61,7 @@ class Worker:
         self._settle_within_s = settle_within_s
         self._settings = light.read(environ).settings
         self._headers: dict[tuple[str, int, int], ModelFacts] = {}
+        self._searches = Searches()
         self._detected: Detected | None = None
         self._stamp: tuple[int, int] | None = None  # of its llama-server
         self._reading: Reading | None = None  # of the last look
@@ -158,11 +160,9 @@ class Worker:
             facts = companions.attach(self._read(question.path), asked)
         except PlannerError as error:
             return PlanProblem(str(error))
-        build = detected.llama.build
-        asking = oracle.ask(build)
 
         def search(machine: Machine, policy: Policy) -> Plan | NoFit | Refused:
-            return placement.search(facts, asked, machine, policy, build, asking)
+            return self._searches.search(facts, asked, machine, policy, detected.llama.build)
 
         open_context = asked.n_ctx_per_slot is None and asked.n_ctx in {None, "auto"}
         place = by_search(search, open_context=open_context, open_slots=slots.are_open(asked, policy))
