@@ -52,7 +52,7 @@ LISTEN_EVERY_S: Final = 0.05
 # One that loads writes each line in three pieces; to be woken for each would take the processor from it, and so delay
 # the line that counts, that it listens, by more than this. Once it has warmed up and sets up its slots, few lines come
 # before that one: from then on each is taken at once.
-LISTEN_LOADING_S: Final = 0.001
+LISTEN_LOADING_S: Final = 0.002
 SETS_UP_SLOTS: Final = b"load_model: initializing, n_slots"  # tools/server/server-context.cpp
 PROGRESS_EVERY_S: Final = 0.5  # as often as somebody who waits wants to see it; its deadline counts in minutes
 # Between the signals to a child whose loop does not answer: one may have been lost on it.
@@ -232,11 +232,14 @@ class Children:
         api_key = secrets.token_urlsafe(KEY_BYTES)
         if program is not None:
             command = tied(line.argv, find_setpriv(), os.getpid())
-            return Child(started(command, {**self._environ, **line.env}, program.folder)), api_key
-        self._lines[model] = line
-        if self._spare is not None and self._spare.is_for(line) and (child := self._spare.take()) is not None:
-            return child, self._spare.api_key
-        return begun(line, self._environ, api_key), api_key
+            child = Child(started(command, {**self._environ, **line.env}, program.folder))
+        else:
+            self._lines[model] = line
+            if self._spare is not None and self._spare.is_for(line) and (waiting := self._spare.take()) is not None:
+                return waiting, self._spare.api_key  # on record since it waits
+            child = begun(line, self._environ, api_key)
+        self._record(model, child.pid)
+        return child, api_key
 
     async def stop(self, model: ModelId, generation: int, at_once: bool = False) -> None:  # noqa: FBT001, FBT002  a task
         """End this child, by force in the end or ``at_once``; its exit is told as any other."""
@@ -261,7 +264,6 @@ class Children:
         structlog.contextvars.clear_contextvars()  # the child outlives the request that caused it
         reaped = False
         try:
-            self._record(model, child.pid)
             async with anyio.create_task_group() as tasks:
                 silent = anyio.Event()
                 tasks.start_soon(self._listen, model, generation, running, tasks, silent)
