@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 
 # llama-server sends some three hundred bytes; whoever sends no end of header fields is no HTTP server.
 MAX_HEAD_BYTES: Final = 64 << 10
+HEAD_END: Final = b"\r\n\r\n"
+MAX_KNOWN: Final = 64  # heads; those of answers that come whole differ by their length
 FIRST_FINAL_STATUS: Final = 200  # below: an interim answer, after which the real one comes
 
 
 class Broken(OSError):
     """The connection, or what came over it, is of no further use; the text says how it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What an answer begins with: its status' words and the header fields."""
+
+    reason: str
+    headers: CIMultiDictProxy[str]
+
+
+NO_HEAD: Final = Head("", CIMultiDictProxy(CIMultiDict()))
 
 
 class Answer:
@@ -24,26 +39,35 @@ class Answer:
 
     def __init__(self) -> None:
         self.status = 0
-        self.reason = ""
-        self.headers: CIMultiDict[str] = CIMultiDict()
         self.has_head = False
         self.is_whole = False
         self.n_unread = 0
         self._parser = HttpResponseParser(self)
+        self._head = NO_HEAD
+        self._raw_head = b""
         self._unread: list[bytes] = []
-        self._n_head = 0
+
+    @property
+    def reason(self) -> str:
+        """Return the words beside the status."""
+        return self._head.reason
+
+    @property
+    def headers(self) -> CIMultiDictProxy[str]:
+        """Return the header fields; a chunked body's trailer is not among them."""
+        return self._head.headers
 
     def feed(self, data: bytes) -> None:
         """Take what has come. Raises ``Broken`` where it is no HTTP."""
         if not self.has_head:
-            self._n_head += len(data)
+            self._raw_head += data
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
             raise Broken(f"it answered what is no HTTP ({error})") from error
         except HttpParserUpgrade as error:
             raise Broken("it wants to speak another protocol") from error
-        if not self.has_head and self._n_head > MAX_HEAD_BYTES:
+        if not self.has_head and len(self._raw_head) > MAX_HEAD_BYTES:
             raise Broken("its answer's head has no end")
 
     def close(self) -> None:
@@ -63,25 +87,14 @@ class Answer:
         return "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
 
     # -----------------------------------------------------------------------------------------------------------------
-    # httptools' side
-
-    def on_status(self, status: bytes) -> None:
-        """Take the reason, or a part of it."""
-        self.reason += status.decode("latin-1")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header field; a chunked body's trailer is not passed on."""
-        if not self.has_head:
-            self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+    # httptools' side. It tells no header fields here: streams begin alike, and what was told once is known.
 
     def on_headers_complete(self) -> None:
         """Note that the head is whole, unless a better one follows."""
         self.status = self._parser.get_status_code()
-        if self.status < FIRST_FINAL_STATUS:
-            self.headers.clear()
-            self.reason = ""
-        else:
-            self.has_head = True
+        head, _, self._raw_head = self._raw_head.partition(HEAD_END)
+        if self.status >= FIRST_FINAL_STATUS:
+            self._head, self._raw_head, self.has_head = _told(head + HEAD_END), b"", True
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -91,3 +104,25 @@ class Answer:
     def on_message_complete(self) -> None:
         """Note that the body is whole."""
         self.is_whole = self.has_head
+
+
+class _Teller:
+    """What httptools tells of a head."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.headers: CIMultiDict[str] = CIMultiDict()
+
+    def on_status(self, status: bytes) -> None:
+        self.reason += status.decode("latin-1")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.add(name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+
+
+@lru_cache(MAX_KNOWN)
+def _told(head: bytes) -> Head:
+    """Return what a whole head says."""
+    heard = _Teller()
+    HttpResponseParser(heard).feed_data(head)
+    return Head(heard.reason, CIMultiDictProxy(heard.headers))
