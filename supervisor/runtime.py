@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from config.model_settings import ModelsFile
 from planner.types import Role
 from supervisor import views
 from supervisor.api.errors import UnknownDevice, UnknownModel
+from supervisor.api.lease import Offer
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, Need
 from supervisor.api.runtime import LoadProgress, YieldResult
@@ -87,6 +89,7 @@ class Supervisor:
         )
         self._started_at = time.time()
         self._clock = views.Clock()
+        self._views = views.ModelViews(options.n_ctx_per_slot)
         self._loaded_files: dict[ModelId, tuple[object, ...]] = {}
 
     @property
@@ -157,7 +160,7 @@ class Supervisor:
             machine=inventory.machine,
             ledger=views.ledger_views(pool, inventory.machine, now),
             runners=views.runner_views(pool, clock),
-            models=tuple(views.model_view(one, pool, self._options.n_ctx_per_slot) for one in inventory.entries),
+            models=tuple(self._views.of(one, pool) for one in inventory.entries),
             queue_length=len(pool.waiting),
             queue_limit=pool.limits.max_queue,
             counters=self._writer.counters,
@@ -170,7 +173,7 @@ class Supervisor:
 
     def model(self, model: str) -> ModelView:
         """Return one model as a snapshot has it. Raises UnknownModel where it has gone."""
-        return views.model_view(self._inventory.known(model), self._writer.pool, self._options.n_ctx_per_slot)
+        return self._views.of(self._inventory.known(model), self._writer.pool)
 
     @asynccontextmanager
     async def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AsyncIterator[ChildLease]:
@@ -184,15 +187,20 @@ class Supervisor:
         entry = self._inventory.known_as(name)
         return None if entry is None else entry.id
 
-    def acquire_at_once(
-        self, model: str, role: Role, need: Need = NO_NEED
-    ) -> AbstractContextManager[ChildLease] | None:
-        """Return a lease where nothing has to be waited for, else None, and nothing has happened."""
+    def when_stopped(self, tell: Callable[[str], None]) -> None:
+        """Have this told the base URL of each runner that is stopped, just before it is."""
+        self._writer.when_stopped(tell)
+
+    def offer(self, model: str, role: Role, need: Need = NO_NEED) -> Offer | None:
+        """Return the lease that can be had where nothing has to be waited for, else None."""
         entry = self._inventory.known_as(model)
         if entry is None or entry.problem is not None or entry.role is not role or entry.external is not None:
             return None
-        lease = self._writer.lease_at_once(entry, self._possible(need, entry))
-        return None if lease is None else self._held(lease, need)
+        need = self._possible(need, entry)
+        endpoint = self._writer.endpoint_at_once(entry, need)
+        if endpoint is None:
+            return None
+        return Offer(endpoint, self._inventory.amendments(entry.id), partial(self._held_at_once, entry, need))
 
     def _possible(self, need: Need, entry: ModelEntry) -> Need:
         """Return the need with options that a runner can be loaded with, for this request and for those to come.
@@ -208,6 +216,9 @@ class Supervisor:
             n_ctx = n_ctx if entry.n_ctx_train is None else min(n_ctx, entry.n_ctx_train)
         n_gpu_layers = None if (n_gpu_layers or 0) < 0 else n_gpu_layers
         return replace(need, load=replace(need.load, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers))
+
+    def _held_at_once(self, entry: ModelEntry, need: Need) -> AbstractContextManager[ChildLease]:
+        return self._held(self._writer.lease_at_once(entry, need), need)
 
     @contextmanager
     def _held(self, lease: ChildLease, need: Need) -> Iterator[ChildLease]:

@@ -140,9 +140,28 @@ def ledger_views(pool: Pool, machine: Machine | None, now: float) -> tuple[Devic
     return tuple(DeviceLedger(**asdict(row)) for row in rows)
 
 
-def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> ModelView:
-    """Return one model of the folder; its context is the plan's, else what every conversation was promised."""
-    plan = pool.runner(entry.runner).plan
+class ModelViews:
+    """Views of the folder's models, made anew only where a model or its plan has changed.
+
+    ``n_ctx_per_slot`` is what every conversation was promised, None where the planner decides by model.
+    """
+
+    def __init__(self, n_ctx_per_slot: int | None) -> None:
+        self._n_ctx_per_slot = n_ctx_per_slot
+        self._made: dict[ModelId, tuple[ModelEntry, ModelView]] = {}
+
+    def of(self, entry: ModelEntry, pool: Pool) -> ModelView:
+        """Return one model of the folder; its context is the plan's, else what every conversation was promised."""
+        plan = pool.runner(entry.runner).plan
+        n_ctx = _promised(entry, self._n_ctx_per_slot) if plan is None else plan.n_ctx_per_slot
+        made_of, view = self._made.get(entry.id, (None, None))
+        if view is None or made_of is not entry or view.n_ctx_per_slot != n_ctx:
+            view = _model_view(entry, n_ctx)
+            self._made[entry.id] = entry, view
+        return view
+
+
+def _model_view(entry: ModelEntry, n_ctx_per_slot: int | None) -> ModelView:
     return ModelView(
         id=entry.id,
         path=entry.path,
@@ -151,7 +170,7 @@ def model_view(entry: ModelEntry, pool: Pool, n_ctx_per_slot: int | None) -> Mod
         file_bytes=entry.file_bytes,
         modified_at=entry.modified_at,
         n_ctx_train=entry.n_ctx_train,
-        n_ctx_per_slot=_promised(entry, n_ctx_per_slot) if plan is None else plan.n_ctx_per_slot,
+        n_ctx_per_slot=n_ctx_per_slot,
         problem=entry.problem,
         digest=entry.digest,
         quantization=entry.quantization,

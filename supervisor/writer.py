@@ -24,7 +24,7 @@ from supervisor.api.need import Need
 from supervisor.api.snapshot import ModelCounters, TokenCounts
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children
-from supervisor.core import scheduler
+from supervisor.core import admission, scheduler
 from supervisor.core.commands import (
     Command,
     Grant,
@@ -82,6 +82,7 @@ class Writer:
         self._changed: anyio.Event | None = None  # of who waits for the pool to change
         self._next_ticket = 1
         self._waiters: dict[TicketId, Waiter] = {}
+        self._told_of_stops: list[Callable[[str], None]] = []
         self._leases: dict[tuple[ModelId, int], set[ChildLease]] = {}
 
     async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
@@ -118,25 +119,41 @@ class Writer:
         assert waiter.lease is not None  # noqa: S101 - settled is one or the other
         return waiter.lease
 
-    def lease_at_once(self, entry: ModelEntry, need: Need) -> ChildLease | None:
-        """Return a lease where one is granted without a wait; ``give_back`` has to follow, exactly once.
+    def endpoint_at_once(self, entry: ModelEntry, need: Need) -> Endpoint | None:
+        """Return where a lease would lead that ``lease_at_once`` took in this same call, None where none is granted.
 
-        None where not, and nothing has happened: what the core would do is only looked at.
+        Nothing happens: what the core would do is only looked at.
         """
+        runner = admission.free_runner(self.pool, entry.runner, need.load)
+        if runner is not None:
+            return self._endpoint(runner.model, runner.generation, runner.url or "")
+        arrived = self._arrived(entry, need)
+        for one in scheduler.step(self.pool, arrived, anyio.current_time())[1]:
+            if isinstance(one, Grant) and one.ticket == arrived.ticket:
+                return self._endpoint(one.model, one.generation, one.url)
+        return None
+
+    def lease_at_once(self, entry: ModelEntry, need: Need) -> ChildLease:
+        """Return the lease that ``endpoint_at_once`` has just told of; ``give_back`` has to follow, exactly once."""
         arrived, waiter = self._arrival(entry, need)
         try:
-            outcome = scheduler.step(self.pool, arrived, anyio.current_time())
-            if any(isinstance(one, Grant) and one.ticket == arrived.ticket for one in outcome[1]):
-                self._work_off(partial(self._follow, *outcome))
-            return waiter.lease
+            self.post(arrived)
         finally:
             del self._waiters[arrived.ticket]
+        assert waiter.lease is not None  # noqa: S101 - nothing has happened since the core said so
+        return waiter.lease
+
+    def _arrived(self, entry: ModelEntry, need: Need) -> RequestArrived:
+        ticket, self._next_ticket = TicketId(self._next_ticket), self._next_ticket + 1
+        return RequestArrived(ticket, entry.runner, need.client, need.load, need.keep_alive_s)
 
     def _arrival(self, entry: ModelEntry, need: Need) -> tuple[RequestArrived, Waiter]:
-        ticket = TicketId(self._next_ticket)
-        self._next_ticket += 1
-        waiter = self._waiters[ticket] = Waiter(entry.id)
-        return RequestArrived(ticket, entry.runner, need.client, need.load, need.keep_alive_s), waiter
+        arrived = self._arrived(entry, need)
+        waiter = self._waiters[arrived.ticket] = Waiter(entry.id)
+        return arrived, waiter
+
+    def _endpoint(self, model: ModelId, generation: int, url: str) -> Endpoint:
+        return Endpoint(url, self.children.api_key(model, generation))
 
     def give_back(self, lease: ChildLease, client: str) -> None:
         """Take a lease back from the client that held it."""
@@ -199,6 +216,7 @@ class Writer:
                 self._inventory.learn(device, size_bytes, model)
             case StopProcess(model, generation, reason, at_once):
                 _log.info("runner.stop", model=model, generation=generation, reason=str(reason))
+                self._tell_stopped(self.pool.runner(model).url)
                 self._tasks.start_soon(self.children.stop, model, generation, at_once)
             case Grant() | Reject() | LoseLeases():
                 self._tell(command)
@@ -207,6 +225,15 @@ class Writer:
             case _:
                 assert_never(command)
 
+    def when_stopped(self, tell: Callable[[str], None]) -> None:
+        """Have this told the base URL of each runner that is stopped, just before it is."""
+        self._told_of_stops.append(tell)
+
+    def _tell_stopped(self, url: str | None) -> None:
+        if url is not None:  # else nobody knew it
+            for tell in self._told_of_stops:
+                tell(url)
+
     def _count_tokens(self, model: ModelId, added: TokenCounts) -> None:
         self.counters = views.count_tokens(self.counters, model, added)
 
@@ -214,10 +241,9 @@ class Writer:
         """Tell those who wait for a lease, or hold one."""
         match command:
             case Grant(ticket, model, generation, url):
-                endpoint = Endpoint(url, self.children.api_key(model, generation))
                 waiter = self._waiters[ticket]
                 amendments = self._inventory.amendments(waiter.model)
-                lease = ChildLease(waiter.model, model, generation, endpoint, amendments)
+                lease = ChildLease(waiter.model, model, generation, self._endpoint(model, generation, url), amendments)
                 self._leases.setdefault((model, generation), set()).add(lease)
                 waiter.settle(lease)
             case Reject(ticket, _, refusal):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -59,3 +60,12 @@ class Lease(Protocol):
     def when_lost(self, tell: Callable[[str], None]) -> None:
         """Have this told one line of the story as soon as the runner behind this lease has died."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A lease that can be had in this moment: what it will say, and how to ``take`` it, as a context to be left."""
+
+    endpoint: Endpoint
+    amendments: Amendments | None
+    take: Callable[[], AbstractContextManager[Lease]]

@@ -20,5 +20,9 @@ class Need:
     keep_alive_s: float | None = None
     load: LoadOptions = field(default_factory=LoadOptions)
 
+    def of(self, client: str) -> Need:
+        """Return the same, asked by this client."""
+        return Need(client, self.keep_alive_s, self.load)
+
 
 NO_NEED: Final = Need()

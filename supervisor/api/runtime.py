@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from planner.types import Role
-from supervisor.api.lease import Lease
+from supervisor.api.lease import Lease, Offer
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, Need
 from supervisor.api.snapshot import Snapshot
@@ -72,10 +72,14 @@ class Runtime(Protocol):
         """Return the public id of the model that a client's name stands for; None where it has to be looked for."""
         ...
 
-    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
-        """Return a lease, to be given back by leaving it, where nothing has to be waited for.
+    def when_stopped(self, tell: Callable[[str], None]) -> None:
+        """Have this told the base URL of each runner that is stopped, just before it is."""
+        ...
 
-        None where it has, or where none can be granted: then nothing has happened, and ``acquire`` does the rest.
+    def offer(self, model: str, role: Role, need: Need = NO_NEED) -> Offer | None:
+        """Return the lease that can be had without a wait; None where it has to be waited for, or there is none.
+
+        Nothing has happened yet, and nothing may before it is taken: the offer is good for this moment.
         """
         ...
 

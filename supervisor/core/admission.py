@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from planner.types import LoadOptions
 from supervisor.core.commands import Command, Grant, Reject
 from supervisor.core.events import RequestArrived, RequestGranted
 from supervisor.core.pool import Pool
 from supervisor.core.runner import Runner, RunnerState
 from supervisor.core.stepping import Outcome, load_failed_refusal, refuse, retry_after_s, step_runner
-from supervisor.core.types import Refusal, RefusalKind, Ticket
+from supervisor.core.types import ModelId, Refusal, RefusalKind, Ticket
 
 # So many times as long as its load took, a runner may serve while another client waits for it to go: however many
 # requests of however many clients come, no more than a quarter of the time goes into loading.
@@ -39,14 +40,21 @@ def arrive(pool: Pool, event: RequestArrived, now: float) -> Outcome:
     Whoever else need not wait is granted right after.
     """
     ticket = Ticket(event.ticket, event.model, now, event.client, event.options, event.keep_alive_s)
-    runner = pool.runner(event.model)
-    if runner.has_free_slot and runner.can_serve(event.options) and not (pool.is_under_way or pool.draining):
+    if free_runner(pool, event.model, event.options) is not None:
         return _grant(pool, ticket, now)
+    runner = pool.runner(event.model)
     pool = pool.with_runner(runner)
     refusal = _refusal(pool, runner, ticket, now)
     if refusal is None:
         return replace(pool, waiting=(*pool.waiting, ticket)), ()
     return pool, (Reject(ticket.id, ticket.model, refusal),)
+
+
+def free_runner(pool: Pool, model: ModelId, options: LoadOptions) -> Runner | None:
+    """Return the runner that serves a request for this model at once, with nobody else to be thought of, if any."""
+    runner = pool.runner(model)
+    is_free = runner.has_free_slot and runner.can_serve(options) and not (pool.is_under_way or pool.draining)
+    return runner if is_free else None
 
 
 def grant_waiting(pool: Pool, now: float) -> Outcome:

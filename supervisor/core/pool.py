@@ -130,6 +130,8 @@ class Pool:
         clients = {ticket.client for ticket in waiting}
         turns = {one: turn for one, turn in self.turns.items() if one in clients}
         turns[served.client] = max(turns.values(), default=0) + 1
+        if turns == self.turns and len(waiting) == len(self.waiting):  # it did not wait, and nobody does
+            return self
         return replace(self, waiting=waiting, turns=MappingProxyType(turns))
 
     def with_gone(self, runner: Runner, now: float) -> Pool:

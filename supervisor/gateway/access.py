@@ -7,7 +7,7 @@ handler can forget to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -22,7 +22,7 @@ from typing import Any, Final
 from config.keys_file import Client, hash_of
 from planner.types import Role
 from supervisor.api.errors import AcquireError, ClientLimit, UnknownModel
-from supervisor.api.lease import Lease
+from supervisor.api.lease import Lease, Offer
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, Need
 from supervisor.api.runtime import LoadProgress, Runtime, YieldResult
@@ -92,20 +92,35 @@ class Clients:
                 return replace(caller, name=f"{caller.name} from {remote}") if is_shared and remote else caller
         raise Unauthorized("this API key is not one of this service's")
 
-    @contextmanager
-    def admitted(self, caller: Caller, *, counts: bool) -> Iterator[None]:
+    def admitted(self, caller: Caller, *, counts: bool) -> AbstractContextManager[None]:
         """Make this client the one at hand; its request is one in work where it ``counts``. Raises ``ClientLimit``."""
-        limit = caller.client.concurrency
-        counts = counts and limit is not None
-        if counts and self._in_work[caller.name] == limit:
-            raise ClientLimit(f"{caller.name} has {limit} requests in work already, as many as its key allows")
-        self._in_work[caller.name] += counts
-        token = _caller.set(caller)
-        try:
-            yield
-        finally:
-            _caller.reset(token)
-            self._in_work[caller.name] -= counts
+        return _Admitted(caller, self._in_work if counts and caller.client.concurrency is not None else None)
+
+
+class _Admitted(AbstractContextManager[None]):
+    """Makes a client the one at hand, and counts its request ``in_work``; None: it has no limit.
+
+    No generator: each request comes through here, most of them through nothing that costs more.
+    """
+
+    __slots__ = ("_caller", "_in_work", "_token")
+
+    def __init__(self, caller: Caller, in_work: Counter[str] | None) -> None:
+        self._caller = caller
+        self._in_work = in_work
+
+    def __enter__(self) -> None:
+        name, limit = self._caller.name, self._caller.client.concurrency
+        if self._in_work is not None:
+            if self._in_work[name] == limit:
+                raise ClientLimit(f"{name} has {limit} requests in work already, as many as its key allows")
+            self._in_work[name] += 1
+        self._token = _caller.set(self._caller)
+
+    def __exit__(self, *_raised: object) -> None:
+        _caller.reset(self._token)
+        if self._in_work is not None:
+            self._in_work[self._caller.name] -= 1
 
 
 def caller() -> Caller:
@@ -169,7 +184,7 @@ class PermittedRuntime:
     def acquire(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractAsyncContextManager[Lease]:
         """Wait for a lease, in the name of the client at hand. Raises UnknownModel."""
         self._check(model)
-        need = replace(need, client=_caller.get().name)
+        need = need.of(_caller.get().name)
         if not _caller.get().client.models:
             return self._runtime.acquire(model, role, need)
         return self._acquire_discreetly(model, role, need)
@@ -185,11 +200,15 @@ class PermittedRuntime:
         model = self._runtime.known(name)
         return model if model is not None and self._may_use(model) else None
 
-    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
-        """Return a lease in the name of the client at hand, None where it has to be waited for."""
+    def when_stopped(self, tell: Callable[[str], None]) -> None:
+        """Have this told of each runner that is stopped."""
+        self._runtime.when_stopped(tell)
+
+    def offer(self, model: str, role: Role, need: Need = NO_NEED) -> Offer | None:
+        """Return the lease that the client at hand can have, None where it has to be waited for."""
         if not self._may_use(model):
             return None
-        return self._runtime.acquire_at_once(model, role, replace(need, client=_caller.get().name))
+        return self._runtime.offer(model, role, need.of(_caller.get().name))
 
     async def unload(self, model: str) -> bool:
         """Unload the model. Raises NotPermitted, UnknownModel."""

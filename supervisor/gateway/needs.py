@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from config.parse import parse_duration
 from planner.types import LoadOptions
-from supervisor.api.need import Need
+from supervisor.api.need import NO_NEED, Need
 from supervisor.gateway.errors import BadRequest
 from supervisor.gateway.ollama.keep_alive import parse_keep_alive
 from supervisor.gateway.peek import Peek
@@ -26,6 +26,9 @@ MAX_CTX: Final = 1 << 27
 
 def need_of(headers: Mapping[str, str], wanted: Peek) -> Need:
     """Return what this request asks of the runner. Raises ``BadRequest``."""
+    says_nothing = wanted.keep_alive is None and wanted.num_ctx is None
+    if says_nothing and KEEP_ALIVE_HEADER not in headers and NUM_CTX_HEADER not in headers:
+        return NO_NEED
     keep_alive_s = keep_alive_of(wanted.keep_alive)
     if keep_alive_s is None and (text := headers.get(KEEP_ALIVE_HEADER)):
         keep_alive_s = _duration_s(text)

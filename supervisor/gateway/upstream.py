@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from multidict import CIMultiDict
+from multidict import CIMultiDict, MultiMapping
 
 from supervisor.gateway.answer import Answer, Broken
 
@@ -115,7 +115,7 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
     Headers may be none of ``Host``, ``Connection`` and those that frame the body.
     """
     address = urlsplit(base_url)
-    message = request_of(address, path, headers, body)
+    message = request_of(address, path, fields_of(headers), body)
     loop, host = asyncio.get_running_loop(), address.hostname or ""
     if is_on_loopback(address):
         connected = connecting(address)
@@ -139,11 +139,15 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
     return upstream
 
 
-def request_of(address: SplitResult, path: str, headers: CIMultiDict[str], body: bytes) -> bytes:
+def fields_of(headers: MultiMapping[str]) -> str:
+    """Return these headers as lines of a head."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+def request_of(address: SplitResult, path: str, fields: str, body: bytes) -> bytes:
     """Return a POST to a path of this address, after whose answer the connection ends."""
-    told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     head = (
-        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {address.netloc}\r\n{told}"
+        f"POST {address.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {address.netloc}\r\n{fields}"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode("utf-8", "surrogateescape") + body

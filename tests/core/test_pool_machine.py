@@ -13,6 +13,7 @@ from tiny_machine import BROKEN, CAPACITY, SIZES, answer
 
 from planner.types import LoadOptions
 from supervisor.core import ledger, scheduler
+from supervisor.core.admission import free_runner
 from supervisor.core.commands import Grant, LoseLeases, PlanModel, Reject, Spawn, StopProcess
 from supervisor.core.events import (
     BecameReady,
@@ -144,7 +145,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.next_ticket += 1
         self.open_tickets.add(ticket)
         self.clients[ticket] = client
+        is_offered = free_runner(self.pool, model, options) is not None
         self.post(RequestArrived(TicketId(ticket), model, client, options, keep_alive_s))
+        assert ticket in self.held or not is_offered
 
     @precondition(lambda self: self.open_tickets)
     @rule(data=st.data())

@@ -11,8 +11,9 @@ import subprocess
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,7 @@ import pytest
 
 from planner.types import Role
 from supervisor.api.errors import UnknownModel, WrongRole
-from supervisor.api.lease import Amendments, Endpoint, Lease
+from supervisor.api.lease import Amendments, Endpoint, Lease, Offer
 from supervisor.api.models import ModelView
 from supervisor.api.need import NO_NEED, Need
 from supervisor.api.runtime import LoadProgress, YieldResult
@@ -169,6 +170,7 @@ class FakeRuntime:
     headers: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)
     scans: int = 0
+    told_of_stops: list[Callable[[str], None]] = field(default_factory=list)
 
     def snapshot(self) -> Snapshot:
         """Return a machine-less snapshot that lists the servers' models."""
@@ -205,12 +207,18 @@ class FakeRuntime:
         """Know what ``resolve`` knows."""
         return {one.lower(): one for one in (*self.servers, *self.endpoints)}.get(name.lower())
 
-    def acquire_at_once(self, model: str, role: Role, need: Need = NO_NEED) -> AbstractContextManager[Lease] | None:
+    def when_stopped(self, tell: Callable[[str], None]) -> None:
+        """Remember whom to tell: these runners are stopped by nobody but the tests."""
+        self.told_of_stops.append(tell)
+
+    def offer(self, model: str, role: Role, need: Need = NO_NEED) -> Offer | None:
         """Grant where nothing stands in the way, unless nothing is to be granted at once."""
         is_free = self.at_once and self.gate is None and self.refusal is None
         if not is_free or (model in self.servers and self.servers[model].role is not role):
             return None
-        return self._granted(model, role, need)
+        with ExitStack() as unused:
+            lease = self._lease(model, role, unused)
+        return Offer(lease.endpoint, lease.amendments, partial(self._granted, model, role, need))
 
     @contextmanager
     def _granted(self, model: str, role: Role, need: Need) -> Iterator[Lease]:

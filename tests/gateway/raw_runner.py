@@ -14,10 +14,25 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 @asynccontextmanager
 async def raw_runner(answer: Answer) -> AsyncIterator[Endpoint]:
-    """Serve one scripted answer per connection."""
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+    """Serve one scripted answer per connection; those that were made ahead for a request to come get none."""
+    taken: set[asyncio.StreamWriter] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        taken.add(writer)
+        try:
+            await answer(reader, writer)
+        except asyncio.IncompleteReadError as error:
+            writer.close()
+            if error.partial:
+                raise
+        finally:
+            taken.discard(writer)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         yield Endpoint(f"http://{host}:{port}", "runner-key")
+    for writer in tuple(taken):
+        writer.close()
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:

@@ -43,7 +43,7 @@ BODIES = (
     b"",
 )
 FIELDS = (
-    "Connection: keep-alive, X-Own",
+    "Connection: X-Own",
     "X-Own: 1",
     "Expect: 100-continue",
     "Content-Encoding: gzip",
@@ -445,3 +445,87 @@ async def test_a_client_that_asks_on_and_on_is_not_read_before_it_was_answered(
             assert length
             assert b'"prompt": "%dx' % number in await reader.readexactly(int(length[1]))
         writer.close()
+
+
+@dataclass
+class Counted:
+    """Answers each request, and tells which connections came, and which brought requests."""
+
+    ends_unasked: bool = False
+    came: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        port = writer.get_extra_info("peername")[1]
+        async with self.news:
+            self.came.append(port)
+            self.news.notify_all()
+        if self.ends_unasked and len(self.came) == 2:
+            writer.close()
+            return
+        try:
+            await read_request(reader)
+        except asyncio.IncompleteReadError:
+            self.ended.set()
+            raise
+        self.asked.append(port)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def wait_came(self, n: int) -> None:
+        """Return once so many connections have come."""
+        async with self.news:
+            await self.news.wait_for(lambda: len(self.came) >= n)
+
+
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Send a request and return its answer's body, of two bytes."""
+    writer.write(request())
+    await reader.readuntil(b"\r\n\r\n")
+    return await reader.readexactly(2)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("ends_unasked", [False, True], ids=["it waits", "the runner has ended it"])
+async def test_a_request_goes_over_a_connection_that_was_made_after_the_last_one(
+    serve: Serve, runtime: FakeRuntime, *, ends_unasked: bool
+) -> None:
+    """Where the runner has ended it meanwhile, the request gets one of its own, and its client notices nothing."""
+    runner = Counted(ends_unasked)
+    async with raw_runner(runner.answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        assert await ask(reader, writer) == b"{}"
+        await runner.wait_came(2)
+        assert len(runner.asked) == 1
+        assert await ask(reader, writer) == b"{}"
+        writer.close()
+        assert runner.asked[1] == runner.came[2 if ends_unasked else 1]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stops", ["the runner", "the service"])
+async def test_no_connection_waits_for_a_request_where_none_will_come(runtime: FakeRuntime, stops: str) -> None:
+    """A runner would take longer to stop with one, and what the service has opened ends with it."""
+    runner = Counted()
+    async with raw_runner(runner.answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        gateway = make_runner(build_app(runtime, GatewayOptions(version="0.1.0")), shutdown_timeout_s=1)
+        await gateway.setup()
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            port = bound.getsockname()[1]
+            await gateway.listen(bound, tls=None)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await ask(reader, writer) == b"{}"
+            await runner.wait_came(2)
+            if stops == "the runner":
+                (tell,) = runtime.told_of_stops
+                tell(endpoint.base_url)
+                await runner.ended.wait()
+            await gateway.cleanup()
+            await runner.ended.wait()
+            writer.close()

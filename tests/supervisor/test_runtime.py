@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -44,6 +45,29 @@ async def test_a_model_is_loaded_when_it_is_asked_for(
         assert log.entries[at + 1]["event"] == "runner.loading"
         counters = supervisor.snapshot().counters["tiny-chat"]
         assert (counters.launches, counters.requests_granted) == (1, 2)
+
+
+async def test_a_lease_is_offered_only_while_it_can_be_had_at_once(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    """An offer changes nothing until it is taken, and a taken one counts as any lease."""
+    async with supervising(models(chat_model)) as supervisor:
+        assert supervisor.offer("tiny-chat", Role.CHAT) is None, "it is not loaded"
+        await load(supervisor, "tiny-chat", Role.CHAT)
+        assert supervisor.offer("tiny-chat", Role.EMBEDDING) is None
+        n_slots = only_runner(supervisor).n_parallel or 0
+        with ExitStack() as taken:
+            for n_taken in range(n_slots):
+                assert only_runner(supervisor).in_flight == n_taken
+                offer = supervisor.offer("tiny-chat", Role.CHAT)
+                assert offer is not None
+                assert only_runner(supervisor).in_flight == n_taken
+                lease = taken.enter_context(offer.take())
+                assert lease.endpoint == offer.endpoint
+            assert supervisor.offer("tiny-chat", Role.CHAT) is None, "all slots are taken"
+            assert (await ask(lease)).startswith("Hello!")
+        assert only_runner(supervisor).in_flight == 0
+        assert supervisor.offer("tiny-chat", Role.CHAT) is not None
 
 
 async def test_the_key_is_needed_and_not_on_the_command_line(

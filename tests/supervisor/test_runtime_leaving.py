@@ -36,6 +36,19 @@ async def test_an_idle_model_is_unloaded(
         assert list((supervisor._options.state_dir / "runners").iterdir()) == []
 
 
+async def test_a_runner_that_is_stopped_is_told_of_before_it_is(
+    supervising: Supervising, models: Models, chat_model: Path
+) -> None:
+    """Whoever keeps a connection to it open can end that first, and does not keep it from going."""
+    told: list[tuple[str, bool]] = []
+    async with supervising(models(chat_model)) as supervisor:
+        async with supervisor.acquire("tiny-chat", Role.CHAT) as lease:
+            url, pid = lease.endpoint.base_url, pid_of(supervisor)
+        supervisor.when_stopped(lambda stopped: told.append((stopped, psutil.pid_exists(pid))))
+        assert await supervisor.unload("tiny-chat")
+        assert told == [(url, True)]
+
+
 async def test_a_model_that_was_unloaded_is_loaded_again_in_the_llama_server_that_waits_for_it(
     supervising: Supervising, models: Models, chat_model: Path
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from supervisor.core.pool import Pool
 from supervisor.core.types import Limits, ModelId
 from supervisor.models.catalogue import ModelEntry
-from supervisor.views import model_view
+from supervisor.views import ModelViews
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ def test_an_unloaded_model_tells_the_context_that_a_conversation_will_get(
 ) -> None:
     entry = ModelEntry(id=ModelId("m"), path="/m.gguf", file_bytes=1, modified_at=0.0, n_ctx_train=trained)
     pool = Pool(Limits(max_loaded_models=None, max_queue=1, keep_alive_s=60.0, load_timeout_s=1.0, drain_timeout_s=1.0))
-    view = model_view(entry, pool, promised)
+    view = ModelViews(promised).of(entry, pool)
     assert view.n_ctx_per_slot == told

@@ -49,6 +49,7 @@ class Front:
         """Listen. What is set here holds for every connection that is accepted (tcp(7))."""
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self._listener.setblocking(False)
         self._listener.listen(BACKLOG)
         self._is_open = True
@@ -60,6 +61,7 @@ class Front:
             self._is_open = False
             self._loop.remove_reader(self._listener)
             self._listener.close()
+        self._lane.close()
         for visitor in tuple(self._visitors):
             visitor.part()
 

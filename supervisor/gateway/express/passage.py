@@ -13,7 +13,6 @@ from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, Protocol
-from urllib.parse import SplitResult
 
 import structlog
 from aiohttp import hdrs
@@ -36,10 +35,14 @@ from supervisor.gateway.proxy import (
     lost,
     name_model,
 )
-from supervisor.gateway.upstream import CLOSED, CONNECT_TIMEOUT_S, MAX_UNREAD_BYTES, connecting
+from supervisor.gateway.upstream import CLOSED, CONNECT_TIMEOUT_S, MAX_UNREAD_BYTES, fields_of
 
 # Answers that have no body, whatever their heads say (RFC 9112, 6.3).
 BODILESS: Final = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
+CHUNKED: Final = "Transfer-Encoding: chunked\r\n"
+OWN: Final = frozenset({"date", "x-request-id"})  # which every answer of ours has anyway
+# Streams begin alike, so that many heads are known again.
+MAX_KNOWN: Final = 64
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
 _log = structlog.get_logger("loadmaster.gateway")
@@ -48,6 +51,14 @@ _log = structlog.get_logger("loadmaster.gateway")
 @lru_cache(1)
 def _date(now: int) -> str:
     return formatdate(now, usegmt=True)
+
+
+@lru_cache(MAX_KNOWN)
+def _passed_on(told: tuple[tuple[str, str], ...], model: str) -> str:
+    """Return the lines that go on of an answer's head, and the one that names the model."""
+    headers = forwarded(CIMultiDict(told), without=HOP_BY_HOP | OWN)
+    name_model(headers, model)
+    return fields_of(headers)
 
 
 class Client(Protocol):
@@ -68,34 +79,37 @@ class Client(Protocol):
 
 
 class Passage:
-    """One request that was granted a lease, as ``message`` to a runner at this ``address`` on loopback.
+    """One request that was offered a lease, as ``message`` to a runner on loopback.
 
-    ``begin`` sends it; from then on the runner's answer drives it. ``when_over`` is called once, when that has ended in
-    whichever way; ``exchange`` tells in which. ``keeps``: the client keeps its connection for more.
+    ``begin`` sends it over what ``connect`` returns. Whatever else there is to do comes after that, while the runner
+    begins: to ``take`` the lease, too. From then on the runner's answer drives it. ``when_over`` is called once, when
+    that has ended in whichever way; ``exchange`` tells in which. ``keeps``: the client keeps its connection for more.
     """
+
+    _lease: Lease  # these are there once it has begun
+    _answer: Answer
+    _events: WholeEvents
 
     def __init__(
         self,
         client: Client,
         exchange: Exchange,
-        lease: Lease,
-        address: SplitResult,
         message: bytes,
         *,
+        connect: Callable[[], Wire],
+        take: Callable[[], Lease],
         keeps: bool,
         when_over: Callable[[], None],
     ) -> None:
         self._client = client
         self._exchange = exchange
-        self._lease = lease
-        self._address = address
         self._message = message
+        self._connect = connect
+        self._take_lease = take
         self._keeps = keeps
         self._when_over = when_over
         self._loop = asyncio.get_running_loop()
         self._runner: Wire | None = None
-        self._answer = Answer()
-        self._events = WholeEvents(0)
         self._is_chunked = False
         self._awaits_event = False
         self._unsent_head = b""
@@ -107,18 +121,23 @@ class Passage:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Send the request."""
+        """Send the request, and take the lease."""
+        broken: OSError | None = None
         try:
-            self._runner = runner = Wire(connecting(self._address))
+            self._runner = runner = self._connect()
             runner.send(self._message)
-            is_sent, self._message = runner.unsent_bytes < len(self._message), b""
-        except OSError as error:
-            self._break(error)
-        else:
             runner.when_heard(self._hear)
-            if not is_sent:
+            if runner.unsent_bytes == len(self._message):
                 self._timer = self._loop.call_later(CONNECT_TIMEOUT_S, self._check_connected, runner.unsent_bytes)
+        except OSError as error:
+            broken = error
+        self._message = b""
+        self._answer = Answer()
+        self._events = WholeEvents(0)
+        self._lease = self._take_lease()
         self._lease.when_lost(self._hear_story)
+        if broken is not None:
+            self._break(broken)
 
     def leave(self) -> None:
         """Give up: the client has left. llama-server then stops what it still does for this request."""
@@ -186,20 +205,17 @@ class Passage:
         self._is_headed = True
         if is_stream(answer):
             self._events, self._awaits_event = WholeEvents(MAX_HELD_BYTES), True
-        headers = forwarded(answer.headers, without=HOP_BY_HOP)
-        name_model(headers, self._lease.model)
-        self._is_chunked = hdrs.CONTENT_LENGTH not in headers and answer.status not in BODILESS
-        if self._is_chunked:
-            headers[hdrs.TRANSFER_ENCODING] = "chunked"
-        return self._headed(answer.status, answer.reason, headers)
+        self._is_chunked = hdrs.CONTENT_LENGTH not in answer.headers and answer.status not in BODILESS
+        fields = _passed_on(tuple(answer.headers.items()), self._lease.model)
+        return self._headed(answer.status, answer.reason, f"{fields}{CHUNKED}" if self._is_chunked else fields)
 
-    def _headed(self, status: int, reason: str, headers: CIMultiDict[str]) -> bytes:
-        head_up(self._exchange, headers)
-        headers.setdefault(hdrs.DATE, _date(int(time.time())))
+    def _headed(self, status: int, reason: str, fields: str) -> bytes:
+        own: CIMultiDict[str] = CIMultiDict()
+        head_up(self._exchange, own)
         if not self._keeps:
-            headers[hdrs.CONNECTION] = "close"
-        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"HTTP/1.1 {status} {reason}\r\n{fields}\r\n".encode("utf-8", "surrogateescape")
+            own[hdrs.CONNECTION] = "close"
+        head = f"HTTP/1.1 {status} {reason}\r\nDate: {_date(int(time.time()))}\r\n{fields}{fields_of(own)}\r\n"
+        return head.encode("utf-8", "surrogateescape")
 
     def _mark(self, piece: bytes) -> None:
         if piece:
@@ -272,7 +288,8 @@ class Passage:
             headers = CIMultiDict(told.headers)
             body = told.body()
             headers[hdrs.CONTENT_TYPE], headers[hdrs.CONTENT_LENGTH] = "application/json", str(len(body))
-            self._send(self._headed(told.status, HTTPStatus(told.status).phrase, headers) + body, is_last=True)
+            fields = fields_of(headers)
+            self._send(self._headed(told.status, HTTPStatus(told.status).phrase, fields) + body, is_last=True)
             self._end(told.status)
         elif is_stream(self._answer):
             event = told.event()

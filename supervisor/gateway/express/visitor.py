@@ -132,13 +132,13 @@ class Visitor:
             return
         passage = None
         if head is not None:
-            passage = self._lane.passage(self, head, self._data[head.body_at : head.end], self._remote)
+            passage = self._lane.passage(self, head.fields, self._data[head.body_at : head.end], self._remote)
         if head is None or passage is None:
             self._give_away()
             return
-        self._stalls.restart(self)
         self._data, self._head, self._passage = self._data[head.end :], None, passage
         passage.begin()
+        self._stalls.restart(self)
 
     def _give_away(self) -> None:
         self._is_here = False

@@ -18,6 +18,7 @@ class Wire:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
+        self._number = connected.fileno()  # of a socket itself the loop would make a text each time it is new to it
         self._loop = asyncio.get_running_loop()
         self._unsent = b""
         self._is_read = False
@@ -39,15 +40,14 @@ class Wire:
         return self._is_read
 
     def when_heard(self, heard: Heard) -> None:
-        """Have this called whenever there is something to be read, or the end, unless something is called already."""
-        if not self._is_read:
-            self._loop.add_reader(self._socket, heard)
-            self._is_read = True
+        """Have this, and nothing else, called whenever there is something to be read, or the end."""
+        self._loop.add_reader(self._number, heard)
+        self._is_read = True
 
     def pause(self) -> None:
         """Leave what comes to the kernel."""
         if self._is_read:
-            self._loop.remove_reader(self._socket)
+            self._loop.remove_reader(self._number)
             self._is_read = False
 
     def read(self) -> bytes | None:
@@ -63,7 +63,7 @@ class Wire:
             data = data[self._sent(data) :]
             if not data:
                 return
-            self._loop.add_writer(self._socket, self._flush)
+            self._loop.add_writer(self._number, self._flush)
         self._unsent += data
 
     def when_sent(self, drained: Heard) -> None:
@@ -83,7 +83,7 @@ class Wire:
         if self._socket.fileno() >= 0:
             self.pause()
             if self._unsent:
-                self._loop.remove_writer(self._socket)
+                self._loop.remove_writer(self._number)
             self._socket.close()
 
     def _flush(self) -> None:
@@ -92,7 +92,7 @@ class Wire:
         except OSError:  # whoever reads from it learns how it ended
             self._unsent = b""
         if not self._unsent:
-            self._loop.remove_writer(self._socket)
+            self._loop.remove_writer(self._number)
             if (drained := self._drained) is not None:
                 self._drained = None
                 drained()
