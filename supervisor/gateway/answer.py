@@ -22,13 +22,14 @@ class Broken(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an answer begins with: its status' words and the header fields."""
+    """What an answer begins with: its status' words and the header fields, and how long that was."""
 
+    n_bytes: int
     reason: str
     headers: CIMultiDictProxy[str]
 
 
-NO_HEAD: Final = Head("", CIMultiDictProxy(CIMultiDict()))
+NO_HEAD: Final = Head(0, "", CIMultiDictProxy(CIMultiDict()))
 
 
 class Answer:
@@ -56,6 +57,11 @@ class Answer:
     def headers(self) -> CIMultiDictProxy[str]:
         """Return the header fields; a chunked body's trailer is not among them."""
         return self._head.headers
+
+    @property
+    def n_head_bytes(self) -> int:
+        """Return how long the head was."""
+        return self._head.n_bytes
 
     def feed(self, data: bytes) -> None:
         """Take what has come. Raises ``Broken`` where it is no HTTP."""
@@ -125,4 +131,4 @@ def _told(head: bytes) -> Head:
     """Return what a whole head says."""
     heard = _Teller()
     HttpResponseParser(heard).feed_data(head)
-    return Head(heard.reason, CIMultiDictProxy(heard.headers))
+    return Head(len(head), heard.reason, CIMultiDictProxy(heard.headers))

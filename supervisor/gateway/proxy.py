@@ -32,6 +32,7 @@ from supervisor.gateway.answer import Answer
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import COMMENT, EVENT_END, MAX_HELD_BYTES, WholeEvents, sse_event
 from supervisor.gateway.exchange import EXCHANGE
+from supervisor.gateway.quiet import learn_head
 from supervisor.gateway.upstream import Upstream, send
 
 # A dead runner's last bytes may still lie in the socket: they are read before its loss is told.
@@ -197,6 +198,8 @@ async def _relay(
         name_model(response.headers, lease.model)
         await response.prepare(request)
     awaits_event = response.content_type == SSE_CONTENT_TYPE
+    if awaits_event:
+        learn_head(answer.n_head_bytes)
     events = WholeEvents(MAX_HELD_BYTES if awaits_event else 0)
     try:
         while chunk:

@@ -15,6 +15,7 @@ from urllib.parse import SplitResult, urlsplit
 from multidict import CIMultiDict, MultiMapping
 
 from supervisor.gateway.answer import Answer, Broken
+from supervisor.gateway.quiet import Quiet
 
 # Loopback answers within a millisecond; a listener whose backlog is full is as good as gone.
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -29,15 +30,16 @@ CLOSED: Final = "the connection was closed"
 class Upstream(asyncio.Protocol):
     """The connection, which sends what is unsent as soon as it is made. ``close`` has to be called in the end.
 
-    ``answer`` has the answer's head, once ``wait_head`` has returned.
+    ``answer`` has the answer's head, once ``wait_head`` has returned. ``quiet`` is ended with the first that comes.
     """
 
-    def __init__(self, unsent: bytes) -> None:
+    def __init__(self, unsent: bytes, quiet: Quiet | None = None) -> None:
         self.answer = Answer()
         self._unsent = unsent
         self._transport: asyncio.Transport | None = None
         self._error: Broken | None = None
         self._paused = False
+        self._quiet = quiet
         self._waiter: asyncio.Future[None] | None = None
 
     async def wait_head(self) -> None:
@@ -82,6 +84,12 @@ class Upstream(asyncio.Protocol):
             self._error = Broken(why)
         self._wake()
 
+    def _stir(self) -> None:
+        """Be woken for whatever comes from now on."""
+        if self._quiet is not None:
+            self._quiet.end()
+            self._quiet = None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send what is left of the request."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
@@ -91,6 +99,7 @@ class Upstream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
+        self._stir()
         try:
             self.answer.feed(data)
         except Broken as error:
@@ -103,6 +112,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note how it ended: an answer of no told length ends so."""
+        self._stir()
         self._transport = None
         if exc is None and self._error is None:
             self.answer.close()
@@ -128,7 +138,7 @@ async def send(base_url: str, path: str, headers: CIMultiDict[str], body: bytes)
         except BaseException:
             connected.close()
             raise
-        upstream = Upstream(message[n_sent:])
+        upstream = Upstream(message[n_sent:], Quiet(connected))
         await loop.create_connection(lambda: upstream, sock=connected)
     else:  # a program that is not ours, wherever the operator says that it answers
         is_secure = address.scheme == "https"

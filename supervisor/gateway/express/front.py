@@ -19,6 +19,8 @@ from supervisor.gateway.stalling import StallWatch
 _log = structlog.get_logger("loadmaster.gateway")
 
 BACKLOG: Final = 128  # as aiohttp's: connections that may wait for a loop that is busy
+# A connection that brings nothing for so long is accepted all the same: then it is ours to give up.
+ACCEPT_SILENT_S: Final = 1
 # In one go; streams that run have their turn between.
 ACCEPTED_AT_ONCE: Final = 16
 # Where files or memory have run out, and somebody has to give some back first (as asyncio's own servers do).
@@ -49,7 +51,7 @@ class Front:
         """Listen. What is set here holds for every connection that is accepted (tcp(7))."""
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, ACCEPT_SILENT_S)
         self._listener.setblocking(False)
         self._listener.listen(BACKLOG)
         self._is_open = True

@@ -35,6 +35,7 @@ from supervisor.gateway.proxy import (
     lost,
     name_model,
 )
+from supervisor.gateway.quiet import learn_head
 from supervisor.gateway.upstream import CLOSED, CONNECT_TIMEOUT_S, MAX_UNREAD_BYTES, fields_of
 
 # Answers that have no body, whatever their heads say (RFC 9112, 6.3).
@@ -204,6 +205,7 @@ class Passage:
         answer = self._answer
         self._is_headed = True
         if is_stream(answer):
+            learn_head(answer.n_head_bytes)
             self._events, self._awaits_event = WholeEvents(MAX_HELD_BYTES), True
         self._is_chunked = hdrs.CONTENT_LENGTH not in answer.headers and answer.status not in BODILESS
         fields = _passed_on(tuple(answer.headers.items()), self._lease.model)
