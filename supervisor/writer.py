@@ -140,6 +140,8 @@ class Writer:
             self.post(arrived)
         finally:
             del self._waiters[arrived.ticket]
+            if waiter.lease is None:  # nothing that can happen; but nobody would wait for it any more
+                self.post(RequestAbandoned(arrived.ticket))
         assert waiter.lease is not None  # noqa: S101 - nothing has happened since the core said so
         return waiter.lease
 

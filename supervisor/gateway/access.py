@@ -112,7 +112,7 @@ class _Admitted(AbstractContextManager[None]):
     def __enter__(self) -> None:
         name, limit = self._caller.name, self._caller.client.concurrency
         if self._in_work is not None:
-            if self._in_work[name] == limit:
+            if limit is not None and self._in_work[name] >= limit:
                 raise ClientLimit(f"{name} has {limit} requests in work already, as many as its key allows")
             self._in_work[name] += 1
         self._token = _caller.set(self._caller)

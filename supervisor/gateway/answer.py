@@ -46,6 +46,7 @@ class Answer:
         self._parser = HttpResponseParser(self)
         self._head = NO_HEAD
         self._raw_head = b""
+        self._n_head = 0  # of all that came before the body, interim answers included
         self._unread: list[bytes] = []
 
     @property
@@ -67,13 +68,14 @@ class Answer:
         """Take what has come. Raises ``Broken`` where it is no HTTP."""
         if not self.has_head:
             self._raw_head += data
+            self._n_head += len(data)
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
             raise Broken(f"it answered what is no HTTP ({error})") from error
         except HttpParserUpgrade as error:
             raise Broken("it wants to speak another protocol") from error
-        if not self.has_head and len(self._raw_head) > MAX_HEAD_BYTES:
+        if not self.has_head and self._n_head > MAX_HEAD_BYTES:
             raise Broken("its answer's head has no end")
 
     def close(self) -> None:
@@ -98,7 +100,7 @@ class Answer:
     def on_headers_complete(self) -> None:
         """Note that the head is whole, unless a better one follows."""
         self.status = self._parser.get_status_code()
-        head, _, self._raw_head = self._raw_head.partition(HEAD_END)
+        head, _, self._raw_head = self._raw_head.lstrip(b"\r\n").partition(HEAD_END)
         if self.status >= FIRST_FINAL_STATUS:
             self._head, self._raw_head, self.has_head = _told(head + HEAD_END), b"", True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,7 +12,9 @@ import pytest
 from fake_runtime import FakeRuntime, LlamaServer, Serve
 
 from config.keys_file import Client, hash_of
+from supervisor.api.errors import ClientLimit
 from supervisor.api.lease import Endpoint
+from supervisor.gateway.access import Clients
 
 pytestmark = pytest.mark.anyio
 
@@ -231,3 +234,17 @@ async def test_a_client_that_stops_reading_is_cut_off(serve: Serve, runtime: Fak
     writer.write(b"GET /manage/logs?model=tiny HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await asyncio.wait_for(runtime.returned.wait(), timeout=30)
     writer.transport.abort()
+
+
+def test_a_client_whose_limit_was_lowered_is_let_in_again_once_it_has_less_in_work() -> None:
+    """What it has in work goes on."""
+    clients = Clients(named={"phone": Client(hash_of("k"), concurrency=2)})
+    headers = {"Authorization": "Bearer k"}
+    with ExitStack() as in_work:
+        for _ in range(2):
+            in_work.enter_context(clients.admitted(clients.identify(headers, None), counts=True))
+        clients.replace({"phone": Client(hash_of("k"), concurrency=1)})
+        with pytest.raises(ClientLimit), clients.admitted(clients.identify(headers, None), counts=True):
+            pass
+    with clients.admitted(clients.identify(headers, None), counts=True):
+        pass

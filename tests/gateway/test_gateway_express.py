@@ -24,6 +24,7 @@ from structlog.testing import capture_logs
 
 from supervisor.api.lease import Endpoint
 from supervisor.gateway.app import build_app, make_runner
+from supervisor.gateway.express.ahead import ConnectionsAhead
 from supervisor.gateway.options import GatewayOptions
 
 COMPLETIONS = "/v1/completions"
@@ -529,3 +530,21 @@ async def test_no_connection_waits_for_a_request_where_none_will_come(runtime: F
             await gateway.cleanup()
             await runner.ended.wait()
             writer.close()
+
+
+@pytest.mark.anyio
+async def test_no_connection_is_made_to_a_runner_that_is_stopped_as_its_request_ends() -> None:
+    """It goes with the lease of its last request, just when a connection for the next one was to be made."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        ahead = ConnectionsAhead()
+        ahead.renew(urlsplit(url))
+        ahead.end(url)
+        await asyncio.sleep(0)
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        ahead.renew(urlsplit(url))
+        await asyncio.sleep(0)
+        listening.accept()[0].close()
+        ahead.close()

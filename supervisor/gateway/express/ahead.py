@@ -7,7 +7,7 @@ listens already when the request comes.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
@@ -18,8 +18,9 @@ from supervisor.gateway.upstream import connecting
 # llama-server hangs up on who says nothing for five seconds (httplib.h, CPPHTTPLIB_KEEPALIVE_TIMEOUT_SECOND). What it
 # would close in the moment in which a request is sent must not be used, so it is given up some time before.
 KEPT_S: Final = 4.0
-# To one runner. While it waits, a thread there looks after it a hundred times a second (httplib.cpp, keep_alive).
-MOST_KEPT: Final = 4
+# To one runner. A thread there looks after each, of which llama-server has four more than slots (server-http.cpp): two
+# are left for those who ask after its health and its counts while all slots are taken.
+MOST_KEPT: Final = 2
 
 
 class ConnectionsAhead:
@@ -27,6 +28,7 @@ class ConnectionsAhead:
 
     def __init__(self) -> None:
         self._kept: dict[SplitResult, deque[Wire]] = {}
+        self._wanted: Counter[SplitResult] = Counter()  # as soon as the loop comes round
         self._is_open = True
 
     def take(self, address: SplitResult) -> Wire:
@@ -45,7 +47,18 @@ class ConnectionsAhead:
         return Wire(connecting(address))
 
     def renew(self, address: SplitResult) -> None:
-        """Make one for a request to come, now that one to the same address has been served."""
+        """Make one soon for a request to come, now that one to the same address has been served.
+
+        Not at once: others end in the same moment, perhaps, and the runner may have to go for want of this one.
+        """
+        self._wanted[address] += 1
+        asyncio.get_running_loop().call_soon(self._make, address)
+
+    def _make(self, address: SplitResult) -> None:
+        if not self._wanted[address]:
+            del self._wanted[address]
+            return
+        self._wanted[address] -= 1
         if not self._is_open or len(self._kept.get(address, ())) >= MOST_KEPT:
             return
         try:
@@ -60,6 +73,7 @@ class ConnectionsAhead:
     def end(self, base_url: str) -> None:
         """Close those to this address, now: with one open llama-server takes a tenth of a second longer to stop."""
         address = urlsplit(base_url)
+        self._wanted.pop(address, None)
         for wire in tuple(self._kept.get(address, ())):
             self._drop(address, wire)
 

@@ -5,7 +5,6 @@ Nothing is refused here. Whatever speaks against a request, the long way finds i
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from contextlib import ExitStack
 from functools import partial
@@ -105,6 +104,6 @@ class Lane:
     def _end(self, exchange: Exchange, address: SplitResult, held: ExitStack) -> None:
         """Give the lease back, and tell of the request."""
         if exchange.broken is None and exchange.status != CLIENT_CLOSED_REQUEST:
-            asyncio.get_running_loop().call_soon(self._ahead.renew, address)  # others end in this moment, perhaps
+            self._ahead.renew(address)
         held.close()
         self._observer.record(exchange)

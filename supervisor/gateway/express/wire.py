@@ -40,7 +40,9 @@ class Wire:
         return self._is_read
 
     def when_heard(self, heard: Heard) -> None:
-        """Have this, and nothing else, called whenever there is something to be read, or the end."""
+        """Have this, and nothing else, called whenever something is there to be read, or the end; not once closed."""
+        if self._socket.fileno() < 0:
+            return
         self._loop.add_reader(self._number, heard)
         self._is_read = True
 
