@@ -120,11 +120,13 @@ class Spare:
 
 
 def is_at_gate(pid: int) -> bool:
-    """Say whether this process has opened its stdin once more, as a file."""
+    """Say whether this process has opened its stdin, which is a pipe, once more, as a file."""
     descriptors = Path(f"/proc/{pid}/fd")
     with suppress(OSError):
         gate = (descriptors / "0").readlink()
-        return any(one.readlink() == gate for one in descriptors.iterdir() if one.name != "0")
+        return gate.name.startswith("pipe:") and any(
+            one.readlink() == gate for one in descriptors.iterdir() if one.name != "0"
+        )
     return False
 
 

@@ -159,3 +159,12 @@ def test_its_death_is_tied_to_that_of_whoever_started_it(taken: bool) -> None:  
         parent.kill()
         assert select.select([pidfd], [], [], GONE_WITHIN_S)[0]
         os.close(pidfd)
+
+
+def test_a_program_that_has_one_file_for_its_input_and_its_output_is_at_no_gate() -> None:
+    """Any may be started so, with /dev/null for both: only a pipe can be kept from ending."""
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as sleeping:
+        try:
+            assert not is_at_gate(sleeping.pid)
+        finally:
+            sleeping.kill()
