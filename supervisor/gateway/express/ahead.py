@@ -55,11 +55,10 @@ class ConnectionsAhead:
         asyncio.get_running_loop().call_soon(self._make, address)
 
     def _make(self, address: SplitResult) -> None:
-        if not self._wanted[address]:
-            del self._wanted[address]
-            return
-        self._wanted[address] -= 1
-        if not self._is_open or len(self._kept.get(address, ())) >= MOST_KEPT:
+        wanted = self._wanted.pop(address, 0)
+        if wanted > 1:
+            self._wanted[address] = wanted - 1
+        if not wanted or not self._is_open or len(self._kept.get(address, ())) >= MOST_KEPT:
             return
         try:
             wire = Wire(connecting(address))
