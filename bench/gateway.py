@@ -1,6 +1,6 @@
 """What the way through ``planner serve`` costs, beside llama-server asked directly and beside its own router mode.
 
-    python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N] [--client bare|openai]
+    python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N] [--client bare|openai] [--awake]
 
 One model, as many streams as slots, and one thread that computes; with ``--threads 0`` as many as llama-server takes by
 itself, where every proxy has to fight for its time. The client does as little as one can, on a connection of its own
@@ -8,8 +8,8 @@ for each request, or is the openai package, which keeps its connections where it
 turn: straight to the llama-server that the service started, through the service, through a bare relay (the least that a
 proxy made with aiohttp does) to the same llama-server, and through llama-server's router mode, which starts a
 llama-server of its own with the same flags. Compared are medians over the pairs: tokens per second with all streams,
-seconds to the first token of a single stream and of all at once, processor seconds of the proxy itself. Ends with 1
-where a bound is broken.
+seconds to the first token of a single stream and of all at once, processor seconds of the proxy itself. With
+``--awake`` every processor is kept awake meanwhile (``measuring.awake``). Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ from measuring import (
     PATH,
     Stream,
     Way,
+    awake,
     drain,
     get,
     llama_server,
     llama_server_of,
     median,
     post,
+    quartiles,
     running,
     service,
     stream,
@@ -169,9 +171,14 @@ async def measured(client: str, ways: Sequence[Way], pairs: int, streams: int, t
         return await compare(ask, ways, pairs, streams, tokens)
 
 
-def later_ms(ours: Sequence[float], direct: Sequence[float]) -> float:
-    """Return by how much one way's first tokens come later, as the median over the pairs."""
-    return median([(mine - theirs) * 1e3 for mine, theirs in zip(ours, direct, strict=True)])
+def later_ms(ours: Sequence[float], direct: Sequence[float]) -> list[float]:
+    """Return by how much one way's first tokens come later, pair by pair."""
+    return [(mine - theirs) * 1e3 for mine, theirs in zip(ours, direct, strict=True)]
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return how much one way has of another, pair by pair."""
+    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
 
 
 def idle_percent(process: psutil.Process) -> float:
@@ -190,22 +197,25 @@ def report(sums: dict[str, Sums], through: Way) -> bool:
             f"  {name:<14} {median(one.rates):8.0f} tokens/s  {first_ms:7.2f} ms to the first token"
             f"  {median(one.cpu_s):7.3f} s of processor"
         )
-    rate, router_rate = (
-        median([mine / theirs for mine, theirs in zip(one.rates, direct.rates, strict=True)]) for one in (ours, router)
-    )
-    later, router_later = (later_ms(one.first_token_s, direct.first_token_s) for one in (ours, router))
-    busy_later, router_busy_later = (
-        later_ms(one.busy_first_token_s, direct.busy_first_token_s) for one in (ours, router)
-    )
-    cpu = median([mine / theirs for mine, theirs in zip(ours.cpu_s, bare.cpu_s, strict=True)])
+    rates, later, busy_later = [], [], []
+    for name, one in (("ours", ours), ("router mode", router)):
+        rates.append(ratios(one.rates, direct.rates))
+        later.append(later_ms(one.first_token_s, direct.first_token_s))
+        busy_later.append(later_ms(one.busy_first_token_s, direct.busy_first_token_s))
+        print(
+            f"  {name:<14} of direct's tokens/s{quartiles(rates[-1])}, first token later than direct"
+            f" {quartiles(later[-1])} ms, all at once {quartiles(busy_later[-1])} ms"
+        )
     held = [
-        verdict("tokens per second, of direct", rate, MIN_RATE, at_least=True),
-        verdict("tokens per second, of direct; router mode's", rate, router_rate, at_least=True),
-        verdict("later first token than direct", later, MAX_FIRST_TOKEN_MS, " ms"),
-        verdict("later first token than direct; router mode's", later, router_later, " ms"),
-        verdict("the same with all streams at once", busy_later, MAX_FIRST_TOKEN_MS, " ms"),
-        verdict("the same with all streams at once; router mode's", busy_later, router_busy_later, " ms"),
-        verdict("processor seconds, of the bare relay", cpu, MAX_CPU),
+        verdict("tokens per second, of direct", median(rates[0]), MIN_RATE, at_least=True),
+        verdict("tokens per second, of direct; router mode's", median(rates[0]), median(rates[1]), at_least=True),
+        verdict("later first token than direct", median(later[0]), MAX_FIRST_TOKEN_MS, " ms"),
+        verdict("later first token than direct; router mode's", median(later[0]), median(later[1]), " ms"),
+        verdict("all streams at once", median(busy_later[0]), MAX_FIRST_TOKEN_MS, " ms"),
+        verdict(
+            "the same with all streams at once; router mode's", median(busy_later[0]), median(busy_later[1]), " ms"
+        ),
+        verdict("processor seconds, of the bare relay", median(ratios(ours.cpu_s, bare.cpu_s)), MAX_CPU),
         verdict("idle, of one core", idle_percent(through.process), MAX_IDLE_PERCENT, " %"),
         verdict("resident memory of the service", through.process.memory_info().rss / 1e6, MAX_RESIDENT_MB, " MB"),
     ]
@@ -245,7 +255,7 @@ def measure(folder: Path, args: argparse.Namespace) -> bool:
             relayed = (bare.stdout or sys.stdin).readline().strip()
             drain(bare)
             ways = [direct, through, Way("bare relay", relayed, "", psutil.Process(bare.pid)), router]
-            conditions = f"threads: {threads or 'all'}, client: {args.client}, {pairs} pairs"
+            conditions = f"threads: {threads or 'all'}, client: {args.client}, {pairs} pairs{', awake' * args.awake}"
             print(f"{streams} streams of {tokens} tokens, {conditions}")
             return report(asyncio.run(measured(args.client, ways, pairs, streams, tokens)), through)
 
@@ -258,11 +268,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--client", choices=(BARE, "openai"), default=BARE)
+    parser.add_argument("--awake", action="store_true")
     parser.add_argument("--relay", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.relay:
         asyncio.run(relay(args.relay, os.environ[RELAY_KEY]))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, awake(wanted=args.awake):
         return 0 if measure(Path(folder), args) else 1
 
 

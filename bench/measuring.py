@@ -12,7 +12,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -28,6 +28,19 @@ PATH: Final = "/v1/chat/completions"
 LLAMA_SERVER: Final = Path(sysconfig.get_path("platlib")) / "bin" / "llama-server"
 # The processor clock of another process (glibc: sysdeps/unix/sysv/linux/clock_getcpuclockid.c).
 CPUCLOCK_SCHED: Final = 2
+# What keeps a processor awake. It takes no time that anybody else wants (sched(7): SCHED_IDLE, and the least share for
+# the group that a session may be, autogroup), and ends with whoever started it.
+SPINNER: Final = """
+import os, sys
+parent = os.getppid()
+os.sched_setaffinity(0, [int(sys.argv[1])])
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+if os.path.exists("/proc/self/autogroup"):
+    open("/proc/self/autogroup", "w").write("19")
+while os.getppid() == parent:
+    for _ in range(1 << 16):
+        pass
+"""
 TOKEN: Final = b'"delta":{"content":"'  # how llama-server begins each token of a streamed chat
 
 
@@ -84,6 +97,22 @@ def running(command: Sequence[str], environ: Mapping[str, str]) -> Iterator[subp
 def drain(child: subprocess.Popen[str]) -> None:
     """Read on and forget what it writes: a full pipe would stop it."""
     threading.Thread(target=child.communicate, daemon=True).start()
+
+
+@contextmanager
+def awake(*, wanted: bool = True) -> Iterator[None]:
+    """Keep every processor awake meanwhile, where this is ``wanted``.
+
+    A virtual machine's processor that sleeps is woken by its host, which takes a good part of a millisecond, and a
+    guest's kernel may avoid that by having what could run beside something wait for it (so did the one that the
+    decisions' figures are from: ``sched_vcpu_pack`` on /proc/cmdline). That hides what is to be compared.
+    """
+    with ExitStack() as spinners:
+        for processor in sorted(os.sched_getaffinity(0)) if wanted else ():
+            command = [sys.executable, "-c", SPINNER, str(processor)]
+            spinner = spinners.enter_context(subprocess.Popen(command, start_new_session=True))
+            spinners.callback(spinner.kill)
+        yield
 
 
 @contextmanager
@@ -179,6 +208,12 @@ async def stream(way: Way, model: str, n_tokens: int) -> Stream:
 def median(values: Sequence[float]) -> float:
     """Return the median."""
     return statistics.median(values)
+
+
+def quartiles(values: Sequence[float]) -> str:
+    """Return the median and, in brackets, the quartiles."""
+    low, middle, high = statistics.quantiles(values if len(values) > 1 else [*values, *values], n=4)
+    return f"{middle:7.2f} [{low:6.2f} .. {high:6.2f}]"
 
 
 def verdict(what: str, value: float, bound: float, unit: str = "", *, at_least: bool = False) -> bool:

@@ -1,12 +1,13 @@
 """How long an unloaded model takes to its first token, beside starting its llama-server by hand.
 
-    python bench/swap.py [--rounds N]
+    python bench/swap.py [--rounds N] [--awake]
 
 First where nothing is loaded, in each round in an order that changes: through ``planner serve``; by hand, with the
 flags that the service chose, asked as soon as llama-server says that it listens; and through llama-server's own router
 mode with the same flags. Then where one model has to go for the other (one may be loaded at a time): through the
 service and through router mode. The ways are compared within each round: printed are the median of the differences and
-their quartiles. Ends with 1 where a bound is broken.
+their quartiles. With ``--awake`` every processor is kept awake meanwhile (``measuring.awake``). Ends with 1 where a
+bound is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import asyncio
 import itertools
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +23,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from measuring import LLAMA_SERVER, Way, get, llama_server, median, post, service, stream, verdict, write_small_model
+from measuring import (
+    LLAMA_SERVER,
+    Way,
+    awake,
+    get,
+    llama_server,
+    median,
+    post,
+    quartiles,
+    service,
+    stream,
+    verdict,
+    write_small_model,
+)
 
 MODEL: Final = "tiny-chat"
 OTHER_MODEL: Final = "tiny-other"
@@ -133,32 +146,27 @@ def measure_exchange(folder: Path, models: Path, rounds: int) -> bool:
 def report(took: Mapping[str, Sequence[float]], most_later_ms: Mapping[str, float]) -> bool:
     """Print what each way took and how they compare within the rounds; return whether the bounds hold."""
     for name, seconds in took.items():
-        print(f"  {name:<14} {quartiles(seconds)} ms from the request to the first token")
+        print(f"  {name:<14} {quartiles([one * 1e3 for one in seconds])} ms from the request to the first token")
     held = True
     for other, bound in most_later_ms.items():
-        later = [a - b for a, b in zip(took[OURS], took[other], strict=True)]
+        later = [(a - b) * 1e3 for a, b in zip(took[OURS], took[other], strict=True)]
         print(f"  {OURS:<14} {quartiles(later)} ms later than {other}, within each round")
-        held &= verdict(f"later first token than {other}", median(later) * 1e3, bound, " ms")
+        held &= verdict(f"later first token than {other}", median(later), bound, " ms")
     return held
-
-
-def quartiles(seconds: Sequence[float]) -> str:
-    """Return the median and, in brackets, the quartiles of these times, in milliseconds."""
-    low, middle, high = (one * 1e3 for one in statistics.quantiles(seconds, n=4))
-    return f"{middle:7.1f} [{low:5.1f} .. {high:5.1f}]"
 
 
 def main() -> int:
     """Run the comparison and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    rounds = parser.parse_args().rounds
-    with tempfile.TemporaryDirectory() as name:
+    parser.add_argument("--awake", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, awake(wanted=args.awake):
         folder, models = Path(name), Path(name) / "models"
         models.mkdir()
         for model in (MODEL, OTHER_MODEL):
             write_small_model(models / f"{model}.gguf")
-        held = [measure(folder, models, rounds) for measure in (measure_start, measure_exchange)]
+        held = [measure(folder, models, args.rounds) for measure in (measure_start, measure_exchange)]
         return 0 if all(held) else 1
 
 
