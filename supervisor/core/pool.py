@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from planner.types import LoadOptions
+from supervisor.core.records import changed
 from supervisor.core.runner import HAS_CHILD, IS_LEAVING, IS_LOADING, Runner, RunnerState
 from supervisor.core.settling import SETTLE_WITHIN_S
 from supervisor.core.types import (
@@ -71,7 +72,7 @@ class Yielded:
     until: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: see ``records``
 class Pool:
     """Every runner, the queue in the order of arrival, and the loads in progress in the order in which they began.
 
@@ -109,7 +110,7 @@ class Pool:
         """Return the pool with this runner in its place."""
         if self.runners.get(runner.model) is runner:
             return self
-        return replace(self, runners=MappingProxyType({**self.runners, runner.model: runner}))
+        return changed(self, runners=MappingProxyType({**self.runners, runner.model: runner}))
 
     def with_load(self, load: Load, **changes: Any) -> Pool:
         """Return the pool with this load in its place, or behind all others where it is new, with these changes."""

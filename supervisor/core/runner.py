@@ -32,7 +32,7 @@ HAS_CHILD: Final = STAYS | IS_LEAVING
 NOBODY: Final[Mapping[str, int]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: see ``records``
 class Child:
     """What is known of one child process, from when it is asked for until it is reaped.
 
@@ -57,7 +57,7 @@ class Child:
     pending_failure: Failure | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Runner:
     """One model's runner, and its child where it has one. ``plan`` and ``options`` are that child's, or the last one's.
 

@@ -28,6 +28,7 @@ from supervisor.core.events import (
     StopRequested,
     WrongDevices,
 )
+from supervisor.core.records import changed
 from supervisor.core.runner import Child, Runner, RunnerState
 from supervisor.core.types import Failure, Limits, StopReason
 
@@ -112,15 +113,15 @@ def grant(runner: Runner, event: RequestGranted, now: float, _limits: Limits) ->
     child = _child(runner)
     keep_alive_s = child.keep_alive_s if event.keep_alive_s is None else event.keep_alive_s
     serving = {**child.serving, event.client: child.serving.get(event.client, 0) + 1}
-    child = replace(child, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s)
-    return replace(runner, child=child, deadline=None, last_used=now), ()
+    child = changed(child, serving=MappingProxyType(serving), keep_alive_s=keep_alive_s)
+    return changed(runner, child=child, deadline=None, last_used=now), ()
 
 
 def _given_back(runner: Runner, client: str, **changes: Any) -> Runner:
     child = _child(runner)
     serving = {**child.serving, client: child.serving.get(client, 0) - 1}
     left = MappingProxyType({one: n for one, n in serving.items() if n})
-    return replace(runner, child=replace(child, serving=left), **changes)
+    return changed(runner, child=changed(child, serving=left), **changes)
 
 
 def finish(runner: Runner, event: RequestFinished, now: float, limits: Limits) -> Outcome:
