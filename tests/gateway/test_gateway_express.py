@@ -25,6 +25,7 @@ from structlog.testing import capture_logs
 from supervisor.api.lease import Endpoint
 from supervisor.gateway.app import build_app, make_runner
 from supervisor.gateway.express.ahead import ConnectionsAhead
+from supervisor.gateway.express.readiness import Readiness
 from supervisor.gateway.options import GatewayOptions
 
 COMPLETIONS = "/v1/completions"
@@ -378,6 +379,8 @@ async def test_every_request_is_counted_and_logged_once(
             for model in ("mock", "nobody"):
                 async with http.post(url + COMPLETIONS, json={"model": model}) as answer:
                     await answer.read()
+            while not any(one.get("status") == 404 for one in logs):  # noqa: ASYNC110 - soon, and nobody is told
+                await asyncio.sleep(0.001)
         async with http.get(f"{url}/metrics") as scraped:
             text = await scraped.text()
     assert [(one["model"], one["status"]) for one in logs if one["event"] == "request"] == [("mock", 201), (None, 404)]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
+from supervisor.gateway.express.readiness import Readiness
 from supervisor.gateway.express.wire import Wire
 from supervisor.gateway.upstream import connecting
 
@@ -26,7 +27,8 @@ MOST_KEPT: Final = 2
 class ConnectionsAhead:
     """Keeps some for a while, to each address by itself, from ``renew`` until they are taken, or ``close``."""
 
-    def __init__(self) -> None:
+    def __init__(self, ready: Readiness) -> None:
+        self._ready = ready
         self._kept: dict[SplitResult, deque[Wire]] = {}
         self._wanted: Counter[SplitResult] = Counter()  # as soon as the loop comes round
         self._is_open = True
@@ -44,7 +46,7 @@ class ConnectionsAhead:
             except OSError:
                 pass
             wire.close()
-        return Wire(connecting(address))
+        return Wire(connecting(address), self._ready)
 
     def renew(self, address: SplitResult) -> None:
         """Make one soon for a request to come, now that one to the same address has been served.
@@ -61,7 +63,7 @@ class ConnectionsAhead:
         if not wanted or not self._is_open or len(self._kept.get(address, ())) >= MOST_KEPT:
             return
         try:
-            wire = Wire(connecting(address))
+            wire = Wire(connecting(address), self._ready)
         except OSError:  # the runner has gone
             return
         self._kept.setdefault(address, deque()).append(wire)

@@ -68,7 +68,10 @@ class Front:
             visitor.part()
 
     async def end(self, within_s: float) -> None:
-        """Return once everybody has been answered, after so many seconds at most; whoever is left then is cut off."""
+        """Return once everybody has been answered, after so many seconds at most; whoever is left then is cut off.
+
+        Nobody is heard any more then.
+        """
         self.close()
         self._left = asyncio.Event()
         if self._visitors:
@@ -79,6 +82,7 @@ class Front:
                 for visitor in tuple(self._visitors):
                     visitor.cut()
         await asyncio.gather(*self._handing_over, return_exceptions=True)
+        self._lane.ready.close()
 
     def _accept_on(self) -> None:
         if self._is_open:

@@ -22,6 +22,7 @@ from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, Exchange
 from supervisor.gateway.express.ahead import ConnectionsAhead
 from supervisor.gateway.express.passage import Client, Passage
 from supervisor.gateway.express.plain import PlainFields
+from supervisor.gateway.express.readiness import Readiness
 from supervisor.gateway.middleware import checked_origin
 from supervisor.gateway.observing import Observer
 from supervisor.gateway.openai import amended, asked_of
@@ -42,7 +43,8 @@ class Lane:
         self._clients = clients
         self._observer = observer
         self._options = options
-        self._ahead = ConnectionsAhead()
+        self.ready = Readiness()  # whoever is connected listens by it
+        self._ahead = ConnectionsAhead(self.ready)
         runtime.when_stopped(self._ahead.end)
 
     def close(self) -> None:

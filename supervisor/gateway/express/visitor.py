@@ -32,7 +32,7 @@ class Visitor:
         hand_over: HandOver,
         when_gone: Callable[[Visitor], None],
     ) -> None:
-        self.wire = Wire(connected)
+        self.wire = Wire(connected, lane.ready)
         self._remote = remote
         self._lane = lane
         self._stalls = stalls

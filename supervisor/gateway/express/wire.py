@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from typing import Final
+
+from supervisor.gateway.express.readiness import Heard, Readiness
 
 # As much as a token's event a thousand times; what is left is read when the loop comes round.
 READ_BYTES: Final = 64 << 10
-
-Heard = Callable[[], object]
 
 
 class Wire:
     """One connected socket, not blocking. ``close`` has to be called in the end, or ``detach``."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, ready: Readiness) -> None:
         self._socket = connected
-        self._number = connected.fileno()  # of a socket itself the loop would make a text each time it is new to it
+        self._number = connected.fileno()
+        self._ready = ready
         self._loop = asyncio.get_running_loop()
         self._unsent = b""
         self._is_read = False
@@ -43,13 +43,13 @@ class Wire:
         """Have this, and nothing else, called whenever something is there to be read, or the end; not once closed."""
         if self._socket.fileno() < 0:
             return
-        self._loop.add_reader(self._number, heard)
+        self._ready.hear(self._number, heard)
         self._is_read = True
 
     def pause(self) -> None:
         """Leave what comes to the kernel."""
         if self._is_read:
-            self._loop.remove_reader(self._number)
+            self._ready.ignore(self._number)
             self._is_read = False
 
     def read(self) -> bytes | None:
