@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -13,6 +14,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 MAX_HEAD_BYTES: Final = 64 << 10
 HEAD_END: Final = b"\r\n\r\n"
 MAX_KNOWN: Final = 64  # heads; those of answers that come whole differ by their length
+CHUNK_SIZE: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")  # without extensions (RFC 9112, 7.1)
+CHUNK_END: Final = b"\r\n"
 FIRST_FINAL_STATUS: Final = 200  # below: an interim answer, after which the real one comes
 
 
@@ -46,6 +49,7 @@ class Answer:
         self._parser = HttpResponseParser(self)
         self._head = NO_HEAD
         self._raw_head = b""
+        self._is_between_chunks = False
         self._n_head = 0  # of all that came before the body, interim answers included
         self._unread: list[bytes] = []
 
@@ -66,7 +70,8 @@ class Answer:
 
     def feed(self, data: bytes) -> None:
         """Take what has come. Raises ``Broken`` where it is no HTTP."""
-        if not self.has_head:
+        had_head = self.has_head
+        if not had_head:
             self._raw_head += data
             self._n_head += len(data)
         try:
@@ -75,8 +80,17 @@ class Answer:
             raise Broken(f"it answered what is no HTTP ({error})") from error
         except HttpParserUpgrade as error:
             raise Broken("it wants to speak another protocol") from error
+        if had_head:
+            self._is_between_chunks = self._is_between_chunks and are_chunks(data)
         if not self.has_head and self._n_head > MAX_HEAD_BYTES:
             raise Broken("its answer's head has no end")
+
+    def is_apart(self, data: bytes) -> bool:
+        """Return whether what has come stands for itself: whole chunks of the body after whole ones, and not its last.
+
+        They may be passed on as they are, and need not be fed.
+        """
+        return self._is_between_chunks and are_chunks(data)
 
     def close(self) -> None:
         """Note that the connection has ended, with which an answer of no told length is whole."""
@@ -102,7 +116,10 @@ class Answer:
         self.status = self._parser.get_status_code()
         head, _, self._raw_head = self._raw_head.lstrip(b"\r\n").partition(HEAD_END)
         if self.status >= FIRST_FINAL_STATUS:
-            self._head, self._raw_head, self.has_head = _told(head + HEAD_END), b"", True
+            self._head, rest, self._raw_head, self.has_head = _told(head + HEAD_END), self._raw_head, b"", True
+            self._is_between_chunks = self.headers.get("Transfer-Encoding", "").lower() == "chunked" and are_chunks(
+                rest
+            )
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -112,6 +129,19 @@ class Answer:
     def on_message_complete(self) -> None:
         """Note that the body is whole."""
         self.is_whole = self.has_head
+
+
+def are_chunks(data: bytes) -> bool:
+    """Return whether these are whole chunks, one after the other, and none of them the last one of a body."""
+    at = 0
+    while at < len(data):
+        if (size := CHUNK_SIZE.match(data, at)) is None or not (length := int(size[1], 16)):
+            return False
+        end = size.end() + length
+        at = end + len(CHUNK_END)
+        if data[end:at] != CHUNK_END:
+            return False
+    return True
 
 
 class _Teller:

@@ -37,6 +37,11 @@ class WholeEvents:
         self._held = b""
         self.clean = True  # what was let through so far ends with an event's end, or is nothing
 
+    @property
+    def is_between(self) -> bool:
+        """Whether the next byte begins an event: nothing is held, and what was let through ended with an event."""
+        return self.clean and not self._held
+
     def feed(self, chunk: bytes) -> bytes:
         """Return what may go on now: perhaps nothing."""
         data = self._held + chunk

@@ -19,7 +19,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 
 from supervisor.api.lease import Lease
-from supervisor.gateway.answer import Answer, Broken
+from supervisor.gateway.answer import CHUNK_END, Answer, Broken
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import COMMENT, EVENT_END, MAX_HELD_BYTES, WholeEvents
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -45,6 +45,7 @@ OWN: Final = frozenset({"date", "x-request-id"})  # which every answer of ours h
 # Streams begin alike, so that many heads are known again.
 MAX_KNOWN: Final = 64
 LAST_CHUNK: Final = b"0\r\n\r\n"
+EVENT_IN_CHUNK_END: Final = EVENT_END + CHUNK_END
 
 _log = structlog.get_logger("loadmaster.gateway")
 
@@ -160,6 +161,10 @@ class Passage:
             if data is None:
                 return
             if data:
+                if self._may_go_on_as_it_is(data):
+                    self._send(data, is_last=False)
+                    self._wait_where_slow()
+                    return
                 self._answer.feed(data)
             else:
                 self._answer.close()
@@ -196,7 +201,23 @@ class Passage:
         if answer.is_whole:
             self._client.answered(keeps=self._keeps)
             self._end(answer.status)
-        elif self._client.wire.unsent_bytes > MAX_UNREAD_BYTES and self._runner is not None:
+        else:
+            self._wait_where_slow()
+
+    def _may_go_on_as_it_is(self, data: bytes) -> bool:
+        """Return whether these are whole events in whole chunks, as most of a stream are: they need no parsing."""
+        return (
+            data.endswith(EVENT_IN_CHUNK_END)
+            and self._has_begun
+            and self._is_chunked
+            and not self._awaits_event
+            and self._events.is_between
+            and self._answer.is_apart(data)
+        )
+
+    def _wait_where_slow(self) -> None:
+        """Read no more of the answer while the client takes none."""
+        if self._client.wire.unsent_bytes > MAX_UNREAD_BYTES and self._runner is not None and not self._is_over:
             self._runner.pause()
             self._client.wire.when_sent(self._go_on)
 
