@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Iterable
+from functools import partial
 from typing import Final, cast
 
 from aiohttp import web
@@ -54,11 +55,16 @@ def build_app(runtime: Runtime, options: GatewayOptions, store: Store | None = N
     app[CLIENTS], app[STALLS] = clients, stalls
     app[LANE] = Lane(permitted, clients, observer, options)
     app.on_response_prepare.append(add_headers)
+    app.on_cleanup.append(partial(_log_the_last, observer))
     app.add_routes(OpenAI(permitted).routes())
     app.add_routes(ollama_routes(permitted, store, options.version))
     app.add_routes(Monitoring(permitted, exposition).routes())
     app.add_routes(Manage(permitted).routes())
     return app
+
+
+async def _log_the_last(observer: Observer, _app: web.Application) -> None:
+    observer.log()
 
 
 class GatewayRunner(web.AppRunner):

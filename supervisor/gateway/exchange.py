@@ -37,13 +37,14 @@ class Exchange:
     origin: str | None = None
     client: str = ""
     begun: web.StreamResponse | None = None
+    ended_s: float | None = None
     first_byte_s: float | None = None
     first_event_s: float | None = None
     broken: str | None = None
 
     def elapsed_s(self) -> float:
-        """Return the seconds since the request arrived."""
-        return time.monotonic() - self.began_s
+        """Return the seconds since the request arrived, or from then until it had ended."""
+        return (self.ended_s or time.monotonic()) - self.began_s
 
     def mark_first_byte(self) -> None:
         """Remember when the answer's first byte went out."""

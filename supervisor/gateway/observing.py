@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
@@ -15,6 +18,10 @@ from supervisor.status.metrics import NO_MODEL, HttpMetrics
 # Probes come every few seconds for ever; they are logged only where they fail.
 QUIET_ENDPOINTS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/status"})
 
+# Requests that come together end together, and whoever asks on waits for what is done at the end of the last one. So
+# they are logged in one go, this much later: nobody who reads a log sees that.
+LOGGED_WITHIN_S: Final = 0.02
+
 _log = structlog.get_logger("loadmaster.gateway")
 
 
@@ -23,6 +30,7 @@ class Observer:
 
     def __init__(self, metrics: HttpMetrics) -> None:
         self._metrics = metrics
+        self._unlogged: list[Exchange] = []
 
     @contextmanager
     def numbered(self, exchange: Exchange) -> Iterator[None]:
@@ -35,9 +43,20 @@ class Observer:
         return self._metrics.in_flight.labels(exchange.endpoint).track_inprogress()
 
     def record(self, exchange: Exchange) -> None:
-        """Tell of a request that has ended."""
+        """Tell of a request that has ended: it is counted at once, and logged soon."""
+        exchange.ended_s = time.monotonic()
         self._measure(exchange)
-        if exchange.endpoint not in QUIET_ENDPOINTS or exchange.status >= HTTPStatus.BAD_REQUEST:
+        if exchange.endpoint in QUIET_ENDPOINTS and exchange.status < HTTPStatus.BAD_REQUEST:
+            return
+        self._unlogged.append(exchange)
+        if len(self._unlogged) == 1:
+            nobodys = contextvars.Context()  # what is bound to one request's is not said of the others
+            asyncio.get_running_loop().call_later(LOGGED_WITHIN_S, self.log, context=nobodys)
+
+    def log(self) -> None:
+        """Log now whatever has ended."""
+        ended, self._unlogged = self._unlogged, []
+        for exchange in ended:
             _log_access(exchange)
 
     def _measure(self, exchange: Exchange) -> None:

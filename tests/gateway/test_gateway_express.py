@@ -541,7 +541,7 @@ async def test_no_connection_is_made_to_a_runner_that_is_stopped_as_its_request_
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        ahead = ConnectionsAhead()
+        ahead = ConnectionsAhead(ready := Readiness())
         ahead.renew(urlsplit(url))
         ahead.end(url)
         await asyncio.sleep(0)
@@ -551,3 +551,4 @@ async def test_no_connection_is_made_to_a_runner_that_is_stopped_as_its_request_
         await asyncio.sleep(0)
         listening.accept()[0].close()
         ahead.close()
+        ready.close()
