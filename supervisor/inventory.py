@@ -27,6 +27,7 @@ from supervisor.models.catalogue import Catalogue, ModelEntry
 from supervisor.planning.messages import (
     Details,
     Failed,
+    LookAhead,
     LookAround,
     MakePlan,
     PlanAnswer,
@@ -190,6 +191,11 @@ class Inventory:
         if isinstance(answer, Surroundings):
             return answer
         raise PlanningFailed(answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}")
+
+    async def look_ahead(self, gone: Mapping[str, int]) -> None:
+        """Have the machine looked at for a plan that will be asked for in a moment, most likely."""
+        held, promised = self._runners.held_bytes(), self._runners.promised_bytes()
+        await self._planning.tell(LookAhead(Situation(self._machine, held, promised, gone)))
 
     async def keep_looking(self) -> None:
         """Look again for what is missing, and for models that come and go, for as long as the service runs."""

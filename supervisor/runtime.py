@@ -199,6 +199,7 @@ class Supervisor:
         need = self._possible(need, entry)
         endpoint = self._writer.endpoint_at_once(entry, need)
         if endpoint is None:
+            self._writer.look_ahead(entry.runner)
             return None
         return Offer(endpoint, self._inventory.amendments(entry.id), partial(self._held_at_once, entry, need))
 

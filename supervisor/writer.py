@@ -6,6 +6,7 @@ a settled one. What takes time (a child, a plan) runs as a task of the one task 
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from supervisor.api.need import Need
 from supervisor.api.snapshot import ModelCounters, TokenCounts
 from supervisor.children.hanging import Patience
 from supervisor.children.tending import Children
-from supervisor.core import admission, scheduler
+from supervisor.core import admission, ledger, scheduler
 from supervisor.core.commands import (
     Command,
     Grant,
@@ -39,6 +40,7 @@ from supervisor.core.commands import (
 )
 from supervisor.core.events import Event, RequestAbandoned, RequestArrived, RequestFinished, TimePassed
 from supervisor.core.pool import Pool
+from supervisor.core.runner import Runner, RunnerState
 from supervisor.core.types import Limits, ModelId, TicketId
 from supervisor.errors import error_of
 from supervisor.inventory import Inventory
@@ -133,6 +135,13 @@ class Writer:
                 return self._endpoint(one.model, one.generation, one.url)
         return None
 
+    def look_ahead(self, model: ModelId) -> None:
+        """Have the machine looked at where this model is not loaded, and most likely is to be in a moment."""
+        pool = self.pool
+        is_next = pool.runner(model).state is RunnerState.STOPPED and not (pool.loads or pool.draining)
+        if is_next and self._tasks is not None:
+            self._tasks.start_soon(self._inventory.look_ahead, ledger.gone_bytes(pool, anyio.current_time()))
+
     def lease_at_once(self, entry: ModelEntry, need: Need) -> ChildLease:
         """Return the lease that ``endpoint_at_once`` has just told of; ``give_back`` has to follow, exactly once."""
         arrived, waiter = self._arrival(entry, need)
@@ -198,9 +207,12 @@ class Writer:
         before, self.pool = self.pool, pool
         for runner in pool.runners.values():
             was = before.runner(runner.model).state
-            if was is not runner.state:
-                about = {"model": runner.model, "runner": runner.id, "generation": runner.generation}
-                _log.info(f"runner.{runner.state}", was=str(was), pid=runner.pid, **about)
+            if was is runner.state:
+                continue
+            if runner.state is RunnerState.READY:  # logged once those who wait for just that have gone on
+                asyncio.get_running_loop().call_soon(_log_state, runner, was)
+            else:
+                _log_state(runner, was)
         for command in commands:
             self.counters = views.count(self.counters, command)
             self._carry_out(command)
@@ -262,6 +274,11 @@ class Writer:
         while True:
             await self._alarm.wait()
             self.post(TimePassed())
+
+
+def _log_state(runner: Runner, was: RunnerState) -> None:
+    about = {"model": runner.model, "runner": runner.id, "generation": runner.generation}
+    _log.info(f"runner.{runner.state}", was=str(was), pid=runner.pid, **about)
 
 
 def _report(command: ReportFailure) -> None:

@@ -105,6 +105,16 @@ class MakePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAhead:
+    """Tell that a plan will be asked for in this situation, most likely: the machine may be looked at already.
+
+    It is not answered.
+    """
+
+    situation: Situation
+
+
+@dataclass(frozen=True, slots=True)
 class PlanAnswer:
     """A plan or why there is none, and what it was made for."""
 
@@ -129,7 +139,7 @@ def read_message(stream: BinaryIO) -> bytes | None:
     return stream.read(int.from_bytes(head, "little")) if len(head) == LENGTH_BYTES else None
 
 
-def pack(value: Question | Answer) -> bytes:
+def pack(value: Question | LookAhead | Answer) -> bytes:
     """Return a message: length, then the pickled value."""
     body = io.BytesIO()
     pickler = pickle.Pickler(body)

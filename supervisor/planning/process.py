@@ -16,7 +16,7 @@ import anyio
 from anyio.abc import Process
 
 from supervisor.children.process import describe_exit, find_setpriv, tied
-from supervisor.planning.messages import LENGTH_BYTES, Answer, Question, pack
+from supervisor.planning.messages import LENGTH_BYTES, Answer, LookAhead, Question, pack
 
 ANSWER_WITHIN_S: Final = 60.0  # a cold driver takes seconds per card, a scan of a slow disk more; longer is a hang
 END_WITHIN_S: Final = 5.0  # of a killed process; one that hangs in a driver goes when the driver lets it
@@ -42,6 +42,7 @@ class PlanningProcess:
         self._answer_within_s = answer_within_s
         self._process: Process | None = None
         self._turn = anyio.Lock()
+        self._was_told = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,6 +63,16 @@ class PlanningProcess:
                 return await self._ask_once(question, meanwhile)
             return await self._ask_once(question, meanwhile)
 
+    async def tell(self, ahead: LookAhead) -> None:
+        """Tell what will be asked about, where there is a worker that has nothing to do and was not told before."""
+        if self._was_told or self._turn.locked():
+            return
+        async with self._turn:
+            if self._process is not None and self._process.stdin is not None:
+                self._was_told = True
+                with suppress(*_BROKEN):  # whoever asks next finds out
+                    await self._process.stdin.send(pack(ahead))
+
     async def _ask_once(self, question: Question | Callable[[], Question], meanwhile: Callable[[], object]) -> Answer:
         try:
             with anyio.fail_after(self._answer_within_s):
@@ -81,6 +92,7 @@ class PlanningProcess:
         if self._process is None:
             self._process = await self._start()
         assert self._process.stdin is not None  # noqa: S101 - a pipe was asked for
+        self._was_told = False
         await self._process.stdin.send(pack(question))
         meanwhile()
         size = int.from_bytes(await self._receive(LENGTH_BYTES), "little")

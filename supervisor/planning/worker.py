@@ -35,6 +35,7 @@ from supervisor.planning import header_details
 from supervisor.planning.messages import (
     Answer,
     Failed,
+    LookAhead,
     LookAround,
     MakePlan,
     PlanAnswer,
@@ -50,14 +51,26 @@ from supervisor.planning.placing import Placing, as_told, by_search
 from supervisor.planning.searching import Searches
 
 MAX_KEPT_HEADERS: Final = 256  # a header's facts are some hundred KiB
+# From the first look at a request to the question for its plan: what was seen in between is as good as seen then.
+LOOKED_AHEAD_S: Final = 0.05
 SETTLE_POLL_S: Final = 0.05  # a driver's answer takes about a millisecond
 
 
 class Worker:
-    """Answers questions, with what it remembers of files and of the machine."""
+    """Answers questions, with what it remembers of files and of the machine.
 
-    def __init__(self, environ: Mapping[str, str], *, settle_within_s: float = SETTLE_WITHIN_S) -> None:
+    What was seen ahead is good for ``ahead_for_s``.
+    """
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        settle_within_s: float = SETTLE_WITHIN_S,
+        ahead_for_s: float = LOOKED_AHEAD_S,
+    ) -> None:
         self._environ = environ
+        self._ahead_for_s = ahead_for_s
         self._settle_within_s = settle_within_s
         self._settings = light.read(environ).settings
         self._headers: dict[tuple[str, int, int], ModelFacts] = {}
@@ -65,6 +78,7 @@ class Worker:
         self._detected: Detected | None = None
         self._stamp: tuple[int, int] | None = None  # of its llama-server
         self._reading: Reading | None = None  # of the last look
+        self._ahead: tuple[Situation, Detected, float] | None = None  # seen for the next plan, and when
 
     def answer(self, question: Question) -> Answer:
         """Return the answer to this question."""
@@ -79,6 +93,12 @@ class Worker:
                 return self._details(question)
             case MakePlan():
                 return self._plan(question)
+
+    def look_ahead(self, situation: Situation) -> None:
+        """Look at the machine for a plan that is asked for next. What goes wrong will go wrong again then."""
+        self._ahead = None
+        with suppress(Exception):
+            self._ahead = situation, self._look(situation), time.monotonic()
 
     def _scan(self, asked: ScanModels) -> Answer:
         folder, store = asked.folder, asked.store
@@ -146,8 +166,15 @@ class Worker:
             time.sleep(SETTLE_POLL_S)
 
     def _plan(self, question: MakePlan) -> PlanAnswer:
-        detected = self._look(question.situation)
+        detected = self._seen(question.situation) or self._look(question.situation)
         return PlanAnswer(self._outcome(question, detected), _surroundings(detected))
+
+    def _seen(self, situation: Situation) -> Detected | None:
+        """Return the machine as it was seen ahead, if that was just now and our runners do to it what they did then."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != situation or time.monotonic() > ahead[2] + self._ahead_for_s:
+            return None
+        return ahead[1]
 
     def _outcome(self, question: MakePlan, detected: Detected) -> PlanOutcome:
         policy = from_settings(self._settings, learned=question.learned)
@@ -213,7 +240,10 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints must not end up among the answers
     worker = Worker(os.environ)
     while (message := read_message(sys.stdin.buffer)) is not None:
-        question: Question = pickle.loads(message)  # noqa: S301 - from the process that started this one
+        question: Question | LookAhead = pickle.loads(message)  # noqa: S301 - from the process that started this one
+        if isinstance(question, LookAhead):
+            worker.look_ahead(question.situation)
+            continue
         try:
             answer = worker.answer(question)
         except Exception as error:  # noqa: BLE001 - a defect ends one plan, not the service; its story is told

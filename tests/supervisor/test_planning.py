@@ -21,7 +21,7 @@ from supervising import Holding, Supervising
 from planner.types import Role
 from planner.units import GIB, MIB
 from supervisor.inventory import Inventory
-from supervisor.planning.messages import ScanModels
+from supervisor.planning.messages import LookAhead, ScanModels, Situation
 from supervisor.planning.process import PlanningFailed, PlanningProcess
 from supervisor.store.folder import StoreFolder
 
@@ -196,6 +196,59 @@ def test_a_plan_waits_for_the_driver_to_show_that_a_runner_has_gone_but_not_for_
     command = [sys.executable, "-c", LOOKS, str(settle_within_s)]
     done = subprocess.run(command, env=os.environ | stubbed, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["50", str(believed_mib)]
+
+
+# What is free on a card in the plans of a planning process that was told of them before, or was not.
+AHEAD = """
+import math
+import os
+import sys
+
+from planner.types import PlanRequest
+from planner.units import MIB
+from supervisor.core.types import ModelId
+from supervisor.planning.messages import MakePlan, Situation
+from supervisor.planning.worker import Worker
+
+worker = Worker(os.environ, ahead_for_s=float(sys.argv[2]))
+nobody, somebody = (Situation(None, held, {}, {}) for held in ({}, {"CUDA0": MIB}))
+for told, asked in ((None, nobody), (nobody, nobody), (None, nobody), (nobody, somebody)):
+    if told:
+        worker.look_ahead(told)
+    question = MakePlan(ModelId("a"), sys.argv[1], PlanRequest(n_ctx=512), asked, (), 0, (), {}, {})
+    print(worker.answer(question).surroundings.machine.devices[0].free_bytes // MIB)
+"""
+
+
+@pytest.mark.parametrize("ahead_for_s, seen_mib", [(math.inf, (50, 51, 52, 54)), (0.0, (50, 52, 53, 55))])
+def test_a_plan_is_made_for_what_was_seen_ahead_once_and_only_where_nothing_has_changed_since(
+    stubbed: dict[str, str], chat_model: Path, ahead_for_s: float, seen_mib: tuple[int, ...]
+) -> None:
+    """Each look finds a MiB more."""
+    card, _ = CARD.splitlines()
+    memory = (f"memory {100 * MIB} 0 {(100 - free_mib) * MIB}" for free_mib in range(50, 60))
+    Path(stubbed["FAKE_NVML"]).write_text("\n".join((card, *memory)) + "\n")
+    command = [sys.executable, "-c", AHEAD, str(chat_model), str(ahead_for_s)]
+    done = subprocess.run(command, env=os.environ | stubbed, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == list(map(str, seen_mib))
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_is_told_what_comes_answers_what_it_is_asked_and_nothing_else(tmp_path: Path) -> None:
+    """Told twice, told while there is none, and told when it has died."""
+    ahead = LookAhead(Situation(None, {}, {}, {}))
+    async with PlanningProcess({}) as planning:
+        await planning.tell(ahead)
+        for _ in range(2):
+            assert await planning.ask(ScanModels(tmp_path)) == ()
+            await planning.tell(ahead)
+            await planning.tell(ahead)
+        assert await planning.ask(ScanModels(tmp_path)) == ()
+        killed = worker()
+        killed.kill()
+        killed.wait()
+        await planning.tell(ahead)
+        assert await planning.ask(ScanModels(tmp_path)) == ()
 
 
 @pytest.mark.anyio
