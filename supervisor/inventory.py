@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import anyio
 import structlog
 from anyio import to_thread
+from anyio.abc import TaskGroup
 
 from config.model_settings import ExternalRunner, ModelSettings, ModelsFile
 from planner.errors import InvalidRequest
@@ -192,10 +193,10 @@ class Inventory:
             return answer
         raise PlanningFailed(answer.reason if isinstance(answer, Failed) else f"it answered {type(answer).__name__}")
 
-    async def look_ahead(self, gone: Mapping[str, int]) -> None:
-        """Have the machine looked at for a plan that will be asked for in a moment, most likely."""
+    def look_ahead(self, gone: Mapping[str, int], tasks: TaskGroup) -> None:
+        """Have the machine looked at, as things stand now, for a plan that most likely is asked for in a moment."""
         held, promised = self._runners.held_bytes(), self._runners.promised_bytes()
-        await self._planning.tell(LookAhead(Situation(self._machine, held, promised, gone)))
+        tasks.start_soon(self._planning.tell, LookAhead(Situation(self._machine, held, promised, gone)))
 
     async def keep_looking(self) -> None:
         """Look again for what is missing, and for models that come and go, for as long as the service runs."""

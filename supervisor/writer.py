@@ -139,9 +139,9 @@ class Writer:
     def look_ahead(self, model: ModelId) -> None:
         """Have the machine looked at where this model is not loaded, and most likely is to be in a moment."""
         pool = self.pool
-        is_next = pool.runner(model).state is RunnerState.STOPPED and not (pool.loads or pool.draining)
-        if is_next and self._tasks is not None:
-            self._tasks.start_soon(self._inventory.look_ahead, ledger.gone_bytes(pool, _now()))
+        is_next = pool.runner(model).state is RunnerState.STOPPED and not (pool.loads or pool.leaving or pool.draining)
+        if is_next and self._tasks is not None:  # one that leaves would give back between this look and the question
+            self._inventory.look_ahead(ledger.gone_bytes(pool, _now()), self._tasks)
 
     def lease_at_once(self, entry: ModelEntry, need: Need) -> ChildLease:
         """Return the lease that ``endpoint_at_once`` has just told of; ``give_back`` has to follow, exactly once."""

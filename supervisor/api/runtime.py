@@ -79,7 +79,8 @@ class Runtime(Protocol):
     def offer(self, model: str, role: Role, need: Need = NO_NEED) -> Offer | None:
         """Return the lease that can be had without a wait; None where it has to be waited for, or there is none.
 
-        Nothing has happened yet, and nothing may before it is taken: the offer is good for this moment.
+        Nothing has happened yet, and nothing may before it is taken: the offer is good for this moment. Where there is
+        none since the model is not loaded, the machine is looked at already for the load that is likely to follow.
         """
         ...
 

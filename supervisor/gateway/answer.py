@@ -117,9 +117,8 @@ class Answer:
         head, _, self._raw_head = self._raw_head.lstrip(b"\r\n").partition(HEAD_END)
         if self.status >= FIRST_FINAL_STATUS:
             self._head, rest, self._raw_head, self.has_head = _told(head + HEAD_END), self._raw_head, b"", True
-            self._is_between_chunks = self.headers.get("Transfer-Encoding", "").lower() == "chunked" and are_chunks(
-                rest
-            )
+            codings = [one.lower() for one in self.headers.getall("Transfer-Encoding", ())]
+            self._is_between_chunks = codings == ["chunked"] and are_chunks(rest)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""

@@ -245,6 +245,30 @@ def test_whatever_a_runner_answers_is_told_alike_and_leaves_the_connection_in_or
 
 
 @pytest.mark.anyio
+async def test_half_an_event_is_held_back_though_it_comes_in_whole_chunks(serve: Serve, runtime: FakeRuntime) -> None:
+    """The end of its line looks like an event's end, behind the size of a chunk; then the runner is gone."""
+    has_come = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(EVENTS + b"9\r\ndata: a\n\n\r\n")
+        await has_come.wait()
+        writer.write(b"7\r\ndata: b\r\n1\r\n\n\r\n")
+        writer.close()
+
+    async with raw_runner(answer) as endpoint:
+        runtime.endpoints["mock"] = endpoint
+        parts = urlsplit(await serve())
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(request(BODIES[1]))
+        await reader.readuntil(b"data: a\n\n")
+        has_come.set()
+        rest = await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+    assert (rest.count(b"data: "), rest.count(b'data: {"error"')) == (1, 1)
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("last", [LAST, b""], ids=["handed over", "half closed"])
 async def test_an_answer_is_sent_to_its_end_whatever_comes_meanwhile(
     serve: Serve, runtime: FakeRuntime, last: bytes

@@ -46,6 +46,7 @@ OWN: Final = frozenset({"date", "x-request-id"})  # which every answer of ours h
 MAX_KNOWN: Final = 64
 LAST_CHUNK: Final = b"0\r\n\r\n"
 EVENT_IN_CHUNK_END: Final = EVENT_END + CHUNK_END
+LINE_IN_CHUNK_END: Final = b"\r\n" + b"\n" + CHUNK_END  # of a chunk's size, perhaps, and one byte that ends a line
 
 _log = structlog.get_logger("loadmaster.gateway")
 
@@ -208,6 +209,7 @@ class Passage:
         """Return whether these are whole events in whole chunks, as most of a stream are: they need no parsing."""
         return (
             data.endswith(EVENT_IN_CHUNK_END)
+            and not data.endswith(LINE_IN_CHUNK_END)
             and self._has_begun
             and self._is_chunked
             and not self._awaits_event

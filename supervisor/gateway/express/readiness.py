@@ -46,6 +46,8 @@ class Readiness:
         """Tell of nothing any more."""
         if self._loop is not None:
             self._loop.remove_reader(self._epoll.fileno())
+            self._loop = None
+        self._heard.clear()
         self._epoll.close()
 
     def _tell(self) -> None:
