@@ -7,7 +7,8 @@ itself, where every proxy has to fight for its time. The client does as little a
 for each request, or is the openai package, which keeps its connections where it may. In each pair every way is taken in
 turn: straight to the llama-server that the service started, through the service, through a bare relay (the least that a
 proxy made with aiohttp does) to the same llama-server, and through llama-server's router mode, which starts a
-llama-server of its own with the same flags. Compared are medians over the pairs: tokens per second with all streams,
+llama-server of its own with the same flags, and straight to that one: no two processes are equally fast, so each proxy
+is compared with what it stands before. Compared are medians over the pairs: tokens per second with all streams,
 seconds to the first token of a single stream and of all at once, processor seconds of the proxy itself. With
 ``--awake`` every processor is kept awake meanwhile (``measuring.awake``). Ends with 1 where a bound is broken.
 """
@@ -54,8 +55,16 @@ N_CTX: Final = 1024
 FIRST_TOKENS: Final = (
     25  # single streams in each pair, for the time to the first token: differences are tenths of a millisecond
 )
+# Bursts of all streams in each pair, for the time to the first token then, which differs by a tenth of a second.
+BURSTS: Final = 8
+BURST_TOKENS: Final = 20
 IDLE_S: Final = 10.0
 BARE: Final = "bare"
+DIRECT: Final = "direct"
+SERVICE: Final = "planner serve"
+RELAY: Final = "bare relay"
+ROUTER: Final = "router mode"
+ROUTERS: Final = "direct, router's"
 RELAY_KEY: Final = "RELAY_KEY"  # no argument: a key may begin with a dash
 
 MIN_RATE: Final = 0.97
@@ -142,13 +151,20 @@ class Package:
         return Stream(first_token_s, n_came)
 
 
+async def burst(ask: Ask, way: Way, streams: int) -> float:
+    """Return the seconds to the first token where so many ask at once, as the median over them."""
+    return median(
+        [one.first_token_s for one in await asyncio.gather(*(ask(way, BURST_TOKENS) for _ in range(streams)))]
+    )
+
+
 async def take(ask: Ask, way: Way, sums: Sums, streams: int, tokens: int) -> None:
-    """Take one way: all streams at once, then single ones."""
+    """Take one way: all streams at once, then bursts of them, then single ones."""
     cpu_s, began = way.cpu_s(), time.perf_counter()
     answers = await asyncio.gather(*(ask(way, tokens) for _ in range(streams)))
     sums.rates.append(sum(one.n_tokens for one in answers) / (time.perf_counter() - began))
     sums.cpu_s.append(way.cpu_s() - cpu_s)
-    sums.busy_first_token_s.append(median([one.first_token_s for one in answers]))
+    sums.busy_first_token_s.append(median([await burst(ask, way, streams) for _ in range(BURSTS)]))
     sums.first_token_s.append(median([(await ask(way, 1)).first_token_s for _ in range(FIRST_TOKENS)]))
 
 
@@ -190,20 +206,20 @@ def idle_percent(process: psutil.Process) -> float:
 
 def report(sums: dict[str, Sums], through: Way) -> bool:
     """Print what came out, and return whether all bounds hold."""
-    direct, ours, bare, router = (sums[name] for name in ("direct", "planner serve", "bare relay", "router mode"))
+    direct, ours, bare, router, routers = (sums[name] for name in (DIRECT, SERVICE, RELAY, ROUTER, ROUTERS))
     for name, one in sums.items():
         first_ms = median(one.first_token_s) * 1e3
         print(
-            f"  {name:<14} {median(one.rates):8.0f} tokens/s  {first_ms:7.2f} ms to the first token"
+            f"  {name:<16} {median(one.rates):8.0f} tokens/s  {first_ms:7.2f} ms to the first token"
             f"  {median(one.cpu_s):7.3f} s of processor"
         )
     rates, later, busy_later = [], [], []
-    for name, one in (("ours", ours), ("router mode", router)):
-        rates.append(ratios(one.rates, direct.rates))
-        later.append(later_ms(one.first_token_s, direct.first_token_s))
-        busy_later.append(later_ms(one.busy_first_token_s, direct.busy_first_token_s))
+    for name, one, its in ((SERVICE, ours, direct), (ROUTER, router, routers)):
+        rates.append(ratios(one.rates, its.rates))
+        later.append(later_ms(one.first_token_s, its.first_token_s))
+        busy_later.append(later_ms(one.busy_first_token_s, its.busy_first_token_s))
         print(
-            f"  {name:<14} of direct's tokens/s{quartiles(rates[-1])}, first token later than direct"
+            f"  {name:<16} of direct's tokens/s{quartiles(rates[-1])}, first token later than direct"
             f" {quartiles(later[-1])} ms, all at once {quartiles(busy_later[-1])} ms"
         )
     held = [
@@ -225,6 +241,14 @@ def report(sums: dict[str, Sums], through: Way) -> bool:
     return all(held)
 
 
+def behind(router: Way) -> Way:
+    """Return the straight way to the llama-server that a router has started. Ends the program where there is none."""
+    for child in router.process.children():
+        if "--port" in (line := child.cmdline()):
+            return Way(ROUTERS, f"http://127.0.0.1:{line[line.index('--port') + 1]}", "", child)
+    raise SystemExit("router mode has no llama-server")
+
+
 def key_of(pid: int) -> str:
     """Return the key that a llama-server of ours was given."""
     return psutil.Process(pid).environ()["LLAMA_API_KEY"]
@@ -242,19 +266,21 @@ def measure(folder: Path, args: argparse.Namespace) -> bool:
         "PLANNER_CONTEXT_LENGTH": str(N_CTX),
     }
     with service(models, folder / "state", **settings) as through:
-        post(through, PATH, {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1})
+        hello = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        post(through, PATH, hello)
         (runner,) = get(through.url, "/status")["runners"]
-        direct = Way("direct", runner["url"], key_of(runner["pid"]), psutil.Process(runner["pid"]))
+        direct = Way(DIRECT, runner["url"], key_of(runner["pid"]), psutil.Process(runner["pid"]))
         flags = runner["plan"]["launch"]["argv"]
         router_line = [flags[0], "--models-dir", str(models), *flags[flags.index("--fit") :]]
         command = [sys.executable, __file__, "--relay", direct.url]
         with (
             running(command, {**os.environ, RELAY_KEY: direct.key}) as bare,
-            llama_server("router mode", router_line) as router,
+            llama_server(ROUTER, router_line) as router,
         ):
             relayed = (bare.stdout or sys.stdin).readline().strip()
             drain(bare)
-            ways = [direct, through, Way("bare relay", relayed, "", psutil.Process(bare.pid)), router]
+            post(router, PATH, hello)
+            ways = [direct, through, Way(RELAY, relayed, "", psutil.Process(bare.pid)), router, behind(router)]
             conditions = f"threads: {threads or 'all'}, client: {args.client}, {pairs} pairs{', awake' * args.awake}"
             print(f"{streams} streams of {tokens} tokens, {conditions}")
             return report(asyncio.run(measured(args.client, ways, pairs, streams, tokens)), through)
