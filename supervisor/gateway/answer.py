@@ -14,7 +14,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 MAX_HEAD_BYTES: Final = 64 << 10
 HEAD_END: Final = b"\r\n\r\n"
 MAX_KNOWN: Final = 64  # heads; those of answers that come whole differ by their length
-CHUNK_SIZE: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")  # without extensions (RFC 9112, 7.1)
+# Without extensions (RFC 9112, 7.1), and of no more digits than any chunk has that comes in one piece.
+CHUNK_SIZE: Final = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 CHUNK_END: Final = b"\r\n"
 FIRST_FINAL_STATUS: Final = 200  # below: an interim answer, after which the real one comes
 
@@ -85,12 +86,12 @@ class Answer:
         if not self.has_head and self._n_head > MAX_HEAD_BYTES:
             raise Broken("its answer's head has no end")
 
-    def is_apart(self, data: bytes) -> bool:
+    def is_apart(self, data: bytes, ending: bytes = b"") -> bool:
         """Return whether what has come stands for itself: whole chunks of the body after whole ones, and not its last.
 
-        They may be passed on as they are, and need not be fed.
+        They may be passed on as they are, and need not be fed. Each has to end so.
         """
-        return self._is_between_chunks and are_chunks(data)
+        return self._is_between_chunks and are_chunks(data, ending)
 
     def close(self) -> None:
         """Note that the connection has ended, with which an answer of no told length is whole."""
@@ -130,15 +131,15 @@ class Answer:
         self.is_whole = self.has_head
 
 
-def are_chunks(data: bytes) -> bool:
-    """Return whether these are whole chunks, one after the other, and none of them the last one of a body."""
+def are_chunks(data: bytes, ending: bytes = b"") -> bool:
+    """Return whether these are whole chunks that end so, one after the other, none of them the last one of a body."""
     at = 0
     while at < len(data):
         if (size := CHUNK_SIZE.match(data, at)) is None or not (length := int(size[1], 16)):
             return False
         end = size.end() + length
         at = end + len(CHUNK_END)
-        if data[end:at] != CHUNK_END:
+        if data[end:at] != CHUNK_END or not data.endswith(ending, size.end(), end):
             return False
     return True
 

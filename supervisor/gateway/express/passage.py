@@ -19,7 +19,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 
 from supervisor.api.lease import Lease
-from supervisor.gateway.answer import CHUNK_END, Answer, Broken
+from supervisor.gateway.answer import Answer, Broken
 from supervisor.gateway.errors import RunnerLost
 from supervisor.gateway.events import COMMENT, EVENT_END, MAX_HELD_BYTES, WholeEvents
 from supervisor.gateway.exchange import CLIENT_CLOSED_REQUEST, Exchange
@@ -45,8 +45,6 @@ OWN: Final = frozenset({"date", "x-request-id"})  # which every answer of ours h
 # Streams begin alike, so that many heads are known again.
 MAX_KNOWN: Final = 64
 LAST_CHUNK: Final = b"0\r\n\r\n"
-EVENT_IN_CHUNK_END: Final = EVENT_END + CHUNK_END
-LINE_IN_CHUNK_END: Final = b"\r\n" + b"\n" + CHUNK_END  # of a chunk's size, perhaps, and one byte that ends a line
 
 _log = structlog.get_logger("loadmaster.gateway")
 
@@ -208,13 +206,11 @@ class Passage:
     def _may_go_on_as_it_is(self, data: bytes) -> bool:
         """Return whether these are whole events in whole chunks, as most of a stream are: they need no parsing."""
         return (
-            data.endswith(EVENT_IN_CHUNK_END)
-            and not data.endswith(LINE_IN_CHUNK_END)
-            and self._has_begun
+            self._has_begun
             and self._is_chunked
             and not self._awaits_event
             and self._events.is_between
-            and self._answer.is_apart(data)
+            and self._answer.is_apart(data, EVENT_END)
         )
 
     def _wait_where_slow(self) -> None:
