@@ -50,6 +50,8 @@ from supervisor.models.catalogue import ModelEntry
 from supervisor.timers import Alarm
 
 _log: structlog.typing.FilteringBoundLogger = structlog.get_logger("supervisor.runtime")
+# The loop's own clock, by which the core counts. To ask anyio which loop that is takes a fiftieth of a request's time.
+_now: Final = time.monotonic
 
 
 class Writer:
@@ -275,10 +277,6 @@ class Writer:
         while True:
             await self._alarm.wait()
             self.post(TimePassed())
-
-
-# The loop's own clock, by which the core counts. To ask anyio which loop that is takes a fiftieth of a request's time.
-_now: Final = time.monotonic
 
 
 def _log_state(runner: Runner, was: RunnerState) -> None:
