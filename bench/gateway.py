@@ -1,6 +1,7 @@
 """What the way through ``planner serve`` costs, beside llama-server asked directly and beside its own router mode.
 
     python bench/gateway.py [--pairs N] [--streams N] [--tokens N] [--threads N] [--client bare|openai] [--awake]
+                            [--singles N] [--bursts N]
 
 One model, as many streams as slots, and one thread that computes; with ``--threads 0`` as many as llama-server takes by
 itself, where every proxy has to fight for its time. The client does as little as one can, on a connection of its own
@@ -10,7 +11,9 @@ proxy made with aiohttp does) to the same llama-server, and through llama-server
 llama-server of its own with the same flags, and straight to that one: no two processes are equally fast, so each proxy
 is compared with what it stands before. Compared are medians over the pairs: tokens per second with all streams,
 seconds to the first token of a single stream and of all at once, processor seconds of the proxy itself. With
-``--awake`` every processor is kept awake meanwhile (``measuring.awake``). Ends with 1 where a bound is broken.
+``--awake`` every processor is kept awake meanwhile (``measuring.awake``). Few long streams tell little where a machine
+scatters; many short ones tell more: ``--streams 16 --tokens 60 --pairs 90 --singles 1 --bursts 0``, where the streams
+themselves are the burst. Ends with 1 where a bound is broken.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from measuring import (
     median,
     post,
     quartiles,
+    resampled,
     running,
     service,
     stream,
@@ -52,10 +56,8 @@ from measuring import (
 
 MODEL: Final = "tiny-endless"
 N_CTX: Final = 1024
-FIRST_TOKENS: Final = (
-    25  # single streams in each pair, for the time to the first token: differences are tenths of a millisecond
-)
-# Bursts of all streams in each pair, for the time to the first token then, which differs by a tenth of a second.
+SINGLES: Final = 25  # streams in each pair, for the time to the first token: differences are tenths of a millisecond
+# Bursts of all streams in each pair, for the time to the first token then, which differs by tens of milliseconds.
 BURSTS: Final = 8
 BURST_TOKENS: Final = 20
 IDLE_S: Final = 10.0
@@ -97,6 +99,16 @@ async def relay(upstream: str, key: str) -> None:
     host, port = runner.addresses[0]
     print(f"http://{host}:{port}", flush=True)
     await asyncio.Event().wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What each way is asked for in a pair: so many streams of so many tokens at once, bursts of them, single ones."""
+
+    streams: int
+    tokens: int
+    bursts: int
+    singles: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,33 +170,34 @@ async def burst(ask: Ask, way: Way, streams: int) -> float:
     )
 
 
-async def take(ask: Ask, way: Way, sums: Sums, streams: int, tokens: int) -> None:
+async def take(ask: Ask, way: Way, sums: Sums, pair: Pair) -> None:
     """Take one way: all streams at once, then bursts of them, then single ones."""
     cpu_s, began = way.cpu_s(), time.perf_counter()
-    answers = await asyncio.gather(*(ask(way, tokens) for _ in range(streams)))
+    answers = await asyncio.gather(*(ask(way, pair.tokens) for _ in range(pair.streams)))
     sums.rates.append(sum(one.n_tokens for one in answers) / (time.perf_counter() - began))
     sums.cpu_s.append(way.cpu_s() - cpu_s)
-    sums.busy_first_token_s.append(median([await burst(ask, way, streams) for _ in range(BURSTS)]))
-    sums.first_token_s.append(median([(await ask(way, 1)).first_token_s for _ in range(FIRST_TOKENS)]))
+    bursts = [await burst(ask, way, pair.streams) for _ in range(pair.bursts)]
+    sums.busy_first_token_s.append(median(bursts or [one.first_token_s for one in answers]))
+    sums.first_token_s.append(median([(await ask(way, 1)).first_token_s for _ in range(pair.singles)]))
 
 
-async def compare(ask: Ask, ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
+async def compare(ask: Ask, ways: Sequence[Way], pairs: int, pair: Pair) -> dict[str, Sums]:
     """Take every way in turn, each pair beginning with another one; the first round is not counted."""
     for round_ in range(pairs + 1):
         if round_ <= 1:
             sums = {way.name: Sums() for way in ways}
         for index in range(len(ways)):
             way = ways[(round_ + index) % len(ways)]
-            await take(ask, way, sums[way.name], streams, tokens)
+            await take(ask, way, sums[way.name], pair)
     return sums
 
 
-async def measured(client: str, ways: Sequence[Way], pairs: int, streams: int, tokens: int) -> dict[str, Sums]:
+async def measured(client: str, ways: Sequence[Way], pairs: int, pair: Pair) -> dict[str, Sums]:
     """Take every way by this client."""
     if client == BARE:
-        return await compare(ask_bare, ways, pairs, streams, tokens)
+        return await compare(ask_bare, ways, pairs, pair)
     async with Package(ways) as ask:
-        return await compare(ask, ways, pairs, streams, tokens)
+        return await compare(ask, ways, pairs, pair)
 
 
 def later_ms(ours: Sequence[float], direct: Sequence[float]) -> list[float]:
@@ -222,6 +235,9 @@ def report(sums: dict[str, Sums], through: Way) -> bool:
             f"  {name:<16} of direct's tokens/s{quartiles(rates[-1])}, first token later than direct"
             f" {quartiles(later[-1])} ms, all at once {quartiles(busy_later[-1])} ms"
         )
+        print(
+            f"  95 % of resampled medians: {resampled(rates[-1])}, {resampled(later[-1])}, {resampled(busy_later[-1])}"
+        )
     held = [
         verdict("tokens per second, of direct", median(rates[0]), MIN_RATE, at_least=True),
         verdict("tokens per second, of direct; router mode's", median(rates[0]), median(rates[1]), at_least=True),
@@ -256,13 +272,14 @@ def key_of(pid: int) -> str:
 
 def measure(folder: Path, args: argparse.Namespace) -> bool:
     """Start everything, compare, report."""
-    pairs, streams, tokens, threads = args.pairs, args.streams, args.tokens, args.threads
+    pairs, threads = args.pairs, args.threads
+    pair = Pair(args.streams, args.tokens, args.bursts, args.singles)
     models = folder / "models"
     models.mkdir()
     write_model(models / f"{MODEL}.gguf")
     settings = {
         "PLANNER_LLAMA_SERVER": str(llama_server_of(folder, threads)),
-        "PLANNER_NUM_PARALLEL": str(streams),
+        "PLANNER_NUM_PARALLEL": str(pair.streams),
         "PLANNER_CONTEXT_LENGTH": str(N_CTX),
     }
     with service(models, folder / "state", **settings) as through:
@@ -282,8 +299,8 @@ def measure(folder: Path, args: argparse.Namespace) -> bool:
             post(router, PATH, hello)
             ways = [direct, through, Way(RELAY, relayed, "", psutil.Process(bare.pid)), router, behind(router)]
             conditions = f"threads: {threads or 'all'}, client: {args.client}, {pairs} pairs{', awake' * args.awake}"
-            print(f"{streams} streams of {tokens} tokens, {conditions}")
-            return report(asyncio.run(measured(args.client, ways, pairs, streams, tokens)), through)
+            print(f"{pair.streams} streams of {pair.tokens} tokens, {conditions}")
+            return report(asyncio.run(measured(args.client, ways, pairs, pair)), through)
 
 
 def main() -> int:
@@ -294,6 +311,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--client", choices=(BARE, "openai"), default=BARE)
+    parser.add_argument("--singles", type=int, default=SINGLES)
+    parser.add_argument("--bursts", type=int, default=BURSTS)
     parser.add_argument("--awake", action="store_true")
     parser.add_argument("--relay", metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args()

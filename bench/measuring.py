@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ while os.getppid() == parent:
     for _ in range(1 << 16):
         pass
 """
+RESAMPLED: Final = 2000  # samples: the ends of the interval then stand still in their second digit
 TOKEN: Final = b'"delta":{"content":"'  # how llama-server begins each token of a streamed chat
 
 
@@ -103,9 +105,8 @@ def drain(child: subprocess.Popen[str]) -> None:
 def awake(*, wanted: bool = True) -> Iterator[None]:
     """Keep every processor awake meanwhile, where this is ``wanted``.
 
-    A virtual machine's processor that sleeps is woken by its host, which takes a good part of a millisecond, and a
-    guest's kernel may avoid that by having what could run beside something wait for it (so did the one that the
-    decisions' figures are from: ``sched_vcpu_pack`` on /proc/cmdline). That hides what is to be compared.
+    A virtual machine's processor that sleeps is woken by its host, and a guest's kernel may rather have a thread wait
+    for one that is awake and busy, as that of docs/decisions/0011 seems to. That hides what is to be compared.
     """
     with ExitStack() as spinners:
         for processor in sorted(os.sched_getaffinity(0)) if wanted else ():
@@ -214,6 +215,13 @@ def quartiles(values: Sequence[float]) -> str:
     """Return the median and, in brackets, the quartiles."""
     low, middle, high = statistics.quantiles(values if len(values) > 1 else [*values, *values], n=4)
     return f"{middle:7.2f} [{low:6.2f} .. {high:6.2f}]"
+
+
+def resampled(values: Sequence[float]) -> str:
+    """Return between what the medians of 95 of 100 samples lie that are drawn from these values (bootstrap)."""
+    chance = random.Random(0)  # noqa: S311 - no secret
+    medians = sorted(median(chance.choices(values, k=len(values))) for _ in range(RESAMPLED))
+    return f"[{medians[RESAMPLED // 40]:.3f} .. {medians[-RESAMPLED // 40]:.3f}]"
 
 
 def verdict(what: str, value: float, bound: float, unit: str = "", *, at_least: bool = False) -> bool:
